@@ -1,0 +1,199 @@
+"""The transformer: RMSNorm, rotary positions, attention with a cache, SwiGLU.
+
+One class serves the whole project: the backbone of CALM, its short-context branch, and the layers inside
+the VAE's encoder and decoder (with a sliding window there).
+
+    x (B, T, C)
+     │
+     ├─► RMSNorm ─► q k v ─► rotate q, k by position ─► softmax(q kᵀ / √d + mask) v ─► out ─► + ─┐
+     │                            │                                                              │
+     │                     KVCache (streaming)                                          x (B, T, C)
+     ├─► RMSNorm ─► SwiGLU: down(silu(gate x) * up x) ─────────────────────────────────────► + ──┤
+     ×  layers                                                                                   ▼
+    RMSNorm ─► y (B, T, C)
+
+Which positions a query sees:
+    causal              keys at or before it                          (default)
+    window = W          only the last W of them, itself included      (VAE layers, short context)
+    causal = False      all of them
+With a cache the same rule holds over (cached ++ new) positions, so that feeding a sequence in chunks of any
+size gives what one call over the whole sequence gives (tests/test_backbone.py).
+
+Sources: CALM section 4.2 and Table 9 (widths); Mimi (Défossez et al. 2024) for windowed layers in a codec;
+RoPE (Su et al. 2021); RMSNorm (Zhang & Sennrich 2019); SwiGLU (Shazeer 2020); GQA (Ainslie et al. 2023).
+Where this differs from the paper: CALM does not name its MLP. Table 9's MLP dimension of 6336 does not give
+the table's own parameter counts; 6144 with two matrices ("gelu") or 4032 with three ("swiglu") do.
+
+Precision: norms and rotations in fp32, matrix products in the autocast dtype.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class BackboneConfig:
+    """Sizes of a transformer. Table 9: music 1536 / 48 layers / 24 heads, speech 2560 / 24 / 20."""
+    dim: int = 256              # model width C
+    layers: int = 4
+    heads: int = 4              # query heads; dim / heads is the head width, even because of RoPE
+    kv_heads: int = 0           # key/value heads (GQA); 0 = as many as heads
+    mlp: str = "swiglu"         # swiglu (three matrices) | gelu (two)
+    mlp_dim: int = 0            # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to 32 for swiglu
+    qk_norm: bool = False       # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
+    window: int = 0             # positions a query sees, itself included; 0 = all earlier ones
+    causal: bool = True
+    rope_base: float = 10000.0  # wavelength of the slowest rotation is 2π·rope_base positions
+
+    def __post_init__(self):
+        if self.dim < 1 or self.heads < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
+        if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads: must divide heads = {self.heads}, got {self.kv_heads}")
+        if self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"mlp: unknown '{self.mlp}'; valid: swiglu, gelu")
+        if self.layers < 0 or self.window < 0 or self.mlp_dim < 0:
+            raise ValueError("layers, window, mlp_dim: must not be negative")
+
+
+class RMSNorm(nn.Module):
+    """y = w · x / sqrt(mean(x²) + eps), in fp32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
+def rope(x, first, base):
+    """Rotate channel pairs (i, i + d/2) of x (B, H, T, d) by angle (first + t) · base^(-2i/d)."""
+    half = x.shape[-1] // 2
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    freq = torch.exp(torch.arange(half, device=x.device, dtype=dtype) * (-math.log(base) / half))
+    angle = (first + torch.arange(x.shape[-2], device=x.device, dtype=dtype))[:, None] * freq   # (T, d/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, one (k, v) pair a layer; `pos` counts positions."""
+
+    def __init__(self):
+        self.kv, self.pos = {}, 0
+
+    def append(self, layer, k, v, window):
+        """Add new k, v (B, H, T, d); return all that the new queries can see; keep window - 1 of them."""
+        if layer in self.kv:
+            k, v = torch.cat([self.kv[layer][0], k], 2), torch.cat([self.kv[layer][1], v], 2)
+        keep = min(window - 1, k.shape[2]) if window else k.shape[2]
+        self.kv[layer] = (k[:, :, k.shape[2] - keep:], v[:, :, v.shape[2] - keep:])
+        return k, v
+
+    def select(self, rows):
+        """Keep the given batch rows (an index tensor), e.g. to grow a cache of one prompt to a batch."""
+        self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.head_dim = cfg, cfg.dim // cfg.heads
+        self.kv_heads = cfg.kv_heads or cfg.heads
+        self.wq = nn.Linear(cfg.dim, cfg.heads * self.head_dim, bias=False)
+        self.wkv = nn.Linear(cfg.dim, 2 * self.kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(cfg.heads * self.head_dim, cfg.dim, bias=False)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+
+    def forward(self, x, first, mask, is_causal, cache, layer):
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, self.cfg.heads, self.head_dim).transpose(1, 2)         # (B, H, T, d)
+        k, v = self.wkv(x).view(B, T, 2, self.kv_heads, self.head_dim).unbind(2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                                      # (B, Hkv, T, d)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, first, self.cfg.rope_base), rope(k, first, self.cfg.rope_base)
+        if cache is not None:
+            k, v = cache.append(layer, k, v, self.cfg.window)                            # (B, Hkv, P+T, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                           enable_gqa=self.kv_heads != self.cfg.heads)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        hidden = cfg.mlp_dim or (4 * cfg.dim if cfg.mlp == "gelu" else -(-8 * cfg.dim // 3 // 32) * 32)
+        self.swiglu = cfg.mlp == "swiglu"
+        self.up = nn.Linear(cfg.dim, (1 + self.swiglu) * hidden, bias=False)
+        self.down = nn.Linear(hidden, cfg.dim, bias=False)
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.swiglu:
+            gate, h = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * h)
+        return self.down(F.gelu(h))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1, self.attention = RMSNorm(cfg.dim), Attention(cfg)
+        self.norm2, self.mlp = RMSNorm(cfg.dim), MLP(cfg)
+
+    def forward(self, x, *where):
+        x = x + self.attention(self.norm1(x), *where)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """x (B, T, C) -> y (B, T, C).
+
+    cache: a KVCache that the call extends; positions then count on from cache.pos.
+    Initialisation: N(0, 0.02), output matrices divided by sqrt(2 · layers) (GPT-2).
+    """
+
+    def __init__(self, cfg: BackboneConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.norm = RMSNorm(cfg.dim)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                out = name.endswith(("wo.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if out else 0.02)
+
+    def mask(self, new, past, device):
+        """What (new) queries see of (past + new) keys: bool (new, past + new), or None with is_causal."""
+        window = self.cfg.window
+        if not self.cfg.causal:
+            return None, False
+        if past == 0 and (not window or new <= window):
+            return None, new > 1
+        if new == 1:
+            return None, False              # one query: a windowed cache holds just what it may see
+        q = torch.arange(past, past + new, device=device)[:, None]
+        k = torch.arange(past + new, device=device)[None]
+        return (k <= q) & ((q - k < window) if window else True), False
+
+    def forward(self, x, cache: KVCache | None = None):
+        if x.shape[1] == 0:
+            return x
+        first = cache.pos if cache is not None else 0
+        past = cache.kv[0][0].shape[2] if cache is not None and 0 in cache.kv else 0
+        mask, is_causal = self.mask(x.shape[1], past, x.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, first, mask, is_causal, cache, i)
+        if cache is not None:
+            cache.pos += x.shape[1]
+        return self.norm(x)

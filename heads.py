@@ -1,0 +1,403 @@
+"""
+heads.py: from the backbone's z to the next latent x. One small network, three objectives.
+
+        noise eps (N, D) ──┐
+                           ▼
+    x_t (.., D) ─ Linear ─ h (.., w) ─ [ LN ─ modulate ─ MLP ─ gate ─ + ] x blocks ─ LN ─ F (.., D)
+    t   (..)    ─ [cos sin] ─ MLP ─┐          ▲ shift, scale, gate (.., 3w)          ▲ shift, scale
+    z   (.., C) ─ Linear ──────────+── c (.., w) ─ SiLU ─ Linear ─────────────────────┘
+
+An objective knows the noising path, the times, the loss and the solver; a network is any callable
+`net(x_t, t, z) -> F`. The three objectives have the same two methods, so that nobody asks which:
+
+    loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
+
+    objective      path                        the network learns               steps   paper
+    RectifiedFlow  x_t = (1-t) x + t eps       F = eps - x,             t < 1    20     Liu et al. 2023
+    TrigFlow       x_t = cos t x + sin t eps   F = cos t eps - sin t x, t < π/2  20     CALM 4.2, Tab. 4
+    Consistency    the same path               f = cos t x_t - sin t F, f = x_0   1     CALM Eq. 1 and 3
+
+Papers: CALM (arXiv 2509.06926) sections 3.2, 4.2, 4.4 (head batch multiplier), 4.5 (temperature) and
+Table 9; the network is MAR's (Li et al. 2024, arXiv 2406.11838); consistency is sCM (Lu & Song 2025,
+arXiv 2410.11081). Shapes: N positions or any leading dims, D latent channels, C channels of z,
+w width, M head batch multiplier. Latents have mean 0 and variance 1 per channel (sCM's sigma_d = 1).
+
+Where this differs from the printed CALM paper, and why:
+  * t lies in (0, π/2) and sampling starts at π/2; the paper writes t ~ [0, 1] and t = 1. cos 1 = .54, so
+    a network trained on [0, 1] never sees pure noise, which is where a 1-step sample starts.
+  * Temperature tau multiplies the std of the noise by sqrt(tau); the paper's "variance 1/sqrt(tau)"
+    would make a low temperature noisier (v3 of the paper says it right).
+  * df/dt in Eq. 3 is a target: no gradient through it (as Eq. 1 and v3). With one the model is biased.
+  * Not in the paper, from sCM, without which the gradient has spikes: the tangent g is divided by
+    ||g|| + .1, it may be warmed up (r), and tan t is log-normal, not t uniform.
+  * w_psi(t), the adaptive weight of Eq. 1, is a switch: see HeadConfig.adaptive.
+
+Precision: times, cos and sin, time embedding, norms, the residual stream, the jvp and the loss are
+fp32, even under autocast; only the matrix products of the plain forward follow autocast. float64
+inputs stay float64 (the tests use it).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+OBJECTIVES = ("rectified_flow", "trigflow", "consistency")
+SOLVERS = ("euler", "heun")
+HALF_PI = math.pi / 2
+
+
+@dataclass
+class HeadConfig:
+    """The [lm.head] table."""
+    # What the head learns: rectified_flow | trigflow | consistency. TrigFlow is the paper's best and
+    # slowest (Tab. 4), consistency its choice for real time; consistency starts well from TrigFlow's
+    # weights (Consistency.load_flow).
+    objective: str = "trigflow"
+    # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M).
+    width: int = 512
+    # Residual blocks. Tab. 9: 12 (music), 6 (speech).
+    blocks: int = 6
+    # Head batch multiplier M (4.4, Tab. 9: 8): draws of (t, eps) per position and step. One pass of the
+    # backbone serves M losses; memory and time of the head grow M times.
+    multiplier: int = 8
+    # Mean and std of log(noise / signal), the same in all objectives: the log of tan t, or of t / (1-t)
+    # for rectified_flow (where 0, 1 is SD3's logit-normal). Not given in the paper; sCM uses -1, 1.4 on
+    # images; -.4, 1.4 trained on every seed of our toys. More noise (larger) helps the first step.
+    p_mean: float = -0.4
+    p_std: float = 1.4
+    # consistency: learn w_psi(t) of Eq. 1 and 3, 257 parameters: exp(w) loss - w, so that every t weighs
+    # the same. The reported loss then is about 1 - w and may be negative. Measured no better than
+    # without in our toys, so off; the paper has it on.
+    adaptive: bool = False
+    # consistency: calls of loss in training mode over which r goes from 0 (flow matching) to 1 (sCM uses
+    # 10k); with gradient accumulation each micro-batch is a call. 0 = r is 1 from the start, which was
+    # stable from scratch and is right when TrigFlow's weights are loaded.
+    warmup: int = 0
+    # consistency: c of g / (||g|| + c), sCM's .1. Not in the paper.
+    tangent_c: float = 0.1
+    # Flows: euler (one evaluation a step) | heun (two, second order). consistency ignores it.
+    solver: str = "euler"
+    # Steps when sample() is not told: 0 = 1 for consistency, 20 for the flows. Tab. 4
+    # has 1 and 4 for consistency, 100 for TrigFlow; consistency gets worse beyond 4 to 10 (Tab. 6).
+    steps: int = 0
+
+    def __post_init__(self):
+        for key, valid, says in (
+                ("objective", self.objective in OBJECTIVES, " | ".join(OBJECTIVES)),
+                ("width", self.width >= 1, "an integer of at least 1"),
+                ("blocks", self.blocks >= 1, "an integer of at least 1"),
+                ("multiplier", self.multiplier >= 1, "an integer of at least 1"),
+                ("p_std", self.p_std > 0, "a number above 0"),
+                ("warmup", self.warmup >= 0, "an integer of at least 0"),
+                ("tangent_c", self.tangent_c > 0, "a number above 0"),
+                ("solver", self.solver in SOLVERS, " | ".join(SOLVERS)),
+                ("steps", self.steps >= 0, "an integer of at least 0")):
+            if not valid:
+                raise ValueError(f"head.{key}: {getattr(self, key)!r} is wrong; valid: {says}")
+
+
+def fp32(x):
+    """At least fp32: bf16 and fp16 go up, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ------------------------------------------------------------------------------------------ network
+
+def sinusoid(t):
+    """t (..) -> [cos, sin] (.., 256) with RMS 1, angular frequencies from 1 down to 1e-4.
+
+    The highest frequency is 1 on purpose. Scaling t by 1000 first (DiT's habit) multiplies d/dt, and
+    with it the consistency tangent, by 1000 (toy energy distance 3.66 instead of .18). The sqrt 2 is
+    the RMSNorm after the embedding that keeps training stable: cos² + sin² = 1, so it is a constant.
+    """
+    t = fp32(t)
+    freqs = torch.exp(torch.arange(128, device=t.device, dtype=t.dtype) * (-math.log(1e4) / 128))
+    angles = t[..., None] * freqs                                           # (.., 128)
+    return math.sqrt(2) * torch.cat([angles.cos(), angles.sin()], dim=-1)  # (.., 256)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm in fp32, by hand: nn.LayerNorm inside torch.func.jvp breaks a fullgraph compile."""
+
+    def __init__(self, width, affine=True, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x):
+        x = fp32(x)
+        x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+class Block(nn.Module):
+    """h + gate * MLP(LN(h) (1 + scale) + shift); the MLP has no expansion (this gives Tab. 9's 601M)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, h, c):
+        shift, scale, gate = self.ada(c).chunk(3, dim=-1)                   # 3 x (.., w)
+        return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
+
+
+class AdaLNMLP(nn.Module):
+    """MAR's head: F(x_t, t, z) for x_t (.., D), t (..), z (.., C) -> F (.., D); zero at init.
+
+    z may have fewer leading dims than x_t, it broadcasts: with the head batch multiplier x_t is
+    (M, .., D) and z stays (.., C), so its projection is computed once.
+    """
+
+    def __init__(self, dim, cond_dim, width, blocks):
+        super().__init__()
+        self.dim = dim
+        self.input = nn.Linear(dim, width)
+        self.cond = nn.Linear(cond_dim, width)
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.norm = LayerNorm(width, affine=False)
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.output = nn.Linear(width, dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in [block.ada[1] for block in self.blocks] + [self.ada[1], self.output]:
+            nn.init.zeros_(m.weight)                                        # blocks start as identity
+
+    def forward(self, x_t, t, z):
+        dtype = self.input.weight.dtype
+        with torch.autocast(x_t.device.type, enabled=False):                # times stay fp32
+            time = self.time(sinusoid(t).to(dtype))                         # (.., w)
+        c = time + fp32(self.cond(z.to(dtype)))                             # (.., w)
+        h = fp32(self.input(x_t.to(dtype)))                                 # (.., w)
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.ada(c).chunk(2, dim=-1)                         # 2 x (.., w)
+        return self.output(self.norm(h) * (1 + scale) + shift)              # (.., D)
+
+
+# --------------------------------------------------------------------------------------- objectives
+# Contract with the network. net(x_t, t, z): x_t (.., D) and t (..) in fp32, z whatever loss or sample
+# was given, untouched; with multiplier M > 1, loss puts one axis M in front of x_t and t. `net.dim` is
+# D. A position is what shares one t: a network that denoises blocks takes x (B, blocks, block * D).
+
+def draw(x, cfg):
+    """Repeat x (.., D) M times, with its own noise and time for every position and every repeat (4.4).
+
+    Returns x, eps (M, .., D) and u = log(noise / signal) ~ N(p_mean, p_std²) (M, ..); no M when M = 1.
+    """
+    x = fp32(x)
+    if cfg.multiplier > 1:
+        x = x.expand(cfg.multiplier, *x.shape)
+    eps = torch.randn(x.shape, device=x.device, dtype=x.dtype)
+    u = cfg.p_mean + cfg.p_std * torch.randn(x.shape[:-1], device=x.device, dtype=x.dtype)
+    return x, eps, u
+
+
+def finish(loss, u, cfg, error=None):
+    """Mean over the repeats; metrics: the error in the thirds of low, middle and high noise."""
+    n = (u - cfg.p_mean) / cfg.p_std
+    error = (loss if error is None else error).detach()
+    thirds = {"low": n < -0.43, "mid": n.abs() <= 0.43, "high": n > 0.43}
+    metrics = {f"loss_{k}": (error * m).sum() / m.sum().clamp(min=1) for k, m in thirds.items()}
+    return (loss.mean(0) if cfg.multiplier > 1 else loss), metrics
+
+
+def start(net, z, cfg, default, shape, steps, temperature, generator):
+    """The starting noise of std sqrt(tau) (.., D), a function that draws more of it, and the steps."""
+    steps = steps or cfg.steps or default
+    if steps < 1:
+        raise ValueError(f"steps: {steps} is wrong; valid: an integer of at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature: {temperature} is wrong; valid: a number of at least 0")
+    shape = shape or (*z.shape[:-1], net.dim)
+    dtype = torch.promote_types(z.dtype, torch.float32) if torch.is_tensor(z) else torch.float32
+    device = z.device if torch.is_tensor(z) else next(net.parameters()).device
+
+    def noise():                                                            # 4.5: std sqrt(tau)
+        eps = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return math.sqrt(temperature) * eps
+    return noise(), noise, steps
+
+
+class RectifiedFlow(nn.Module):
+    """x_t = (1-t) x + t eps, F = dx/dt = eps - x, t in (0, 1); AudioCALM's objective (Liu et al. 2023)."""
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.net, self.cfg = net, cfg
+
+    def loss(self, z, x):
+        """||F(x_t, t, z) - (eps - x)||² / D. z (.., C), x (.., D) -> loss (..), metrics."""
+        x, eps, u = draw(x, self.cfg)
+        t = torch.sigmoid(u)                                                # t / (1-t) = e^u
+        x_t = x + t[..., None] * (eps - x)
+        F = fp32(self.net(x_t, t, z))
+        return finish((F - (eps - x)).square().mean(-1), u, self.cfg)
+
+    @torch.no_grad()
+    def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
+        """Integrate dx/dt = F from t = 1 to 0 on a uniform grid. z (.., C) -> x (.., D)."""
+        x, _, steps = start(self.net, z, self.cfg, 20, shape, steps, temperature, generator)
+        times = torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype)
+        for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+            F = fp32(self.net(x, t.expand(x.shape[:-1]), z))
+            x_s = x + (s - t) * F
+            if self.cfg.solver == "heun" and i < steps - 1:                 # last step: see TrigFlow
+                F_s = fp32(self.net(x_s, s.expand(x.shape[:-1]), z))
+                x_s = x + (s - t) * (F + F_s) / 2
+            x = x_s
+        return x
+
+
+class TrigFlow(nn.Module):
+    """x_t = cos t x + sin t eps, F = dx/dt = cos t eps - sin t x, t in (0, π/2) (CALM 4.2, sCM 3).
+
+    Variance 1 at every t, and the same F as Consistency, which can therefore start from its weights.
+    """
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.net, self.cfg = net, cfg
+
+    def loss(self, z, x):
+        """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. z (.., C), x (.., D) -> loss (..), metrics."""
+        x, eps, u = draw(x, self.cfg)
+        t = torch.atan(u.exp())                                             # tan t = e^u
+        cos, sin = t.cos()[..., None], t.sin()[..., None]
+        F = fp32(self.net(cos * x + sin * eps, t, z))
+        return finish((F - (cos * eps - sin * x)).square().mean(-1), u, self.cfg)
+
+    @torch.no_grad()
+    def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
+        """Integrate dx/dt = F from t = π/2 to 0, a grid uniform in t. z (.., C) -> x (.., D).
+
+        A step is a rotation: x_s = cos(t-s) x_t - sin(t-s) F. It moves along the path of the x and
+        eps that F predicts (it is DDIM), so it is exact wherever these are constant, with any step, and
+        keeps the variance; an Euler step x_t - (t-s) F leaves the circle, by 57 % when 1 step goes
+        from π/2 to 0. heun corrects it with the F found at s: x'' + x = w with w constant over a step.
+        The last step stays first order (as in EDM): F at t = 0 is a guess of noise that is not there.
+        """
+        x, _, steps = start(self.net, z, self.cfg, 20, shape, steps, temperature, generator)
+        times = torch.linspace(HALF_PI, 0, steps + 1, device=x.device, dtype=x.dtype)
+        for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+            cos, sin = (t - s).cos(), (t - s).sin()
+            F = fp32(self.net(x, t.expand(x.shape[:-1]), z))
+            x_s = cos * x - sin * F
+            if self.cfg.solver == "heun" and i < steps - 1:
+                F_s = fp32(self.net(x_s, s.expand(x.shape[:-1]), z))
+                x_s = x_s - ((t - s) / 2).tan() * (F_s - (cos * F + sin * x))
+            x = x_s
+        return x
+
+
+def consistency_tangent(net, x_t, t, dxdt, z, r=1.0):
+    """g = cos t df/dt along the trajectory, f = cos t x_t - sin t F (sCM, Eq. 8 and Algorithm 1).
+
+        df/dt = -cos t (F - dx/dt) - sin t (x_t + dF/dt),   dF/dt = dF/dx dx/dt + ∂F/∂t (both terms)
+        g     = -cos² t (F - dx/dt) - r (cos t sin t x_t + J)
+        J     = cos t sin t dF/dt: one jvp whose tangents are multiplied by cos t sin t before it, which
+                keeps it finite near π/2
+
+    x_t, dxdt (.., D), t (..); r in [0, 1] is the warm-up, 1 = the true derivative. Returns g (.., D)
+    without gradient. The caller turns autocast off. dxdt is cos t eps - sin t x with the x and eps of
+    the pair (training without a teacher), or the flow's F (exact).
+    """
+    cos, sin = t.cos(), t.sin()
+    with torch.no_grad():
+        F, J = torch.func.jvp(lambda x, time: net(x, time, z), (x_t, t),
+                              ((cos * sin)[..., None] * dxdt, cos * sin))
+        cos, sin = cos[..., None], sin[..., None]
+        return -cos.square() * (F - dxdt) - r * (cos * sin * x_t + J)
+
+
+class Consistency(nn.Module):
+    """f(x_t, t) = cos t x_t - sin t F(x_t, t) jumps to the data in one step; f(x, 0) = x by form.
+
+    CALM Eq. 1 and 3 without a teacher, sCM's way. The loss hovers and tells nothing about quality: watch
+    tangent_max (spikes come before trouble) and a metric on samples. Two passes: the jvp without
+    graph, then a plain forward with one; one pass gives the same gradient and takes 2.5 x the memory.
+    """
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.net, self.cfg = net, cfg
+        self.register_buffer("it", torch.zeros((), dtype=torch.long))       # for r; resume is exact
+        if cfg.adaptive:
+            self.psi = nn.Linear(256, 1)                                    # w_psi(t)
+            nn.init.zeros_(self.psi.weight)
+            nn.init.zeros_(self.psi.bias)
+
+    def f(self, x_t, t, z):
+        """The consistency function: x_t (.., D), t (..), z (.., C) -> clean x (.., D)."""
+        return t.cos()[..., None] * x_t - t.sin()[..., None] * fp32(self.net(x_t, t, z))
+
+    def loss(self, z, x):
+        """e^w(t) / D ||F - sg(F) - g / (||g|| + c)||² - w(t). z (.., C), x (.., D) -> loss (..), metrics.
+
+        Gradients reach the network and z through the plain F only. In training mode a call counts one
+        iteration of the warm-up.
+        """
+        cfg = self.cfg
+        x, eps, u = draw(x, cfg)
+        t = torch.atan(u.exp())
+        cos, sin = t.cos()[..., None], t.sin()[..., None]
+        x_t, dxdt = cos * x + sin * eps, cos * eps - sin * x
+        r = (self.it / cfg.warmup).clamp(max=1) if cfg.warmup else 1.0
+        if self.training:
+            self.it += 1
+        with torch.autocast(x.device.type, enabled=False):
+            g = consistency_tangent(self.net, x_t, t, dxdt, z, r)           # (M, .., D)
+            w = self.psi(sinusoid(t).to(self.psi.weight.dtype))[..., 0] if cfg.adaptive else None
+        size = g.norm(dim=-1, keepdim=True)                                 # (M, .., 1)
+        F = fp32(self.net(x_t, t, z))
+        error = (F - F.detach() - g / (size + cfg.tangent_c)).square().mean(-1)
+        loss, metrics = finish(w.exp() * error - w if cfg.adaptive else error, u, cfg, error)
+        return loss, metrics | {"tangent_max": size.max(), "tangent_mean": size.mean()}
+
+    @torch.no_grad()
+    def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
+        """1 step: f(sqrt(tau) eps, π/2). More: noise again to t, jump again. z (.., C) -> x (.., D).
+
+        Times π/2 (1 - k / steps): for 2 to 4 steps other grids differ within noise. The new noise has
+        std sqrt(tau) too. Stochastic, so many steps accumulate error (Tab. 6: worse beyond 4 to 10).
+        """
+        x_t, noise, steps = start(self.net, z, self.cfg, 1, shape, steps, temperature, generator)
+        times = torch.linspace(HALF_PI, 0, steps + 1, device=x_t.device, dtype=x_t.dtype)
+        for i, t in enumerate(times[:-1]):
+            if i > 0:
+                x_t = t.cos() * x + t.sin() * noise()
+            x = self.f(x_t, t.expand(x_t.shape[:-1]), z)
+        return x
+
+    def load_flow(self, state_dict):
+        """Start from a trained TrigFlow's state_dict: every weight of the network must be there and fit.
+
+        Only what TrigFlow does not have (it, psi) keeps its value. A Consistency state_dict loads as
+        usual. RectifiedFlow's names are the same but its F means something else: do not.
+        """
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("net.")}
+        self.load_state_dict(own | state_dict)                              # strict
+
+
+# ------------------------------------------------------------------------------------------ by name
+
+def with_mlp(objective):
+    """(dim, cond_dim, cfg) -> the objective with an AdaLNMLP inside."""
+    return lambda dim, cond_dim, cfg: objective(
+        AdaLNMLP(dim, cond_dim, cfg.width, cfg.blocks), cfg)
+
+
+HEADS = {                                            # HEADS[cfg.objective](dim, cond_dim, cfg)
+    "rectified_flow": with_mlp(RectifiedFlow),
+    "trigflow": with_mlp(TrigFlow),
+    "consistency": with_mlp(Consistency),
+}

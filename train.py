@@ -1,0 +1,546 @@
+"""Train: python train.py --config configs/quickstart.toml [--section.key value ...] [--fresh] [--print]
+
+One loop for all stages. A config names its stages in order; finished ones are skipped, an interrupted one
+resumes where its last checkpoint was, with the same numbers as if it had never stopped: a step is a pure
+function of (weights, optimizer, step number), because data and noise are drawn from (seed, step, row).
+
+    clips ─► [vae]  waveform crops ─► VAE-GAN ─► vae.pt
+                                                   │ encode all clips once ─► latents/
+             [lm]   latents + text ─► CALM with a flow head ─► lm.pt
+    [consistency]   the same weights, one-step objective ─► consistency.pt
+
+Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...   `batch` is the global batch:
+every process takes its share of the same rows, gradients are summed once a step, the result is the same for
+any number of processes that divides the micro-batches (tests/test_train.py).
+
+    --out DIR               run folder (else the config's)
+    --data.manifest M       train on your own audio: a manifest.jsonl or a folder (python data.py -h)
+    --train.lm.steps 500    any other value of the config
+    --fresh                 start over: delete this run's checkpoints, latents and log
+    --print                 show the resolved config and stop
+
+A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
+Ctrl-C saves a checkpoint first. Exit status: 0 done, 2 your mistake (one line says which), 130 interrupted.
+"""
+import argparse
+import contextlib
+import dataclasses
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import toy
+from calm import CALM
+from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model, Config)
+from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Prefetch, cli, digest,
+                  encode_text, load_audio, load_manifest, save_audio)
+from vae import VAE, VAEGAN, spectral_losses
+
+
+class Runtime:
+    """Device, precision, compilation and processes, chosen once and said aloud."""
+
+    def __init__(self, cfg):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        device = cfg.device if cfg.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
+        if device == "cuda" and not cuda or device == "mps" and not mps:
+            raise BadInput(f"device: '{device}' is not available here; use auto or cpu")
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        why = "chosen" if cfg.dtype != "auto" else "no bf16 here"
+        bf16 = cfg.dtype == "bf16"
+        if cfg.dtype == "auto" and device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
+            bf16, why = True, "Ampere or newer"
+        self.device, self.bf16 = device, bf16
+        self.compile = cfg.compile == "yes" or cfg.compile == "auto" and device == "cuda"
+        if self.world > 1:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            if device == "cuda":
+                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(self.device)
+        if device == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.say(f"device {self.device} ({'chosen' if cfg.device != 'auto' else 'best available'}), "
+                 f"{'bf16' if bf16 else 'fp32'} ({why}), compile {'on' if self.compile else 'off'}, "
+                 f"{self.world} process(es), {torch.get_num_threads()} CPU threads")
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
+
+    def to(self, batch):
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+
+# ---------------------------------------------------------------- stages
+# A stage has: model (saved), optimized {optimizer name: parameters}, averaged (module whose EMA is kept),
+# batch(step, rows), losses(batch, step) yielding (optimizer name, loss, metrics), validate(step), finish().
+
+class VAEStage:
+    """Waveform crops -> VAE-GAN; at the end the latents' mean and std become buffers of the VAE."""
+
+    def __init__(self, cfg, runtime, clips, valid):
+        self.cfg, self.runtime, self.clips, self.valid = cfg, runtime, clips, valid
+        self.model = VAEGAN(cfg.vae)
+        self.averaged = self.model.vae
+        self.optimized = {"vae": self.model.vae.parameters()}
+        if self.model.disc is not None:
+            self.optimized["disc"] = self.model.disc.parameters()
+        hop, rate = cfg.vae.hop, cfg.vae.sample_rate
+        crop = max(1, round(cfg.data.crop_seconds * rate / hop)) * hop / rate             # whole latents
+        data = dataclasses.replace(cfg.data, crop_seconds=crop)
+        self.batch = AudioBatches(clips, data, rate, cfg.vae.channels, cfg.train.vae.batch)
+
+    def compile(self):
+        for part in (self.model.vae.encoder, self.model.vae.decoder):
+            part.compile()
+
+    def losses(self, batch, step):
+        return self.model.losses(batch["audio"], step)
+
+    def clip(self, clip, seconds):
+        wav = load_audio(clip.audio, self.cfg.vae.sample_rate, self.cfg.vae.channels, seconds=seconds, allow_silence=True)
+        return torch.from_numpy(wav)[None].to(self.runtime.device)
+
+    def validate(self, vae, step):
+        """Mean log10-mel distance on held-out clips; two clips of each kind rendered beside their original."""
+        cfg, total, shown = self.cfg, [], dict.fromkeys(KINDS, 0)
+        for clip in self.valid[:48]:
+            wav = self.clip(clip, 5.0)
+            rec = vae.decode(vae.encode(wav)[0])[..., :wav.shape[-1]]
+            if wav.shape[-1] >= 2048:
+                total.append(spectral_losses(wav, rec, cfg.vae, [1024], ["mel"])["mel"].item())
+            if shown[clip.kind] < 2:
+                shown[clip.kind] += 1
+                name = f"{cfg.out}/samples/step{step:08d}_vae_{clip.kind}{shown[clip.kind]}"
+                save_audio(f"{name}_original.wav", wav[0].cpu().numpy(), cfg.vae.sample_rate)
+                save_audio(f"{name}_reconstruction.wav", rec[0].cpu().numpy(), cfg.vae.sample_rate)
+                draw_spectrograms(f"{name}.png", [("original", wav[0]), ("reconstruction", rec[0])], cfg.vae.sample_rate)
+        return {"valid_mel": sum(total) / max(len(total), 1)}
+
+    def finish(self, vae):
+        """Mean and std over posterior samples of up to 400 clips -> buffers."""
+        means, variances = [], []
+        for clip in self.clips[:: max(1, len(self.clips) // 400)]:
+            mean, logvar = vae.encode(self.clip(clip, 10.0))
+            means.append(mean[0])
+            variances.append(logvar[0].exp())
+        means, variances = torch.cat(means), torch.cat(variances)
+        std = (means.var(0, correction=0) + variances.mean(0)).sqrt().clamp(min=1e-4)
+        vae.latent_mean.copy_(means.mean(0))
+        vae.latent_std.copy_(std)
+
+
+class LMStage:
+    """Cached latents and text -> CALM. As "consistency" it starts from lm.pt and changes the objective."""
+
+    def __init__(self, cfg, runtime, clips, valid, name):
+        self.cfg, self.runtime, self.valid = cfg, runtime, valid
+        state = load_checkpoint(f"{cfg.out}/vae.pt", "cpu")
+        if not state["done"]:
+            raise BadInput(f"{cfg.out}/vae.pt: its training is not finished; put \"vae\" before \"{name}\" in stages")
+        self.vae = VAE(cfg.vae)
+        weights = state["ema"] or {k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
+        load_weights(self.vae, weights, f"{cfg.out}/vae.pt")
+        self.vae.to(runtime.device).eval()
+        self.key = digest(weights, [c.audio for c in clips])                 # a new VAE or corpus: new latents
+        train, held = self.cache(clips, self.key), self.cache(valid, digest(weights, [c.audio for c in valid]))
+        stage = getattr(cfg.train, name)
+        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim)
+        self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}), len(valid), cfg.vae.latent_dim)
+        self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim, VOCAB, KINDS)
+        if name == "consistency":
+            state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
+            weights = state["ema"] or state["model"]
+            self.model.head.load_flow({k[5:]: v for k, v in weights.items() if k.startswith("head.")})
+            load_weights(self.model, self.model.state_dict() | weights, f"{cfg.out}/lm.pt")
+        self.averaged = self.model
+        self.optimized = {name: self.model.parameters()}
+
+    def cache(self, clips, key):
+        cfg = self.cfg
+
+        @torch.no_grad()
+        def encode(wav):
+            with self.runtime.autocast():
+                return torch.cat(self.vae.encode(wav.to(self.runtime.device)), -1).cpu()
+
+        if self.runtime.rank == 0:
+            LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key, sample_rate=cfg.vae.sample_rate,
+                              channels=cfg.vae.channels, hop=cfg.vae.hop, dim=cfg.vae.latent_dim, batch_seconds=60.0)
+        if self.runtime.world > 1:
+            dist.barrier()
+        return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key, sample_rate=cfg.vae.sample_rate,
+                                 channels=cfg.vae.channels, hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
+                                 batch_seconds=60.0, show=False)
+
+    def compile(self):
+        self.model.backbone.compile()
+        self.model.head.net.compile()
+
+    def prepare(self, batch):
+        """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D)."""
+        for name in ("x", "prompt"):
+            mean, logvar = batch[name].chunk(2, -1)
+            batch[name] = self.vae.normalize(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+        s = torch.arange(batch["x"].shape[1], device=batch["x"].device)
+        batch["x"] = batch["x"] * (s < batch["frames"][:, None])[..., None]
+        return batch
+
+    def losses(self, batch, step):
+        loss, metrics = self.model.loss(self.prepare(batch))
+        yield self.name, loss, metrics
+
+    def validate(self, model, step):
+        """Held-out loss with fixed noise; at the end, clips of each kind from text."""
+        cfg = self.cfg
+        torch.manual_seed(1)
+        rows = range(min(64, len(self.valid)))
+        _, metrics = model.loss(self.prepare(self.runtime.to(self.held(0, rows))))
+        for kind in KINDS:
+            texts = cfg.sample.texts.get(kind) or sorted({c.text for c in self.valid if c.kind == kind and c.text})
+            for i, text in enumerate(texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
+                tokens = torch.tensor([encode_text(text, kind)], device=self.runtime.device)
+                wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                                    steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
+                                    guidance=cfg.sample.cfg, generator=torch.Generator(self.runtime.device).manual_seed(i))
+                name = f"{cfg.out}/samples/step{step:08d}_{self.name}_{kind}{i + 1}"
+                save_audio(f"{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
+                draw_spectrograms(f"{name}.png", [(f"{kind}: {text}", wav)], cfg.vae.sample_rate)
+        return {f"valid_{k}": v.item() for k, v in metrics.items()}
+
+    def finish(self, model):
+        pass
+
+
+def draw_spectrograms(path, rows, sample_rate):
+    """One dB spectrogram above the other. rows: [(title, wav (ch, S)), ...]."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, axes = plt.subplots(len(rows), 1, figsize=(7, 2.2 * len(rows)), squeeze=False, layout="constrained")
+    for ax, (title, wav) in zip(axes[:, 0], rows):
+        wav = torch.nn.functional.pad(wav[0].float().cpu(), (0, max(0, 512 - wav.shape[-1])))
+        s = torch.stft(wav, 512, 128, window=torch.hann_window(512), return_complex=True).abs().clamp(min=1e-4)
+        ax.imshow(20 * s.log10().numpy(), origin="lower", aspect="auto", vmin=-60, vmax=35,
+                  extent=(0, wav.shape[-1] / sample_rate, 0, sample_rate / 2000))
+        ax.set_title(title[:90], fontsize=8)
+        ax.set_ylabel("kHz", fontsize=7)
+        ax.tick_params(labelsize=7)
+    axes[-1, 0].set_xlabel("seconds", fontsize=7)
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
+
+
+def draw_losses(out):
+    """loss.png: every logged figure of every stage against the step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    with open(f"{out}/log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    names = []
+    for row in rows:
+        names += [(row["stage"], k) for k in row if k not in ("stage", "step", "seconds", "rate")
+                  and (row["stage"], k) not in names]
+    if not names:
+        return
+    columns = min(4, len(names))
+    fig, axes = plt.subplots(-(-len(names) // columns), columns, squeeze=False, layout="constrained",
+                             figsize=(3 * columns, 2 * -(-len(names) // columns)))
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (stage, name) in zip(axes.flat, names):
+        points = [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r]
+        ax.set_axis_on()
+        ax.plot(*zip(*points), lw=0.9, marker="." if len(points) < 5 else None)
+        ax.set_title(f"{stage}: {name}", fontsize=8)
+        ax.tick_params(labelsize=6)
+    fig.savefig(f"{out}/loss.png", dpi=80)
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------- the loop
+
+def seed_for(seed, step, row):
+    """Noise of a micro-batch: a function of the global step and its first global row."""
+    return (seed * 1_000_003 + step) * 1_000_003 + row & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def schedule(cfg, step):
+    """Learning-rate factor: linear warm-up, then cosine from 1 to lr_end."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    share = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def make_optimizers(stage, cfg, device):
+    out = {}
+    for name, parameters in stage.optimized.items():
+        parameters = list(parameters)
+        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+                  {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+        lr = cfg.disc_lr if name == "disc" and cfg.disc_lr else cfg.lr
+        out[name] = torch.optim.AdamW(groups, lr=lr, betas=tuple(cfg.betas), fused=device.startswith("cuda"))
+        for group in out[name].param_groups:
+            group["peak"] = lr
+    return out
+
+
+def gradients(stage, batches, step, runtime, seed, total):
+    """Fill .grad with the gradient of the mean loss over the global batch; return the mean metrics.
+
+    batches: [(rows, batch), ...] this process's micro-batches; total: rows of the global batch.
+    """
+    sums = {}
+    for rows, batch in batches:
+        torch.manual_seed(seed_for(seed, step, rows.start))
+        share = len(rows) / total
+        with runtime.autocast():
+            for name, loss, metrics in stage.losses(runtime.to(batch), step):
+                (loss * share).backward()
+                for key, value in ({name: loss.detach()} | metrics).items():
+                    sums[key] = sums.get(key, 0.0) + value * share
+    if runtime.world > 1:
+        grads = [p.grad for p in stage.model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads] + [torch.stack([sums[k].float() for k in sums])])
+        dist.all_reduce(flat)
+        for g in grads:
+            g.copy_(flat[:g.numel()].view_as(g))
+            flat = flat[g.numel():]
+        sums = dict(zip(sums, flat))
+    return sums
+
+
+class EMA:
+    """Averaged weights w̄ ← d w̄ + (1 - d) w, with d growing to its value over the first steps."""
+
+    def __init__(self, module, decay):
+        self.module, self.decay = module, decay
+        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = self.module.state_dict()
+        floats = [k for k, v in current.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.state[k] for k in floats], [current[k].detach() for k in floats], 1 - decay)
+        for k in current.keys() - set(floats):
+            self.state[k].copy_(current[k])
+
+
+@contextlib.contextmanager
+def weights_of(module, state):
+    """The module with other weights for a while, in eval mode, without gradients."""
+    own = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    if state is not None:
+        module.load_state_dict(state)
+    module.eval()
+    with torch.no_grad():
+        yield module
+    module.train()
+    if state is not None:
+        module.load_state_dict(own)
+
+
+def train(stage, name, cfg, runtime):
+    """Run one stage to its end; resume from cfg.out/<name>.pt if it is there."""
+    c, out, path = getattr(cfg.train, name), cfg.out, f"{cfg.out}/{name}.pt"
+    if c.batch % runtime.world:
+        raise BadInput(f"train.{name}.batch: {c.batch} rows cannot be shared by {runtime.world} processes")
+    mine = c.batch // runtime.world
+    micro = c.micro_batch or mine
+    if mine % micro:
+        raise BadInput(f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
+    stage.model.to(runtime.device).train()
+    optimizers = make_optimizers(stage, c, runtime.device)
+    ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
+    if os.path.exists(path):
+        state = load_checkpoint(path, runtime.device)
+        load_weights(stage.model, state["model"], path)
+        for key, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][key])
+        if ema:
+            ema.state = state["ema"] or ema.state
+        first = state["step"]
+    if runtime.compile:
+        stage.compile()
+    size = sum(p.numel() for p in stage.model.parameters())
+    runtime.say(f"{name}: {size / 1e6:.2f}M parameters, {c.steps} steps of {c.batch} rows = {runtime.world} process(es) x "
+                f"{mine // micro} micro-batch(es) x {micro}" + (f"; resuming at step {first}" if first else ""))
+    if runtime.rank == 0:                                # what was logged after the checkpoint will come again
+        if os.path.exists(f"{out}/log.jsonl"):
+            with open(f"{out}/log.jsonl") as f:
+                log = [line for line in f if json.loads(line)["stage"] != name or json.loads(line)["step"] <= first]
+        with open(f"{out}/log.jsonl", "w") as f:
+            f.writelines(log)
+
+    def batches(step):
+        starts = range(runtime.rank * mine, (runtime.rank + 1) * mine, micro)
+        return [(range(s, s + micro), stage.batch(step, range(s, s + micro))) for s in starts]
+
+    def save(step, done=False):
+        if runtime.rank == 0:
+            save_checkpoint(path, {"stage": name, "step": step, "done": done, "config": dataclasses.asdict(cfg),
+                                   "model": stage.model.state_dict(), "ema": ema.state if ema else None,
+                                   "optimizers": {k: o.state_dict() for k, o in optimizers.items()}})
+
+    def write(row):
+        if runtime.rank == 0:
+            with open(f"{out}/log.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def validate(step):
+        with weights_of(stage.averaged, ema.state if ema else None) as module:
+            found = stage.validate(module, step)
+        write({"stage": name, "step": step, **{k: round(v, 5) for k, v in found.items()}})
+        runtime.say(f"{name} {step}/{c.steps} | " + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+
+    stop = []
+    old = {s: signal.signal(s, lambda *_: stop.append(1) or signal.signal(s, signal.SIG_DFL))
+           for s in (signal.SIGINT, signal.SIGTERM)}
+    prefetch = Prefetch(batches, first)
+    started, bad, spent = time.perf_counter(), 0, first
+    try:
+        for step in range(first, c.steps):
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * schedule(c, step)
+            sums = gradients(stage, next(prefetch), step, runtime, cfg.seed, c.batch)
+            norms = {}
+            for key, optimizer in optimizers.items():
+                parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+                norms[f"grad_{key}"] = torch.nn.utils.clip_grad_norm_(parameters, c.clip) if parameters else torch.zeros(())
+            finite = all(torch.isfinite(torch.stack([v.float().cpu() for v in (*norms.values(), *sums.values())])))
+            bad = 0 if finite else bad + 1
+            if bad == 10:
+                raise FloatingPointError(f"{name}: ten steps in a row were not finite at step {step}: " +
+                                         ", ".join(f"{k} {float(v):.3g}" for k, v in (sums | norms).items()))
+            if finite:
+                for optimizer in optimizers.values():
+                    optimizer.step()
+            else:
+                runtime.say(f"{name} {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
+            if ema:
+                ema.update(step)
+            at = step + 1
+            if at % c.log_every == 0 or at == c.steps:
+                now = time.perf_counter()
+                rate, spent, started = (at - spent) / (now - started), at, now
+                row = {k: round(float(v), 5) for k, v in (sums | norms).items()}
+                write({"stage": name, "step": at, **row, "rate": round(rate, 2)})
+                left = (c.steps - at) / rate
+                shown = " ".join(f"{k} {v:.3f}" for k, v in row.items() if "loss_" not in k and "grad" not in k)
+                runtime.say(f"{name} {at}/{c.steps} | {shown} | {rate:.1f} steps/s | "
+                            f"eta {int(left // 60)}:{int(left % 60):02d}")
+            if c.valid_every and at % c.valid_every == 0 and at < c.steps and runtime.rank == 0:
+                validate(at)
+            if at % c.save_every == 0 and at < c.steps or stop:
+                save(at)
+            if stop:
+                runtime.say(f"{name}: interrupted, {path} holds step {at}; the same command goes on from there")
+                sys.exit(130)
+    finally:
+        prefetch.close()
+        for s, handler in old.items():
+            signal.signal(s, handler)
+    with weights_of(stage.averaged, ema.state if ema else None) as module:
+        stage.finish(module)
+        if ema:
+            ema.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    if runtime.rank == 0:
+        validate(c.steps)
+        save(c.steps, done=True)
+        draw_losses(out)
+    if runtime.world > 1:
+        dist.barrier()
+
+
+def corpus(cfg, runtime):
+    """Training and held-out clips: the manifest's, or the toy corpus, made on first use."""
+    if cfg.data.manifest:
+        clips = load_manifest(cfg.data.manifest)
+        if cfg.data.valid:
+            return clips, load_manifest(cfg.data.valid)
+        order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(cfg.data.seed)).tolist()
+        held = min(max(8, len(clips) // 50), len(clips) // 2)
+        return [clips[i] for i in order[held:]], [clips[i] for i in order[:held]]
+    folder = f"{cfg.out}/toy"
+    if runtime.rank == 0:
+        toy.make(cfg.toy, folder, cfg.vae.sample_rate)
+    if runtime.world > 1:
+        dist.barrier()
+    return tuple(load_manifest(f"{folder}/{part}.jsonl") for part in ("train", "valid"))
+
+
+def start_over(out):
+    for path in glob.glob(f"{out}/*.pt") + glob.glob(f"{out}/log.jsonl"):
+        os.remove(path)
+    shutil.rmtree(f"{out}/latents", ignore_errors=True)
+
+
+def same_model(cfg, path, stage):
+    """Refuse to go on with a checkpoint whose model tables differ from the config's."""
+    state = load_checkpoint(path, "cpu")
+    saved = build(Config, state["config"])
+    for table in ("vae",) if stage == "vae" else ("vae", "lm"):
+        old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
+        wrong = next(((a, b) for a, b in zip(old, new) if a != b), None)
+        if wrong:
+            raise BadInput(f"{path}: trained with [{table}] {wrong[0]}, the config now says {wrong[1]}; "
+                           "use --fresh to start over or --out for another run folder")
+    return state["done"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="train.py --config FILE [--section.key value ...] [--fresh] [--print]")
+    parser.add_argument("--config", required=True, help="an experiment: configs/*.toml")
+    parser.add_argument("--fresh", action="store_true", help="start this run over")
+    parser.add_argument("--print", action="store_true", help="show the resolved config and stop")
+    arguments, overrides = parser.parse_known_args()
+    cfg = load(arguments.config, overrides)
+    if arguments.print:
+        print(dump(cfg), end="")
+        return
+    runtime = Runtime(cfg)
+    try:
+        os.makedirs(f"{cfg.out}/samples", exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
+    if arguments.fresh and runtime.rank == 0:
+        start_over(cfg.out)
+    done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s) for s in cfg.stages if os.path.exists(f"{cfg.out}/{s}.pt")}
+    if runtime.rank == 0:
+        with open(f"{cfg.out}/config.toml", "w") as f:
+            f.write(dump(cfg))
+    clips, valid = corpus(cfg, runtime)
+    runtime.say(f"data: {len(clips)} training clips, {len(valid)} held out")
+    for name in cfg.stages:
+        if done.get(name):
+            runtime.say(f"{name}: finished before, skipped")
+            continue
+        torch.manual_seed(cfg.seed)
+        stage = VAEStage(cfg, runtime, clips, valid) if name == "vae" else LMStage(cfg, runtime, clips, valid, name)
+        train(stage, name, cfg, runtime)
+    runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
+    if runtime.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli(main)

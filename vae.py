@@ -1,0 +1,486 @@
+"""The causal VAE-GAN: waveform -> a few dozen numbers a frame -> waveform.
+
+    wav (B, ch, S)                                        wav (B, ch, S)
+      │ front: conv k7, or log |STFT|                       ▲ conv k3, or inverse STFT
+      │ [residual units, ELU, strided conv] × ratios        │ [ELU, transposed conv, residual units] × ratios
+      │ conv k3                                             │ conv k7
+      ▼ (B, C, T)                                           │ (B, C, T)
+    transformer, causal, window = context                 transformer, causal, window = context
+      ▼ (B, T, C)                                           ▲ (B, T, C)
+    linear ─► mean, log-variance (B, T, D) ─► z = mean + std · eps ─► linear
+
+    discriminators: one per STFT size, looking at real and imaginary parts   (training only)
+
+    L = λ_t |x - x̂|  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL      (CALM eq. 2)
+
+T = ceil(S / hop), hop = product of `ratios`. Everything is causal: latent t is a function of the samples
+before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop) from the latents up to t; the
+iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until the next frames have been overlapped.
+
+Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; the convolutions are SEANet's as in EnCodec
+(Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden width half); iSTFT head:
+Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminators and hinge losses: EnCodec section 3.4;
+multi-scale log-mel loss: DAC (Kumar et al. 2023).
+Where this differs from the paper:
+- λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
+- encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the phase at the
+  door, and trains in minutes on a CPU. For a codec that is faithful to the waveform use encoder = "conv".
+- Generator and discriminator see the same weights of each other and step together, which lets gradients
+  accumulate over micro-batches exactly; EnCodec and DAC step one after the other.
+
+Precision: spectra, losses and discriminator logits in fp32; convolutions and transformers in the autocast dtype.
+"""
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from backbone import BackboneConfig, KVCache, Transformer
+
+LOSSES = ("time", "mel", "stft", "adv", "feat", "kl")
+
+
+def default_weights():
+    """EnCodec's balance of time and adversarial terms, DAC's of mel and features, CALM's KL (Table 10)."""
+    return {"time": 0.1, "mel": 15.0, "stft": 0.0, "adv": 1.0, "feat": 2.0, "kl": 0.01}
+
+
+@dataclass
+class VAEConfig:
+    """The [vae] table. Table 10: music 32 kHz, 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32."""
+    sample_rate: int = 24000        # Hz
+    channels: int = 1               # audio channels
+    latent_dim: int = 32            # D
+    ratios: list[int] = field(default_factory=lambda: [6, 5, 4, 4, 4])  # upsampling, decoder order; product = hop
+    encoder: str = "conv"           # conv | stft: log-magnitudes replace the outermost ratios
+    decoder: str = "conv"           # conv | istft: magnitude and phase replace the outermost ratios
+    stft_hop: int = 0               # samples; for stft / istft: product of the last ratios that the STFT replaces
+    stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
+    width: int = 64                 # channels next to the waveform; doubled at each ratio
+    width_max: int = 512            # ... up to this
+    res_layers: int = 1             # residual units a level, dilated 1, 2, 4, ...
+    dim: int = 512                  # transformer width C
+    heads: int = 8
+    encoder_layers: int = 8         # Table 10: 8 + 8 speech, 4 + 4 music
+    decoder_layers: int = 8
+    context: float = 10.0           # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
+    loss_weights: dict[str, float] = field(default_factory=default_weights)  # eq. 2; 0 = not computed
+    loss_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128, 64, 32])  # samples
+    loss_scales: int = 0            # windows drawn each step; 0 = all (fewer is faster: the STFTs are 40 % of a step)
+    disc_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # samples (EnCodec)
+    disc_width: int = 32            # channels of the discriminators
+    disc_start: int = 0             # step at which the adversarial losses join
+
+    def __post_init__(self):
+        for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft"))):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
+        if not self.ratios or min(self.ratios) < 1:
+            raise ValueError("ratios: needs at least one whole number >= 1")
+        for name in ("sample_rate", "channels", "latent_dim", "width", "dim", "heads", "width_max", "disc_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.heads or self.dim // self.heads % 2:
+            raise ValueError(f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
+        unknown = set(self.loss_weights) - set(LOSSES)
+        if unknown:
+            raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
+        if "stft" in self.encoder + self.decoder:
+            outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
+            if self.stft_hop not in outer:
+                raise ValueError(f"stft_hop: must be the product of the last ratios, one of {outer}, got {self.stft_hop}")
+            if self.n_fft < self.stft_hop:
+                raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, got {self.stft_size}")
+
+    @property
+    def hop(self):
+        """Samples a latent."""
+        return math.prod(self.ratios)
+
+    @property
+    def frame_rate(self):
+        """Latents a second."""
+        return self.sample_rate / self.hop
+
+    @property
+    def n_fft(self):
+        return self.stft_size or 4 * self.stft_hop
+
+    def levels(self, spectral):
+        """Ratios left to the convolutions, decoder order, and the channels at their wave-side end."""
+        ratios, outer, width = list(self.ratios), 1, self.width
+        while spectral and outer < self.stft_hop:
+            outer *= ratios.pop()
+            width *= 2
+        return ratios, min(width, self.width_max)
+
+    def transformer(self, layers):
+        return BackboneConfig(dim=self.dim, layers=layers, heads=self.heads, mlp="gelu",
+                              window=max(1, round(self.context * self.frame_rate)))
+
+
+# ---------------------------------------------------------------- causal layers
+# Each takes (x, state). state = None: the whole signal, zeros before it. Otherwise a dict, one entry a layer,
+# carried from chunk to chunk; chunks are whole numbers of strides (VAE.encode and .decode see to that).
+
+class Conv(nn.Module):
+    """Causal conv: output n sees inputs before (n + 1) · stride. (B, Cin, L) -> (B, Cout, L / stride)."""
+
+    def __init__(self, cin, cout, kernel, stride=1, dilation=1):
+        super().__init__()
+        self.past = (kernel - 1) * dilation + 1 - stride
+        self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation)
+
+    def forward(self, x, state=None):
+        if state is None:
+            return self.conv(F.pad(x, (self.past, 0)))
+        past = state.get(self)
+        x = torch.cat([x.new_zeros(*x.shape[:2], self.past) if past is None else past, x], -1)
+        state[self] = x[..., x.shape[-1] - self.past:]
+        return self.conv(x)
+
+
+class ConvTranspose(nn.Module):
+    """Causal upsampling by `stride`, kernel 2 · stride: input n reaches outputs from n · stride on."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.ConvTranspose1d(cin, cout, 2 * stride, stride)
+
+    def forward(self, x, state=None):
+        n = x.shape[-1] * self.stride
+        y = self.conv(x)                                             # (B, Cout, (L + 1) · stride)
+        if state is None:
+            return y[..., :n]
+        if self in state:
+            y = torch.cat([y[..., :self.stride] + state[self], y[..., self.stride:]], -1)
+        state[self] = y[..., n:] - self.conv.bias[:, None]           # the bias counts once
+        return y[..., :n]
+
+
+class Elu(nn.Module):
+    def forward(self, x, state=None):
+        return F.elu(x)
+
+
+class Chain(nn.Sequential):
+    def forward(self, x, state=None):
+        for layer in self:
+            x = layer(x, state)
+        return x
+
+
+class Residual(nn.Module):
+    """x + conv1(elu(conv3(elu(x)))), hidden width half (Mimi)."""
+
+    def __init__(self, width, dilation):
+        super().__init__()
+        self.body = Chain(Elu(), Conv(width, width // 2, 3, dilation=dilation), Elu(), Conv(width // 2, width, 1))
+
+    def forward(self, x, state=None):
+        return x + self.body(x, state)
+
+
+class Spectrum(nn.Module):
+    """Log-magnitudes of causal frames: (B, ch, L · hop) -> (B, ch · (n_fft / 2 + 1), L)."""
+
+    def __init__(self, n_fft, hop):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, x, state=None):
+        past = None if state is None else state.get(self)
+        zeros = x.new_zeros(*x.shape[:2], self.n_fft - self.hop)
+        x = torch.cat([zeros if past is None else past, x], -1)
+        if state is not None:
+            state[self] = x[..., x.shape[-1] - (self.n_fft - self.hop):]
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        frames = x.to(dtype).unfold(-1, self.n_fft, self.hop) * self.window.to(dtype)    # (B, ch, L, n_fft)
+        log = torch.fft.rfft(frames).abs().clamp(min=1e-3).log() * 0.3 + 0.5             # about unit scale
+        return log.transpose(2, 3).flatten(1, 2)
+
+
+class InverseSpectrum(nn.Module):
+    """exp(m) · e^{i p} per bin, inverse FFT, window, overlap-add: (B, ch · 2 · bins, L) -> (B, ch, L · hop).
+
+    Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so a latent's frames end where its
+    samples end. Offline the last `latency` samples miss frames that will never come and fade out.
+    """
+
+    def __init__(self, n_fft, hop, channels):
+        super().__init__()
+        self.n_fft, self.hop, self.channels, self.latency = n_fft, hop, channels, n_fft - hop
+        window = torch.hann_window(n_fft)
+        steady = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)            # overlapped energy
+        self.register_buffer("window", window / steady.repeat(n_fft // hop + 1)[:n_fft], persistent=False)
+
+    def forward(self, x, state=None):
+        B, L = x.shape[0], x.shape[-1]
+        x = x if x.dtype == torch.float64 else x.float()
+        log, phase = x.view(B, self.channels, 2, self.n_fft // 2 + 1, L).unbind(2)
+        mag = log.clamp(max=7.0).exp()                                                   # e^7: louder than any clip
+        frames = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)           # (B, ch, n_fft, L)
+        frames = (frames * self.window.to(x.dtype)[:, None]).flatten(0, 1)
+        n = L * self.hop
+        y = F.fold(frames, (1, n + self.latency), (1, self.n_fft), stride=(1, self.hop))
+        y = y.view(B, self.channels, n + self.latency)
+        if state is None:
+            return y[..., self.latency:]
+        started, (tail, owed) = self in state, state.get(self, (None, self.latency))
+        if started:
+            y = torch.cat([y[..., :self.latency] + tail, y[..., self.latency:]], -1)
+        skip = min(owed, n)                                          # what lies before the signal's start
+        state[self] = (y[..., n:], owed - skip)
+        return y[..., skip:n]
+
+    def flush(self, state):
+        """The samples still owed after the last latent."""
+        tail, owed = state.pop(self)
+        return tail[..., owed:]
+
+
+# ---------------------------------------------------------------- encoder, decoder, VAE
+
+class Encoder(nn.Module):
+    """wav (B, ch, T · hop) -> (B, T, 2 D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        ratios, width = cfg.levels(cfg.encoder == "stft")
+        if cfg.encoder == "stft":
+            layers = [Spectrum(cfg.n_fft, cfg.stft_hop), Conv(cfg.channels * (cfg.n_fft // 2 + 1), width, 3)]
+        else:
+            layers = [Conv(cfg.channels, width, 7)]
+        for ratio in reversed(ratios):
+            layers += [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
+            wider = min(2 * width, cfg.width_max)
+            layers += [Elu(), Conv(width, wider, 2 * ratio, stride=ratio)]
+            width = wider
+        self.conv = Chain(*layers, Elu(), Conv(width, cfg.dim, 3))
+        self.transformer = Transformer(cfg.transformer(cfg.encoder_layers))
+        self.out = nn.Linear(cfg.dim, 2 * cfg.latent_dim)
+
+    def forward(self, wav, state=None):
+        x = self.conv(wav, state).transpose(1, 2)                                        # (B, T, C)
+        return self.out(self.transformer(x, None if state is None else state.setdefault(self, KVCache())))
+
+
+class Decoder(nn.Module):
+    """z (B, T, D) -> wav (B, ch, T · hop)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        ratios, narrow = cfg.levels(cfg.decoder == "istft")
+        widths = [min(narrow * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
+        self.input = nn.Linear(cfg.latent_dim, cfg.dim)
+        self.transformer = Transformer(cfg.transformer(cfg.decoder_layers))
+        layers = [Conv(cfg.dim, widths[0], 7)]
+        for ratio, wide, width in zip(ratios, widths, widths[1:]):
+            layers += [Elu(), ConvTranspose(wide, width, ratio)]
+            layers += [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
+        if cfg.decoder == "istft":
+            layers += [Elu(), Conv(narrow, cfg.channels * (cfg.n_fft + 2), 3),
+                       InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels)]
+        else:
+            layers += [Elu(), Conv(narrow, cfg.channels, 3)]
+        self.conv = Chain(*layers)
+        self.latency = cfg.n_fft - cfg.stft_hop if cfg.decoder == "istft" else 0
+
+    def forward(self, z, state=None):
+        x = self.transformer(self.input(z), None if state is None else state.setdefault(self, KVCache()))
+        return self.conv(x.transpose(1, 2), state)
+
+
+class VAE(nn.Module):
+    """encode, decode, and the statistics that make latents zero-mean and unit-variance for a language model.
+
+    Streaming: pass one dict, empty at first, as `state` to every call of encode (or decode) for one signal.
+    The pieces joined equal the offline result for any sizes of pieces.
+    """
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.latency = self.decoder.latency                  # samples that streaming decode lags behind
+        self.register_buffer("latent_mean", torch.zeros(cfg.latent_dim))
+        self.register_buffer("latent_std", torch.ones(cfg.latent_dim))
+
+    def encode(self, wav, state=None):
+        """wav (B, ch, S) in [-1, 1] -> mean, log-variance, each (B, T, D), T = ceil(S / hop).
+
+        Offline the end is padded with zeros to a whole frame; with a state T = whole frames so far, the
+        remaining samples wait in the state.
+        """
+        hop = self.cfg.hop
+        if state is None:
+            wav = F.pad(wav, (0, -wav.shape[-1] % hop))
+        else:
+            wav = torch.cat([state["wait"], wav], -1) if "wait" in state else wav
+            whole = wav.shape[-1] // hop * hop
+            state["wait"], wav = wav[..., whole:], wav[..., :whole]
+        if wav.shape[-1] == 0:
+            return (wav.new_zeros(wav.shape[0], 0, self.cfg.latent_dim),) * 2
+        mean, logvar = self.encoder(wav, state).float().chunk(2, -1)
+        return mean, logvar.clamp(-12.0, 4.0)                # std in [.0025, 7.4]: no overflow, no division by 0
+
+    def decode(self, z, state=None):
+        """z (B, T, D) -> wav (B, ch, T · hop). With a state the first `latency` samples come late; see flush."""
+        if z.shape[1] == 0:
+            return z.new_zeros(z.shape[0], self.cfg.channels, 0)
+        return self.decoder(z, state).float()
+
+    def flush(self, state):
+        """(B, ch, latency): the end of a signal decoded with `state`; empty for the conv decoder."""
+        last = self.decoder.conv[-1]
+        if not self.latency or last not in state:
+            return torch.zeros(1, self.cfg.channels, 0)
+        return last.flush(state).float()
+
+    def normalize(self, z):
+        """Latents as the language model sees them: (z - latent_mean) / latent_std."""
+        return (z - self.latent_mean) / self.latent_std
+
+    def denormalize(self, x):
+        return x * self.latent_std + self.latent_mean
+
+    def forward(self, wav):
+        """wav (B, ch, S), S a multiple of hop -> reconstruction from a posterior sample, mean, log-variance."""
+        mean, logvar = self.encode(wav)
+        return self.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)), mean, logvar
+
+
+# ---------------------------------------------------------------- losses
+
+def stft(x, n_fft):
+    """(B, S) -> complex (B, n_fft / 2 + 1, frames), hop n_fft / 4, fp32."""
+    window = torch.hann_window(n_fft, device=x.device)
+    return torch.stft(x.float(), n_fft, n_fft // 4, window=window, return_complex=True)
+
+
+@cache
+def mel_filters(sample_rate, n_fft, n_mels, device=None):
+    """Triangles on the mel scale m = 2595 log10(1 + f / 700): (n_mels, n_fft / 2 + 1), each summing to about 1."""
+    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, device=device) / 2595) - 1)             # Hz
+    freq = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, device=device)
+    up = (freq - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    down = (edges[2:, None] - freq) / (edges[2:] - edges[1:-1])[:, None]
+    filters = torch.minimum(up, down).clamp(min=0)
+    return filters / filters.sum(1, keepdim=True).clamp(min=1e-3)
+
+
+def kl_loss(mean, logvar):
+    """KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, the mean over dimensions and positions."""
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+
+
+def spectral_losses(x, y, cfg, windows, names):
+    """Sums over windows / number of windows. x, y (B, ch, S): original, reconstruction.
+
+    mel:  mean |log10 mel(x) - log10 mel(y)|, floor 1e-5, 5 n_fft / 32 bands (DAC: 5 at 32 .. 320 at 2048)
+    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||  (Yamamoto et al. 2020)
+    """
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
+    out = dict.fromkeys(names, 0.0)
+    for n_fft in windows:
+        X, Y = stft(x, n_fft).abs(), stft(y, n_fft).abs()
+        if "mel" in out:
+            filters = mel_filters(cfg.sample_rate, n_fft, max(5, 5 * n_fft // 32), x.device)
+            mels = [(filters @ s / math.sqrt(n_fft)).clamp(min=1e-5).log10() for s in (X, Y)]
+            out["mel"] = out["mel"] + (mels[0] - mels[1]).abs().mean()
+        if "stft" in out:
+            norm = X.pow(2).sum((1, 2)).clamp(min=1e-4)
+            convergence = ((X - Y).pow(2).sum((1, 2)) / norm).clamp(min=1e-8).sqrt().mean()
+            logs = (X.clamp(min=1e-4).log() - Y.clamp(min=1e-4).log()).abs().mean()
+            out["stft"] = out["stft"] + convergence + logs
+    return {name: value / len(windows) for name, value in out.items()}
+
+
+class STFTDiscriminator(nn.Module):
+    """Real and imaginary STFT as an image -> logits; 2-d convs dilated in time, strided in frequency (EnCodec)."""
+
+    def __init__(self, n_fft, channels, width):
+        super().__init__()
+        self.n_fft = n_fft
+        conv = lambda cin, cout, kernel, **options: weight_norm(nn.Conv2d(
+            cin, cout, kernel, padding=tuple((k - 1) * d // 2 for k, d in zip(kernel, options.get("dilation", (1, 1)))),
+            **options))
+        self.convs = nn.ModuleList(
+            [conv(2 * channels, width, (3, 9))]
+            + [conv(width, width, (3, 9), stride=(1, 2), dilation=(d, 1)) for d in (1, 2, 4)]
+            + [conv(width, width, (3, 3))])
+        self.logits = conv(width, 1, (3, 3))
+
+    def forward(self, wav):
+        B, ch, _ = wav.shape
+        s = stft(wav.flatten(0, 1), self.n_fft) / math.sqrt(self.n_fft)                  # (B ch, bins, frames)
+        x = torch.view_as_real(s).permute(0, 3, 2, 1).reshape(B, 2 * ch, s.shape[2], s.shape[1])
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+            features.append(x)
+        return self.logits(x).float(), features
+
+
+class Discriminators(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.each = nn.ModuleList(STFTDiscriminator(n, cfg.channels, cfg.disc_width) for n in cfg.disc_windows)
+
+    def forward(self, wav):
+        """wav (B, ch, S) -> [(logits, features) for each scale]"""
+        return [d(wav) for d in self.each]
+
+
+class VAEGAN(nn.Module):
+    """The VAE, its discriminators, and eq. 2. loss_weights of 0 are not computed; no discriminators without adv, feat."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg, self.vae = cfg, VAE(cfg)
+        self.weights = {name: w for name, w in cfg.loss_weights.items() if w > 0}
+        self.disc = Discriminators(cfg) if self.weights.keys() & {"adv", "feat"} else None
+
+    def losses(self, wav, step):
+        """wav (B, ch, S) -> yields (optimizer name, loss, metrics): first "vae", then "disc" if it plays.
+
+        adv:  generator -mean D(x̂); discriminator mean relu(1 - D(x)) + mean relu(1 + D(x̂))   (hinge)
+        feat: mean |D_l(x) - D_l(x̂)| / mean |D_l(x)| over layers and scales                    (EnCodec)
+        """
+        cfg = self.cfg
+        rec, mean, logvar = self.vae(wav)
+        terms = {}
+        if "time" in self.weights:
+            terms["time"] = (wav - rec).abs().mean()
+        if "kl" in self.weights:
+            terms["kl"] = kl_loss(mean, logvar)
+        spectral = [name for name in ("mel", "stft") if name in self.weights]
+        if spectral:
+            windows = cfg.loss_windows
+            if cfg.loss_scales:
+                windows = [windows[i] for i in torch.randperm(len(windows))[:cfg.loss_scales].tolist()]
+            with torch.autocast(wav.device.type, enabled=False):
+                terms |= spectral_losses(wav, rec, cfg, windows, spectral)
+        adversarial = self.disc is not None and step >= cfg.disc_start
+        if adversarial:
+            self.disc.requires_grad_(False)                  # gradients pass through it, none stay
+            with torch.no_grad():
+                real = self.disc(wav)
+            fake = self.disc(rec)
+            terms["adv"] = -sum(logits.mean() for logits, _ in fake) / len(fake)
+            pairs = [(r, f) for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
+            terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4) for r, f in pairs) / len(pairs)
+            self.disc.requires_grad_(True)
+        total = sum(self.weights.get(name, 0.0) * value for name, value in terms.items())
+        yield "vae", total, {name: value.detach() for name, value in terms.items()}
+        if adversarial:
+            real, fake = self.disc(wav), self.disc(rec.detach())
+            loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for (r, _), (f, _) in zip(real, fake)) / len(real)
+            yield "disc", loss, {"disc": loss.detach()}
