@@ -71,6 +71,13 @@ def cli(main):
         sys.exit(130)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are BadInput: one line instead of a usage text and a line."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (see {self.prog} -h)")
+
+
 @dataclass
 class Clip:
     """One line of a manifest."""
@@ -766,7 +773,7 @@ class LatentBatches:
 # ---------------------------------------------------------------------------- command line
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Make, check and describe manifests of audio clips.")
+    p = Parser(description="Make, check and describe manifests of audio clips.")
     sub = p.add_subparsers(dest="command", required=True)
 
     def command(name, about):

@@ -12,22 +12,25 @@ An objective knows the noising path, the times, the loss and the solver; a netwo
 
     loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
 
-    objective      path                        the network learns               steps   paper
-    RectifiedFlow  x_t = (1-t) x + t eps       F = eps - x,             t < 1    20     Liu et al. 2023
-    TrigFlow       x_t = cos t x + sin t eps   F = cos t eps - sin t x, t < π/2  20     CALM 4.2, Tab. 4
-    Consistency    the same path               f = cos t x_t - sin t F, f = x_0   1     CALM Eq. 1 and 3
+    objective      path                        the network learns               steps  paper
+    RectifiedFlow  x_t = (1-t) x + t eps       F = eps - x,             t < 1    20    Liu 2023
+    TrigFlow       x_t = cos t x + sin t eps   F = cos t eps - sin t x, t < π/2  20    4.2, Table 4
+    Consistency    the same path               f = cos t x_t - sin t F, f = x_0   1    Eq. 1 and 3
 
-Papers: CALM (arXiv 2509.06926) sections 3.2, 4.2, 4.4 (head batch multiplier), 4.5 (temperature) and
-Table 9; the network is MAR's (Li et al. 2024, arXiv 2406.11838); consistency is sCM (Lu & Song 2025,
-arXiv 2410.11081). Shapes: N positions or any leading dims, D latent channels, C channels of z,
-w width, M head batch multiplier. Latents have mean 0 and variance 1 per channel (sCM's sigma_d = 1).
+Papers: CALM (arXiv 2509.06926) sections 3.2, 4.2, 4.4 (head batch multiplier), 4.5 (temperature)
+and Table 9; the network is MAR's (Li et al. 2024, arXiv 2406.11838); consistency is sCM (Lu & Song
+2025, arXiv 2410.11081). Shapes: N positions or any leading dims, D latent channels, C channels of
+z, w width, M head batch multiplier. Latents have mean 0 and variance 1 per channel (sCM's
+sigma_d = 1).
 
 Where this differs from the printed CALM paper, and why:
-  * t lies in (0, π/2) and sampling starts at π/2; the paper writes t ~ [0, 1] and t = 1. cos 1 = .54, so
-    a network trained on [0, 1] never sees pure noise, which is where a 1-step sample starts.
+  * t lies in (0, π/2) and sampling starts at π/2; the paper writes t ~ [0, 1] and t = 1. cos 1 =
+    .54, so a network trained on [0, 1] never sees pure noise, which is where a 1-step sample
+    starts.
   * Temperature tau multiplies the std of the noise by sqrt(tau); the paper's "variance 1/sqrt(tau)"
     would make a low temperature noisier (v3 of the paper says it right).
-  * df/dt in Eq. 3 is a target: no gradient through it (as Eq. 1 and v3). With one the model is biased.
+  * df/dt in Eq. 3 is a target: no gradient through it (as Eq. 1 and v3). With one the model is
+    biased.
   * Not in the paper, from sCM, without which the gradient has spikes: the tangent g is divided by
     ||g|| + .1, it may be warmed up (r), and tan t is log-normal, not t uniform.
   * w_psi(t), the adaptive weight of Eq. 1, is a switch: see HeadConfig.adaptive.
@@ -51,29 +54,29 @@ HALF_PI = math.pi / 2
 @dataclass
 class HeadConfig:
     """The [lm.head] table."""
-    # What the head learns: rectified_flow | trigflow | consistency. TrigFlow is the paper's best and
-    # slowest (Tab. 4), consistency its choice for real time; consistency starts well from TrigFlow's
-    # weights (Consistency.load_flow).
+    # What the head learns: rectified_flow | trigflow | consistency. TrigFlow is the paper's best
+    # and slowest (Tab. 4), consistency its choice for real time; consistency starts well from
+    # TrigFlow's weights (Consistency.load_flow).
     objective: str = "trigflow"
     # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M).
     width: int = 512
     # Residual blocks. Tab. 9: 12 (music), 6 (speech).
     blocks: int = 6
-    # Head batch multiplier M (4.4, Tab. 9: 8): draws of (t, eps) per position and step. One pass of the
-    # backbone serves M losses; memory and time of the head grow M times.
+    # Head batch multiplier M (4.4, Tab. 9: 8): draws of (t, eps) per position and step. One pass of
+    # the backbone serves M losses; memory and time of the head grow M times.
     multiplier: int = 8
-    # Mean and std of log(noise / signal), the same in all objectives: the log of tan t, or of t / (1-t)
-    # for rectified_flow (where 0, 1 is SD3's logit-normal). Not given in the paper; sCM uses -1, 1.4 on
-    # images; -.4, 1.4 trained on every seed of our toys. More noise (larger) helps the first step.
+    # Mean and std of log(noise / signal), the same in all objectives: the log of tan t, or of t /
+    # (1-t) for rectified_flow (where 0, 1 is SD3's logit-normal). Not given in the paper; sCM uses
+    # -1, 1.4 on images; -.4, 1.4 trained on every seed of our toys.
     p_mean: float = -0.4
     p_std: float = 1.4
-    # consistency: learn w_psi(t) of Eq. 1 and 3, 257 parameters: exp(w) loss - w, so that every t weighs
-    # the same. The reported loss then is about 1 - w and may be negative. Measured no better than
-    # without in our toys, so off; the paper has it on.
+    # consistency: learn w_psi(t) of Eq. 1 and 3, 257 parameters: exp(w) loss - w, so that every t
+    # weighs the same. The reported loss then is about 1 - w and may be negative. Measured no better
+    # than without in our toys, so off; the paper has it on.
     adaptive: bool = False
-    # consistency: calls of loss in training mode over which r goes from 0 (flow matching) to 1 (sCM uses
-    # 10k); with gradient accumulation each micro-batch is a call. 0 = r is 1 from the start, which was
-    # stable from scratch and is right when TrigFlow's weights are loaded.
+    # consistency: calls of loss in training mode over which r goes from 0 (flow matching) to 1 (sCM
+    # uses 10k); with gradient accumulation each micro-batch is a call. 0 = r is 1 from the start,
+    # which was stable from scratch and is right when TrigFlow's weights are loaded.
     warmup: int = 0
     # consistency: c of g / (||g|| + c), sCM's .1. Not in the paper.
     tangent_c: float = 0.1
@@ -108,9 +111,10 @@ def fp32(x):
 def sinusoid(t):
     """t (..) -> [cos, sin] (.., 256) with RMS 1, angular frequencies from 1 down to 1e-4.
 
-    The highest frequency is 1 on purpose. Scaling t by 1000 first (DiT's habit) multiplies d/dt, and
-    with it the consistency tangent, by 1000 (toy energy distance 3.66 instead of .18). The sqrt 2 is
-    the RMSNorm after the embedding that keeps training stable: cos² + sin² = 1, so it is a constant.
+    The highest frequency is 1 on purpose. Scaling t by 1000 first (DiT's habit) multiplies d/dt,
+    and with it the consistency tangent, by 1000 (toy energy distance 3.66 instead of .18). The sqrt
+    2 is the RMSNorm after the embedding that keeps training stable: cos² + sin² = 1, so it is a
+    constant.
     """
     t = fp32(t)
     freqs = torch.exp(torch.arange(128, device=t.device, dtype=t.dtype) * (-math.log(1e4) / 128))
@@ -135,7 +139,7 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """h + gate * MLP(LN(h) (1 + scale) + shift); the MLP has no expansion (this gives Tab. 9's 601M)."""
+    """h + gate * MLP(LN(h) (1 + scale) + shift); no expansion in the MLP (hence Tab. 9's 601M)."""
 
     def __init__(self, width):
         super().__init__()
@@ -170,7 +174,7 @@ class AdaLNMLP(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         for m in [block.ada[1] for block in self.blocks] + [self.ada[1], self.output]:
-            nn.init.zeros_(m.weight)                                        # blocks start as identity
+            nn.init.zeros_(m.weight)                                      # blocks start as identity
 
     def forward(self, x_t, t, z):
         dtype = self.input.weight.dtype
@@ -185,14 +189,15 @@ class AdaLNMLP(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- objectives
-# Contract with the network. net(x_t, t, z): x_t (.., D) and t (..) in fp32, z whatever loss or sample
-# was given, untouched; with multiplier M > 1, loss puts one axis M in front of x_t and t. `net.dim` is
-# D. A position is what shares one t: a network that denoises blocks takes x (B, blocks, block * D).
+# Contract with the network. net(x_t, t, z): x_t (.., D) and t (..) in fp32, z whatever loss or
+# sample was given, untouched; with multiplier M > 1, loss puts one axis M in front of x_t and t.
+# `net.dim` is D. A position is what shares one t: a network that denoises blocks takes x (B,
+# blocks, block * D).
 
 def draw(x, cfg):
-    """Repeat x (.., D) M times, with its own noise and time for every position and every repeat (4.4).
+    """Repeat x (.., D) M times; own noise and time for every position and every repeat (4.4).
 
-    Returns x, eps (M, .., D) and u = log(noise / signal) ~ N(p_mean, p_std²) (M, ..); no M when M = 1.
+    Returns x, eps (M, .., D), u = log(noise / signal) ~ N(p_mean, p_std²) (M, ..); no M if M = 1.
     """
     x = fp32(x)
     if cfg.multiplier > 1:
@@ -212,7 +217,7 @@ def finish(loss, u, cfg, error=None):
 
 
 def start(net, z, cfg, default, shape, steps, temperature, generator):
-    """The starting noise of std sqrt(tau) (.., D), a function that draws more of it, and the steps."""
+    """Starting noise of std sqrt(tau) (.., D), a function that draws more of it, and the steps."""
     steps = steps or cfg.steps or default
     if steps < 1:
         raise ValueError(f"steps: {steps} is wrong; valid: an integer of at least 1")
@@ -229,14 +234,14 @@ def start(net, z, cfg, default, shape, steps, temperature, generator):
 
 
 class RectifiedFlow(nn.Module):
-    """x_t = (1-t) x + t eps, F = dx/dt = eps - x, t in (0, 1); AudioCALM's objective (Liu et al. 2023)."""
+    """x_t = (1-t) x + t eps, F = dx/dt = eps - x, t in (0, 1) (Liu et al. 2023; AudioCALM)."""
 
     def __init__(self, net, cfg):
         super().__init__()
         self.net, self.cfg = net, cfg
 
     def loss(self, z, x):
-        """||F(x_t, t, z) - (eps - x)||² / D. z (.., C), x (.., D) -> loss (..), metrics."""
+        """||F(x_t, t, z) - (eps - x)||² / D. (.., C), (.., D) -> (..), metrics."""
         x, eps, u = draw(x, self.cfg)
         t = torch.sigmoid(u)                                                # t / (1-t) = e^u
         x_t = x + t[..., None] * (eps - x)
@@ -251,7 +256,7 @@ class RectifiedFlow(nn.Module):
         for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
             F = fp32(self.net(x, t.expand(x.shape[:-1]), z))
             x_s = x + (s - t) * F
-            if self.cfg.solver == "heun" and i < steps - 1:                 # last step: see TrigFlow
+            if self.cfg.solver == "heun" and i < steps - 1:               # last step: see TrigFlow
                 F_s = fp32(self.net(x_s, s.expand(x.shape[:-1]), z))
                 x_s = x + (s - t) * (F + F_s) / 2
             x = x_s
@@ -261,7 +266,8 @@ class RectifiedFlow(nn.Module):
 class TrigFlow(nn.Module):
     """x_t = cos t x + sin t eps, F = dx/dt = cos t eps - sin t x, t in (0, π/2) (CALM 4.2, sCM 3).
 
-    Variance 1 at every t, and the same F as Consistency, which can therefore start from its weights.
+    Variance 1 at every t, and the same F as Consistency, which can therefore start from its
+    weights.
     """
 
     def __init__(self, net, cfg):
@@ -269,7 +275,7 @@ class TrigFlow(nn.Module):
         self.net, self.cfg = net, cfg
 
     def loss(self, z, x):
-        """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. z (.., C), x (.., D) -> loss (..), metrics."""
+        """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. (.., C), (.., D) -> (..), metrics."""
         x, eps, u = draw(x, self.cfg)
         t = torch.atan(u.exp())                                             # tan t = e^u
         cos, sin = t.cos()[..., None], t.sin()[..., None]
@@ -281,10 +287,11 @@ class TrigFlow(nn.Module):
         """Integrate dx/dt = F from t = π/2 to 0, a grid uniform in t. z (.., C) -> x (.., D).
 
         A step is a rotation: x_s = cos(t-s) x_t - sin(t-s) F. It moves along the path of the x and
-        eps that F predicts (it is DDIM), so it is exact wherever these are constant, with any step, and
-        keeps the variance; an Euler step x_t - (t-s) F leaves the circle, by 57 % when 1 step goes
-        from π/2 to 0. heun corrects it with the F found at s: x'' + x = w with w constant over a step.
-        The last step stays first order (as in EDM): F at t = 0 is a guess of noise that is not there.
+        eps that F predicts (it is DDIM), so it is exact wherever these are constant, with any step,
+        and keeps the variance; an Euler step x_t - (t-s) F leaves the circle, by 57 % when 1 step
+        goes from π/2 to 0. heun corrects it with the F found at s: x'' + x = w with w constant over
+        a step. The last step stays first order (as in EDM): F at t = 0 is a guess of noise that is
+        not there.
         """
         x, _, steps = start(self.net, z, self.cfg, 20, shape, steps, temperature, generator)
         times = torch.linspace(HALF_PI, 0, steps + 1, device=x.device, dtype=x.dtype)
@@ -304,12 +311,12 @@ def consistency_tangent(net, x_t, t, dxdt, z, r=1.0):
 
         df/dt = -cos t (F - dx/dt) - sin t (x_t + dF/dt),   dF/dt = dF/dx dx/dt + ∂F/∂t (both terms)
         g     = -cos² t (F - dx/dt) - r (cos t sin t x_t + J)
-        J     = cos t sin t dF/dt: one jvp whose tangents are multiplied by cos t sin t before it, which
-                keeps it finite near π/2
+        J     = cos t sin t dF/dt: one jvp whose tangents are multiplied by cos t sin t before
+                it, which keeps it finite near π/2
 
-    x_t, dxdt (.., D), t (..); r in [0, 1] is the warm-up, 1 = the true derivative. Returns g (.., D)
-    without gradient. The caller turns autocast off. dxdt is cos t eps - sin t x with the x and eps of
-    the pair (training without a teacher), or the flow's F (exact).
+    x_t, dxdt (.., D), t (..); r in [0, 1] is the warm-up, 1 = the true derivative. Returns g (..,
+    D) without gradient. The caller turns autocast off. dxdt is cos t eps - sin t x with the x and
+    eps of the pair (training without a teacher), or the flow's F (exact).
     """
     cos, sin = t.cos(), t.sin()
     with torch.no_grad():
@@ -322,9 +329,10 @@ def consistency_tangent(net, x_t, t, dxdt, z, r=1.0):
 class Consistency(nn.Module):
     """f(x_t, t) = cos t x_t - sin t F(x_t, t) jumps to the data in one step; f(x, 0) = x by form.
 
-    CALM Eq. 1 and 3 without a teacher, sCM's way. The loss hovers and tells nothing about quality: watch
-    tangent_max (spikes come before trouble) and a metric on samples. Two passes: the jvp without
-    graph, then a plain forward with one; one pass gives the same gradient and takes 2.5 x the memory.
+    CALM Eq. 1 and 3 without a teacher, sCM's way. The loss hovers and tells nothing about quality:
+    watch tangent_max and a metric on samples. Two passes: the jvp
+    without graph, then a plain forward with one; one pass gives the same gradient and takes 2.5 x
+    the memory.
     """
 
     def __init__(self, net, cfg):
@@ -341,10 +349,10 @@ class Consistency(nn.Module):
         return t.cos()[..., None] * x_t - t.sin()[..., None] * fp32(self.net(x_t, t, z))
 
     def loss(self, z, x):
-        """e^w(t) / D ||F - sg(F) - g / (||g|| + c)||² - w(t). z (.., C), x (.., D) -> loss (..), metrics.
+        """e^w(t) / D ||F - sg(F) - g / (||g|| + c)||² - w(t). (.., C), (.., D) -> (..), metrics.
 
-        Gradients reach the network and z through the plain F only. In training mode a call counts one
-        iteration of the warm-up.
+        Gradients reach the network and z through the plain F only. In training mode a call counts
+        one iteration of the warm-up.
         """
         cfg = self.cfg
         x, eps, u = draw(x, cfg)
@@ -365,10 +373,11 @@ class Consistency(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
-        """1 step: f(sqrt(tau) eps, π/2). More: noise again to t, jump again. z (.., C) -> x (.., D).
+        """1 step: f(sqrt(tau) eps, π/2). More: noise again to t, jump again. (.., C) -> (.., D).
 
-        Times π/2 (1 - k / steps): for 2 to 4 steps other grids differ within noise. The new noise has
-        std sqrt(tau) too. Stochastic, so many steps accumulate error (Tab. 6: worse beyond 4 to 10).
+        Times π/2 (1 - k / steps): for 2 to 4 steps other grids differ within noise. The new noise
+        has std sqrt(tau) too. Stochastic, so many steps accumulate error (Tab. 6: worse beyond 4 to
+        10).
         """
         x_t, noise, steps = start(self.net, z, self.cfg, 1, shape, steps, temperature, generator)
         times = torch.linspace(HALF_PI, 0, steps + 1, device=x_t.device, dtype=x_t.dtype)
@@ -379,10 +388,10 @@ class Consistency(nn.Module):
         return x
 
     def load_flow(self, state_dict):
-        """Start from a trained TrigFlow's state_dict: every weight of the network must be there and fit.
+        """Start from a TrigFlow's state_dict: every weight of the network must be there and fit.
 
-        Only what TrigFlow does not have (it, psi) keeps its value. A Consistency state_dict loads as
-        usual. RectifiedFlow's names are the same but its F means something else: do not.
+        Only what TrigFlow does not have (it, psi) keeps its value. A Consistency state_dict loads
+        as usual. RectifiedFlow's names are the same but its F means something else: do not.
         """
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("net.")}
         self.load_state_dict(own | state_dict)                              # strict

@@ -40,8 +40,8 @@ import torch.distributed as dist
 import toy
 from calm import CALM
 from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model, Config)
-from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Prefetch, cli, digest,
-                  encode_text, load_audio, load_manifest, save_audio)
+from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Parser, Prefetch, cli, digest,
+                  encode_text, load_audio, load_clips, load_manifest, save_audio)
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -99,9 +99,7 @@ class VAEStage:
         if self.model.disc is not None:
             self.optimized["disc"] = self.model.disc.parameters()
         hop, rate = cfg.vae.hop, cfg.vae.sample_rate
-        crop = max(1, round(cfg.data.crop_seconds * rate / hop)) * hop / rate             # whole latents
-        data = dataclasses.replace(cfg.data, crop_seconds=crop)
-        self.batch = AudioBatches(clips, data, rate, cfg.vae.channels, cfg.train.vae.batch)
+        self.batch = AudioBatches(clips, cfg.data, rate, cfg.vae.channels, cfg.train.vae.batch, hop)
 
     def compile(self):
         for part in (self.model.vae.encoder, self.model.vae.decoder):
@@ -112,7 +110,7 @@ class VAEStage:
 
     def clip(self, clip, seconds):
         wav = load_audio(clip.audio, self.cfg.vae.sample_rate, self.cfg.vae.channels, seconds=seconds, allow_silence=True)
-        return torch.from_numpy(wav)[None].to(self.runtime.device)
+        return torch.tensor(wav)[None].to(self.runtime.device)
 
     def validate(self, vae, step):
         """Mean log10-mel distance on held-out clips; two clips of each kind rendered beside their original."""
@@ -473,12 +471,7 @@ def train(stage, name, cfg, runtime):
 def corpus(cfg, runtime):
     """Training and held-out clips: the manifest's, or the toy corpus, made on first use."""
     if cfg.data.manifest:
-        clips = load_manifest(cfg.data.manifest)
-        if cfg.data.valid:
-            return clips, load_manifest(cfg.data.valid)
-        order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(cfg.data.seed)).tolist()
-        held = min(max(8, len(clips) // 50), len(clips) // 2)
-        return [clips[i] for i in order[held:]], [clips[i] for i in order[:held]]
+        return load_clips(cfg.data)
     folder = f"{cfg.out}/toy"
     if runtime.rank == 0:
         toy.make(cfg.toy, folder, cfg.vae.sample_rate)
@@ -507,8 +500,8 @@ def same_model(cfg, path, stage):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="train.py --config FILE [--section.key value ...] [--fresh] [--print]")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="train.py --config FILE [--section.key value ...] [--fresh] [--print]")
     parser.add_argument("--config", required=True, help="an experiment: configs/*.toml")
     parser.add_argument("--fresh", action="store_true", help="start this run over")
     parser.add_argument("--print", action="store_true", help="show the resolved config and stop")

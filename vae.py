@@ -70,6 +70,7 @@ class VAEConfig:
     context: float = 10.0           # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
     loss_weights: dict[str, float] = field(default_factory=default_weights)  # eq. 2; 0 = not computed
     loss_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128, 64, 32])  # samples
+    loss_floor: float = 1e-5        # amplitude below which spectra count as silent (DAC); 1e-3 = -60 dB learns faster
     loss_scales: int = 0            # windows drawn each step; 0 = all (fewer is faster: the STFTs are 40 % of a step)
     disc_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # samples (EnCodec)
     disc_width: int = 32            # channels of the discriminators
@@ -384,21 +385,22 @@ def kl_loss(mean, logvar):
 def spectral_losses(x, y, cfg, windows, names):
     """Sums over windows / number of windows. x, y (B, ch, S): original, reconstruction.
 
-    mel:  mean |log10 mel(x) - log10 mel(y)|, floor 1e-5, 5 n_fft / 32 bands (DAC: 5 at 32 .. 320 at 2048)
-    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||  (Yamamoto et al. 2020)
+    mel:  mean |log10 mel(x) - log10 mel(y)|, floor loss_floor, 5 n_fft / 32 bands (DAC: 5 at 32 .. 320 at 2048)
+    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||  (Yamamoto et al. 2020), same floor
+    Spectra are divided by sqrt(n_fft): white noise of amplitude a has magnitudes of about .6 a.
     """
     x, y = x.flatten(0, 1), y.flatten(0, 1)
-    out = dict.fromkeys(names, 0.0)
+    out, floor = dict.fromkeys(names, 0.0), cfg.loss_floor
     for n_fft in windows:
-        X, Y = stft(x, n_fft).abs(), stft(y, n_fft).abs()
+        X, Y = (stft(w, n_fft).abs() / math.sqrt(n_fft) for w in (x, y))
         if "mel" in out:
             filters = mel_filters(cfg.sample_rate, n_fft, max(5, 5 * n_fft // 32), x.device)
-            mels = [(filters @ s / math.sqrt(n_fft)).clamp(min=1e-5).log10() for s in (X, Y)]
+            mels = [(filters @ s).clamp(min=floor).log10() for s in (X, Y)]
             out["mel"] = out["mel"] + (mels[0] - mels[1]).abs().mean()
         if "stft" in out:
-            norm = X.pow(2).sum((1, 2)).clamp(min=1e-4)
+            norm = X.pow(2).sum((1, 2)).clamp(min=X[0].numel() * floor ** 2)
             convergence = ((X - Y).pow(2).sum((1, 2)) / norm).clamp(min=1e-8).sqrt().mean()
-            logs = (X.clamp(min=1e-4).log() - Y.clamp(min=1e-4).log()).abs().mean()
+            logs = (X.clamp(min=floor).log() - Y.clamp(min=floor).log()).abs().mean()
             out["stft"] = out["stft"] + convergence + logs
     return {name: value / len(windows) for name, value in out.items()}
 

@@ -1,0 +1,140 @@
+"""Listen to a trained run: text, a prompt, or both -> wav.
+
+    python sample.py --run out/quickstart --text "three seven"                 speech from text
+    python sample.py --run out/quickstart --text "two low beeps" --kind sound
+    python sample.py --run out/real_small --prompt ref.wav --kind music        continue a recording
+    python sample.py --run out/real_small --prompt ref.wav --text "hello"      text in the voice of ref.wav
+    python sample.py --run out/real_small --prompt ref.wav --prompt-text "what ref says" --text "hello"
+
+       text ─► tokens ──────────────┐
+       prompt ─► VAE encoder ─► latents ─► CALM, one latent at a time ─► VAE decoder ─► wav
+                                                  └── --stream: written as it comes ──┘
+
+--prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its voice; with
+--prompt-text too, the clip is continued with the new words and only these are kept.
+Exit status: 0 done, 2 your mistake (one line says which).
+"""
+import argparse
+import math
+import time
+
+import soundfile as sf
+import torch
+
+from config import open_run
+from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio
+
+
+def parse():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", required=True, help="a run folder written by train.py")
+    p.add_argument("--stage", default="", choices=["", "lm", "consistency"], help="which model; default: the last trained")
+    p.add_argument("--text", help="what is said or heard")
+    p.add_argument("--kind", default="speech", choices=KINDS)
+    p.add_argument("--prompt", help="audio to continue, or whose voice to take")
+    p.add_argument("--prompt-text", help="what the prompt says")
+    p.add_argument("--seconds", type=float, help="longest new audio; default: the config's")
+    p.add_argument("--prompt-seconds", type=float, help="of a prompt to continue, its last so many seconds")
+    p.add_argument("--steps", type=int, help="head steps a latent; default: 1 for consistency, 20 for flows")
+    p.add_argument("--temperature", type=float, help="variance of the noise, 0 .. 1; default: the config's")
+    p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stream", action="store_true", help="write audio while it is generated")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    p.add_argument("--out", default="sample.wav", help="default: sample.wav")
+    a = p.parse_args()
+    if a.text is not None and not a.text.strip():
+        raise BadInput("--text: is empty; say something")
+    if a.prompt_text and not (a.prompt and a.text):
+        raise BadInput("--prompt-text: needs --prompt (the audio it transcribes) and --text (what comes next)")
+    if a.text is None and not a.prompt:
+        raise BadInput("give --text, --prompt or both (see -h)")
+    for name, low in (("seconds", 0), ("prompt_seconds", 0), ("steps", 0), ("cfg", -math.inf), ("temperature", -1e-9)):
+        value = getattr(a, name)
+        if value is not None and not (low < value < math.inf):
+            raise BadInput(f"--{name.replace('_', '-')}: {value} is not possible; use a larger, finite number")
+    try:
+        torch.zeros(1, device=a.device)
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"--device {a.device}: not available here ({str(e).splitlines()[0]})") from None
+    return a
+
+
+def main():
+    a = parse()
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    cfg, vae, lm, stage = open_run(a.run, a.stage, a.device)
+    if lm is None:
+        raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
+    rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
+    text = " ".join(t for t in (a.prompt_text, a.text) if t)
+    tokens = encode_text(text, a.kind)
+    if len(tokens) > 1 + limit:
+        raise BadInput(f"--text: {len(tokens) - 1} bytes are more than this run was trained on (data.text_len = {limit})")
+    options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
+               "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
+               "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
+               "generator": torch.Generator(a.device).manual_seed(a.seed)}
+    history = None
+    if a.prompt:
+        seconds = (a.prompt_seconds or cfg.sample.prompt_seconds) if a.text is None else None
+        wav = torch.tensor(load_audio(a.prompt, rate, cfg.vae.channels)).to(a.device)
+        wav = wav[:, -round(seconds * rate):] if seconds else wav
+        with torch.no_grad():
+            latents = vae.normalize(vae.encode(wav[None])[0])                            # (1, T, D)
+        if a.text is not None and not a.prompt_text:
+            if not cfg.data.prompt_frames:
+                raise BadInput(f"--prompt: {a.run} was trained without voice prompts (data.prompt_frames = 0); "
+                               "add --prompt-text to continue the clip instead")
+            options["prompt"] = latents[:, :cfg.data.prompt_frames]
+        else:
+            history = latents
+
+    seconds = a.seconds or cfg.sample.seconds
+    frames = max(1, round(seconds * vae.cfg.frame_rate))
+    keep_prompt = history is not None and a.text is None
+    begin, first, state, pieces, new = time.perf_counter(), None, {}, [], 0
+    # the decoder hears the history first: the new audio then joins it without a seam
+    lead = vae.decode(vae.denormalize(history), state).detach() if history is not None else None
+    tokens = torch.tensor([tokens], device=a.device)
+    sink = None
+    if a.stream:
+        try:
+            sink = sf.SoundFile(a.out, "w", rate, cfg.vae.channels, "PCM_16", format="WAV")
+        except (OSError, sf.LibsndfileError) as e:
+            raise BadInput(f"--out {a.out}: cannot be written ({e})") from None
+
+    owed = vae.latency if history is not None and not keep_prompt else 0     # the prompt's last samples
+
+    def emit(wav):                                                                       # (1, ch, n)
+        nonlocal owed
+        wav, owed = wav[..., owed:], owed - min(owed, wav.shape[-1])
+        pieces.append(wav[0].cpu())
+        if sink is not None:
+            sink.write(wav[0].T.cpu().numpy())
+            sink.flush()
+
+    if keep_prompt:
+        emit(lead)
+    with torch.no_grad():
+        for x, ended in lm.generate(tokens, max_frames=frames, history=history, **options):
+            emit(vae.decode(vae.denormalize(x)[:, None], state))
+            new += 1
+            first = first or time.perf_counter() - begin
+            if not a.stream and new % 25 == 0:
+                print(f"{new * hop / rate:.1f} of at most {seconds:.1f} s", flush=True)
+        emit(vae.flush(state))
+    wav = torch.cat(pieces, -1)
+    took = time.perf_counter() - begin
+    if sink is not None:
+        sink.close()
+    else:
+        save_audio(a.out, wav.numpy(), rate)
+    print(f"{a.out}: {new * hop / rate:.2f} s from {stage}, {took:.2f} s of work = {new * hop / rate / took:.1f} x real time, "
+          f"first audio after {1000 * first:.0f} ms")
+
+
+if __name__ == "__main__":
+    cli(main)

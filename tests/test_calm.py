@@ -1,0 +1,181 @@
+"""CALM sees the past only, through every branch, and generates what its training pass would."""
+import pytest
+import torch
+
+from backbone import BackboneConfig
+from calm import CALM, CALMConfig, pack
+from heads import HeadConfig
+from vae import VAE, VAEConfig
+
+KINDS = ("speech", "sound", "music")
+D, VOCAB = 5, 20
+
+
+def model(short_layers=1, objective="trigflow", **changes):
+    torch.manual_seed(0)
+    cfg = CALMConfig(backbone=BackboneConfig(dim=32, layers=2, heads=2), short_layers=short_layers, short_context=3,
+                     head=HeadConfig(objective=objective, width=16, blocks=1, multiplier=2), **changes)
+    net = CALM(cfg, D, VOCAB, KINDS)
+    for p in net.parameters():                       # zero-initialised layers would hide everything
+        p.data += 0.1 * torch.randn_like(p)
+    return net.eval()
+
+
+def batch(B=4, T=6):
+    torch.manual_seed(1)
+    return {"x": torch.randn(B, T, D), "frames": torch.tensor([6, 4, 6, 2])[:B], "text": torch.randint(0, VOCAB, (B, 5)),
+            "ended": torch.tensor([True, True, False, True])[:B], "text_len": torch.tensor([5, 2, 1, 3])[:B],
+            "prompt": torch.randn(B, 3, D), "prompt_len": torch.tensor([0, 3, 1, 0])[:B], "kind": torch.tensor([0, 1, 2, 0])[:B]}
+
+
+def conditions(net, b):
+    return net.condition(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"])
+
+
+def test_packing_closes_gaps_row_by_row():
+    a, b = torch.arange(6.0).view(2, 3, 1), 10 + torch.arange(4.0).view(2, 2, 1)
+    packed = pack([(a, torch.tensor([1, 3])), (b, torch.tensor([2, 1]))])[..., 0]
+    assert packed[0, :3].tolist() == [0, 10, 11] and packed[1, :4].tolist() == [3, 4, 5, 12]
+
+
+def test_padding_of_text_and_prompt_changes_nothing():
+    net, b = model(), batch()
+    whole = conditions(net, b)
+    for r in range(4):
+        alone = net.condition(b["x"][r:r + 1], b["text"][r:r + 1, :b["text_len"][r]], b["text_len"][r:r + 1],
+                              b["prompt"][r:r + 1, :b["prompt_len"][r]], b["prompt_len"][r:r + 1])
+        torch.testing.assert_close(alone[0], whole[r], atol=1e-5, rtol=0)
+
+
+def test_no_branch_leaks_the_future():
+    net, b = model(), batch()
+    x = b["x"].clone().requires_grad_()
+    z = net.condition(x, b["text"], b["text_len"], b["prompt"], b["prompt_len"])
+    z = z + net.short(torch.cat([net.short_bos.expand(4, 1, -1), net.short_latent(x)], 1))
+    for s in range(7):                               # row s knows x¹ ... xˢ: indices below s
+        grad, = torch.autograd.grad(z[:, s].sum(), x, retain_graph=True)
+        seen = grad.abs().sum((0, 2)) > 0
+        assert seen[:s].all() and not seen[s:].any()
+
+
+def test_the_short_branch_sees_exactly_its_last_k_latents():
+    net = model()
+    x = torch.randn(1, 12, 32, requires_grad=True)
+    grad, = torch.autograd.grad(net.short(x)[0, 11].sum(), x)
+    assert (grad[0].abs().sum(-1) > 0).nonzero().flatten().tolist() == [9, 10, 11]
+
+
+def test_generation_step_by_step_equals_the_training_pass_over_what_was_generated():
+    net, text = model(), torch.randint(0, VOCAB, (2, 4))
+    seen = []
+    sample = net.head.sample
+    net.head.sample = lambda z, **options: seen.append(z) or sample(z, **options)
+    net.eos.bias.data.fill_(-100.0)
+    prompt = torch.randn(2, 3, D)
+    xs = [x for x, _ in net.generate(text, kind=1, max_frames=5, prompt=prompt, steps=2, generator=torch.Generator().manual_seed(0))]
+    x = torch.stack(xs, 1)
+    z = net.condition(x, text, torch.tensor([4, 4]), prompt, torch.tensor([3, 3]))
+    z = z + net.short(torch.cat([net.short_bos.expand(2, 1, -1), net.short_latent(x)], 1))
+    torch.testing.assert_close(torch.stack(seen, 1), z[:, :5], atol=1e-5, rtol=0)
+
+
+def test_history_continues_as_if_it_had_been_generated():
+    net, text = model(), torch.randint(0, VOCAB, (1, 4))
+    net.eos.bias.data.fill_(-100.0)
+    net.head.sample = lambda z, **options: z[:, :D]  # a deterministic head
+    whole = [x for x, _ in net.generate(text, kind=2, max_frames=6)]
+    rest = [x for x, _ in net.generate(text, kind=2, max_frames=3, history=torch.stack(whole[:3], 1))]
+    torch.testing.assert_close(torch.stack(rest), torch.stack(whole[3:]), atol=1e-5, rtol=0)
+
+
+def test_guidance_of_one_is_the_plain_model_and_other_values_extrapolate():
+    net, text = model(short_layers=0), torch.randint(0, VOCAB, (1, 4))
+    seen = []
+    net.head.sample = lambda z, **options: seen.append(z) or torch.zeros(1, D)
+    net.eos.bias.data.fill_(-100.0)
+    for a in (1.0, 1.000001, 0.0, 3.0):
+        list(net.generate(text, kind=0, max_frames=1, guidance=a))
+    plain, same, null, three = seen
+    torch.testing.assert_close(plain, same, atol=1e-4, rtol=0)
+    assert (plain - null).abs().max() > 0.1
+    torch.testing.assert_close(three, null + 3 * (plain - null))
+    nothing = net.condition(torch.zeros(1, 1, D), text, torch.tensor([0]), torch.zeros(1, 0, D), torch.tensor([0]))
+    torch.testing.assert_close(null, nothing[:, 0])
+
+
+def test_the_same_seed_gives_the_same_latents_and_another_seed_others():
+    net, text = model(), torch.randint(0, VOCAB, (1, 4))
+    run = lambda seed: torch.stack([x for x, _ in net.generate(text, kind=0, max_frames=3, generator=torch.Generator().manual_seed(seed))])
+    assert torch.equal(run(3), run(3)) and not torch.equal(run(3), run(4))
+
+
+def test_the_end_of_clip_target_stands_right_behind_the_last_frame():
+    net, b = model(eos_weight=1.0, prefix_dropout=0.0, noise=0.0), batch()
+    seen = []
+    net.eos.forward = lambda z: seen.append(z) or torch.zeros(*z.shape[:-1], 1, requires_grad=True)
+    head = net.head.loss
+    net.head.loss = lambda z, x: (head(z, x)[0].detach() * 0, {})
+    logits = torch.zeros(4, 7, 1, requires_grad=True)
+    net.eos.forward = lambda z: logits
+    net.loss(b).__getitem__(0).backward()
+    wanted = torch.full((4, 7), 0.5)                 # sigmoid(0) - target, over the known positions
+    for r, (n, ended) in enumerate(zip(b["frames"], b["ended"])):
+        if ended:
+            wanted[r, n] -= 1.0
+        wanted[r, n + int(ended):] = 0
+    known = (wanted != 0).sum()
+    torch.testing.assert_close(logits.grad[..., 0], wanted / known)
+
+
+def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
+    net, b = model(), batch()
+    torch.manual_seed(5)
+    first = net.loss(b)[0]
+    b["x"] = torch.where(torch.arange(6)[:, None] < b["frames"][:, None, None], b["x"], torch.randn(4, 6, D) * 100)
+    torch.manual_seed(5)
+    torch.testing.assert_close(net.loss(b)[0], first)
+
+
+def test_noise_reaches_the_backbone_only():
+    net, b = model(noise=1.0, prefix_dropout=0.0), batch()
+    got, clean, target = [], [], []
+    long, short, head = net.latent.forward, net.short_latent.forward, net.head.loss
+    net.latent.forward = lambda x: got.append(x) or long(x)
+    net.short_latent.forward = lambda x: clean.append(x) or short(x)
+    net.head.loss = lambda z, x: target.append(x) or head(z, x)
+    net.loss(b)
+    assert (got[0] - b["x"]).abs().mean() > 0.2
+    torch.testing.assert_close(clean[0], b["x"])
+    torch.testing.assert_close(target[0], b["x"][torch.arange(6) < b["frames"][:, None]])
+
+
+def test_noised_latents_keep_unit_variance_for_every_k():
+    net = model(noise=1.0, prefix_dropout=0.0)
+    b = {"x": torch.randn(64, 200, D), "frames": torch.full((64,), 200), "ended": torch.zeros(64, dtype=torch.bool),
+         "text": torch.zeros(64, 1, dtype=torch.long), "text_len": torch.ones(64, dtype=torch.long),
+         "prompt": torch.zeros(64, 0, D), "prompt_len": torch.zeros(64, dtype=torch.long), "kind": torch.zeros(64, dtype=torch.long)}
+    got, long = [], net.latent.forward
+    net.latent.forward = lambda x: got.append(x) or long(x)
+    with torch.no_grad():
+        net.loss(b)
+    assert got[0].var().item() == pytest.approx(1.0, abs=0.02)
+    cosine = (got[0] * b["x"]).mean().item()         # E sqrt(1 - k) = 2/3 for k ~ U(0, 1)
+    assert cosine == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_rendered_clips_are_cut_where_their_row_ended():
+    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1, encoder_layers=0,
+                                      decoder_layers=0, latent_dim=D)).eval()
+    ends = iter([torch.tensor([[-1.0], [-1.0]])] * 2 + [torch.tensor([[1.0], [-1.0]])] * 3 + [torch.tensor([[1.0], [1.0]])])
+    net.eos.forward = lambda z: next(ends)
+    wavs = net.render(vae, torch.zeros(2, 1, dtype=torch.long), kind=0, seconds=1.0)
+    assert [w.shape[-1] // 8 for w in wavs] == [3, 6]         # the first latent always exists
+
+
+@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency"])
+def test_every_part_learns_from_every_objective(objective):
+    net, b = model(objective=objective), batch()
+    net.cfg.prefix_dropout = 0.0
+    net.loss(b)[0].backward()
+    silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
