@@ -55,9 +55,9 @@ HELD_OUT = {(a, (a + 3) % 10) for a in range(10)} | {(a, (3 * a + 2) % 10) for a
 
 @dataclass
 class ToyConfig:
-    """The `[data.toy]` table. Two equal tables make the same files, byte for byte."""
+    """The [toy] table. Two equal tables make the same files, byte for byte."""
 
-    clips: int = 1000          # training clips; 1000 are 20 minutes of audio, made in 10 s
+    clips: int = 1000          # training clips; 1000 are 20 minutes of audio, made in 15 s
     valid_clips: int = 90      # held-out clips; speech among them uses only unseen digit pairs
     voices: int = 4            # the first 1 to 6 voices; more make speaker identity a real task
     digits_min: int = 1        # words in a training string, at least
@@ -203,8 +203,8 @@ def _speak(words, voice, rng, sr):
     hop, T = sr // 200, int(ends[-1] * 200) + 1         # 5 ms
     track = np.array(rows)[np.searchsorted(ends, np.arange(T) / 200, side="right").clip(
         max=len(rows) - 1)]                             # (T, 9)
-    set_ = np.flatnonzero(track[:, 3])
-    formants = np.stack([np.interp(np.arange(T), set_, track[set_, i]) for i in (3, 4, 5)], 1)
+    known = np.flatnonzero(track[:, 3])
+    formants = np.stack([np.interp(np.arange(T), known, track[known, i]) for i in (3, 4, 5)], 1)
     formants = _smooth(formants, 15) * scale            # coarticulation: about 40 ms
     amp, breathe, hiss, centre, width = _smooth(track[:, [1, 2, 6, 7, 8]], 3).T[..., None] \
         .astype(np.float32)

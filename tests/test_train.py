@@ -1,0 +1,293 @@
+"""The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds."""
+import glob
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from config import Config, build, dump, load, load_checkpoint, open_run
+from data import BadInput
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = """
+out = "{out}"
+stages = ["vae", "lm", "consistency"]
+threads = 1
+device = "cpu"
+[toy]
+clips = 24
+valid_clips = 8
+voices = 1
+digits_max = 2
+[data]
+crop_seconds = 0.4
+frames = 16
+prompt_frames = 4
+text_len = 32
+[vae]
+sample_rate = 16000
+latent_dim = 4
+ratios = [4, 10, 4, 4]
+encoder = "stft"
+decoder = "istft"
+stft_hop = 160
+width = 2
+width_max = 16
+dim = 16
+heads = 2
+encoder_layers = 1
+decoder_layers = 1
+loss_windows = [512, 256]
+loss_scales = 1
+disc_windows = [256]
+disc_width = 4
+disc_start = 3
+[vae.loss_weights]
+mel = 1.0
+adv = 0.1
+feat = 0.1
+kl = 0.01
+[lm]
+short_layers = 1
+[lm.backbone]
+dim = 16
+layers = 1
+heads = 2
+[lm.head]
+width = 16
+blocks = 1
+multiplier = 2
+[train.vae]
+steps = 12
+batch = 4
+warmup = 2
+save_every = 4
+log_every = 1
+ema = 0.9
+[train.lm]
+steps = 12
+batch = 4
+save_every = 4
+log_every = 1
+ema = 0.9
+[train.consistency]
+steps = 4
+batch = 4
+log_every = 1
+[sample]
+seconds = 0.4
+count = 1
+steps = 2
+"""
+
+
+def write(folder, text=TINY, out="run"):
+    path = f"{folder}/tiny.toml"
+    with open(path, "w") as f:
+        f.write(text.format(out=f"{folder}/{out}"))
+    return path
+
+
+def run(*arguments, **options):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, **options)
+
+
+def logged(out):
+    """{(stage, step): figures} without the rates, which are wall-clock."""
+    with open(f"{out}/log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    return [{k: v for k, v in row.items() if k != "rate"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run, all three stages, never interrupted."""
+    folder = str(tmp_path_factory.mktemp("finished"))
+    done = run("train.py", "--config", write(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_checkpoints_log_picture_and_sounds(finished):
+    out = f"{finished[0]}/run"
+    for name in ("config.toml", "log.jsonl", "loss.png", "vae.pt", "lm.pt", "consistency.pt"):
+        assert os.path.getsize(f"{out}/{name}") > 0, name
+    for kind in ("speech", "sound", "music"):
+        for pattern in (f"*_vae_{kind}1_original.wav", f"*_vae_{kind}1_reconstruction.wav", f"*_vae_{kind}1.png",
+                        f"*_lm_{kind}1.wav", f"*_consistency_{kind}1.wav"):
+            assert glob.glob(f"{out}/samples/{pattern}"), pattern
+    assert "eta" in finished[1].stdout and "steps/s" in finished[1].stdout
+
+
+def test_finished_stages_are_skipped(finished):
+    again = run("train.py", "--config", f"{finished[0]}/tiny.toml")
+    assert again.returncode == 0 and again.stdout.count("skipped") == 3
+
+
+def test_a_run_killed_at_any_moment_resumes_to_bitwise_the_same_losses_and_weights(finished, tmp_path):
+    config, out = write(str(tmp_path)), f"{tmp_path}/run"
+    for stage, step in (("vae", 6), ("lm", 7)):      # between checkpoints at 4 and 8
+        process = subprocess.Popen([sys.executable, "train.py", "--config", config], cwd=ROOT, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+        for line in process.stdout:
+            if line.startswith(f"{stage} {step}/"):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert load_checkpoint(f"{out}/{stage}.pt")["step"] == 4
+    done = run("train.py", "--config", config)
+    assert done.returncode == 0 and "resuming at step 4" in done.stdout
+    assert logged(out) == logged(f"{finished[0]}/run")
+    for name in ("vae", "lm", "consistency"):
+        one, other = (load_checkpoint(f"{folder}/run/{name}.pt")["model"] for folder in (finished[0], tmp_path))
+        assert all(torch.equal(one[k], other[k]) for k in one), name
+
+
+def test_ctrl_c_saves_the_last_step_first(tmp_path):
+    config = write(str(tmp_path))
+    process = subprocess.Popen([sys.executable, "train.py", "--config", config, "--train.vae.save_every", "1000"],
+                               cwd=ROOT, text=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("vae 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate()[0]
+    assert process.returncode == 130 and "the same command goes on" in rest
+    assert load_checkpoint(f"{tmp_path}/run/vae.pt")["step"] >= 2
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path):
+    config, out = write(str(tmp_path)), f"{tmp_path}/run"
+    assert run("train.py", "--config", config, "--stages", '["vae"]', "--train.vae.steps", "4").returncode == 0
+    before = open(f"{out}/vae.pt", "rb").read()
+    limit = len(before) // 2                         # files may not grow beyond this: what a full disk does
+    again = run("train.py", "--config", config, "--stages", '["vae"]', "--train.vae.steps", "8", "--fresh",
+                preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert again.returncode == 2 and "could not be written" in again.stderr and again.stderr.count("\n") == 1
+    from config import save_checkpoint
+    path = f"{tmp_path}/old.pt"
+    save_checkpoint(path, {"a": torch.zeros(10)})
+    child = subprocess.run([sys.executable, "-c", f"""
+import resource, signal, torch, config
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    config.save_checkpoint({path!r}, {{"a": torch.ones(100_000)}})
+except config.BadInput as e:
+    print(e)
+"""], cwd=ROOT, capture_output=True, text=True)
+    assert "untouched" in child.stdout, child.stderr
+    assert torch.equal(torch.load(path)["a"], torch.zeros(10)) and not os.path.exists(path + ".tmp")
+
+
+@pytest.mark.parametrize("stage", ["vae", "lm"])
+def test_accumulated_gradients_equal_the_large_batch(finished, monkeypatch, stage):
+    folder = finished[0]
+    cfg = load(f"{folder}/tiny.toml", ["--vae.disc_start", "0", "--vae.loss_scales", "0"])
+    for name in ("randn", "rand", "randn_like", "rand_like"):        # noise differs by construction: hold it
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k) * 0 + 0.5)
+    runtime = train.Runtime(cfg)
+    clips, valid = train.corpus(cfg, runtime)
+    torch.manual_seed(0)
+    made = train.VAEStage(cfg, runtime, clips, valid) if stage == "vae" else train.LMStage(cfg, runtime, clips, valid, "lm")
+    for p in made.model.parameters():
+        p.data += 0.05 * torch.linspace(-1, 1, p.numel()).view_as(p)
+    if stage == "lm":                                # equal lengths: a mean over valid positions is not linear
+        for part in (made.batch, made.held):
+            part.cfg = cfg.data
+
+    def grads(micro):
+        made.model.zero_grad(set_to_none=True)
+        batches = [(range(s, s + micro), made.batch(0, range(s, s + micro))) for s in range(0, 4, micro)]
+        for _, b in batches:
+            if stage == "lm":
+                b["frames"] = torch.full_like(b["frames"], 10)
+                b["ended"] = torch.ones_like(b["ended"])
+        train.gradients(made, batches, 0, runtime, 0, 4)
+        return [p.grad.clone() for p in made.model.parameters() if p.grad is not None]
+
+    for whole, pieces in zip(grads(4), grads(2)):
+        torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-3)
+
+
+def test_two_processes_train_like_one_with_two_micro_batches(finished, tmp_path):
+    """Each process takes its rows of the same global batch; the noise belongs to the rows."""
+    losses = []
+    for number, launch in enumerate((["train.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"])):
+        config = write(str(tmp_path), out=f"run{number}")
+        done = run(*launch, "--config", config, "--stages", '["vae"]', "--train.vae.micro_batch", "2", "--train.vae.steps", "5", timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append([row["vae"] for row in logged(f"{tmp_path}/run{number}") if "vae" in row])
+    assert len(losses[0]) == 5
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-4, rtol=1e-4)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(finished, tmp_path, monkeypatch, capsys):
+    cfg = load(write(str(tmp_path)), ["--stages", '["vae"]', "--train.vae.steps", "30"])
+    runtime = train.Runtime(cfg)
+    os.makedirs(f"{cfg.out}/samples")
+    clips, valid = train.corpus(cfg, runtime)
+    stage = train.VAEStage(cfg, runtime, clips, valid)
+    before = {k: v.clone() for k, v in stage.model.state_dict().items()}
+    stage.losses = lambda batch, step: iter([("vae", sum(p.sum() for p in stage.model.vae.parameters()) * float("nan"), {})])
+    with pytest.raises(FloatingPointError, match="ten steps in a row.*vae nan"):
+        train.train(stage, "vae", cfg, runtime)
+    assert all(torch.equal(before[k], v) for k, v in stage.model.state_dict().items())
+    assert capsys.readouterr().out.count("step skipped") == 9
+
+
+def test_averaged_weights_follow_with_their_decay():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    ema = train.EMA(layer, 0.9)
+    torch.nn.init.ones_(layer.weight)
+    ema.update(0)                                    # warm-up: decay (1 + 0) / (10 + 0) = .1
+    assert ema.state["weight"].item() == pytest.approx(0.9)
+    ema.update(10_000)
+    assert ema.state["weight"].item() == pytest.approx(0.91)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    cfg = build(Config, {"train": {"lm": {"steps": 110, "warmup": 10, "lr_end": 0.1}}}).train.lm
+    assert train.schedule(cfg, 0) == 0.1 and train.schedule(cfg, 9) == 1.0
+    assert train.schedule(cfg, 60) == pytest.approx(0.55) and train.schedule(cfg, 110) == pytest.approx(0.1)
+
+
+def test_the_latents_that_the_model_sees_have_zero_mean_and_unit_variance(finished):
+    cfg, vae, _, _ = open_run(f"{finished[0]}/run")
+    clips, _ = train.corpus(cfg, train.Runtime(cfg))
+    stage = train.LMStage(cfg, train.Runtime(cfg), clips, clips, "lm")
+    xs = []
+    for step in range(20):
+        b = stage.prepare(stage.batch(step, range(4)))
+        xs += [x[:n] for x, n in zip(b["x"], b["frames"])]
+    x = torch.cat(xs)
+    assert x.mean(0).abs().max() < 0.35 and (x.std(0) - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/configs/**/*.toml", recursive=True)), ids=os.path.basename)
+def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
+    cfg = load(path)
+    with open(tmp_path / "again.toml", "w") as f:
+        f.write(dump(cfg))
+    assert load(tmp_path / "again.toml") == cfg
+    with torch.device("meta"):
+        train.VAEGAN(cfg.vae)
+        for stage in set(cfg.stages) - {"vae"}:
+            train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim, train.VOCAB, train.KINDS)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
+    done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
+    assert done.returncode == 2 and "latent_dim = 4" in done.stderr and "latent_dim = 5" in done.stderr
