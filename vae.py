@@ -59,6 +59,7 @@ class VAEConfig:
     encoder: str = "conv"           # conv | stft: log-magnitudes replace the outermost ratios
     decoder: str = "conv"           # conv | istft: magnitude and phase replace the outermost ratios
     stft_hop: int = 0               # samples; for stft / istft: product of the last ratios that the STFT replaces
+    phase: str = "direct"           # istft: direct (Vocos) | accumulated (keeps tones when the encoder is stft)
     stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
     width: int = 64                 # channels next to the waveform; doubled at each ratio
     width_max: int = 512            # ... up to this
@@ -77,7 +78,8 @@ class VAEConfig:
     disc_start: int = 0             # step at which the adversarial losses join
 
     def __post_init__(self):
-        for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft"))):
+        for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
+                            ("phase", ("direct", "accumulated"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
         if not self.ratios or min(self.ratios) < 1:
@@ -208,15 +210,22 @@ class Spectrum(nn.Module):
 
 
 class InverseSpectrum(nn.Module):
-    """exp(m) · e^{i p} per bin, inverse FFT, window, overlap-add: (B, ch · 2 · bins, L) -> (B, ch, L · hop).
+    """exp(m) · e^{i φ} per bin, inverse FFT, window, overlap-add: (B, ch · maps · bins, L) -> (B, ch, L · hop).
+
+    phase = "direct":      maps m, p;     φ_j = p_j                                      (Vocos)
+    phase = "accumulated": maps m, p, δ;  φ_j = p_j + Σ_{i <= j} (2π k hop / n_fft + δ_i)  for bin k
+    A tone's phase turns by 2π f hop from frame to frame. A network that hears no phase (encoder = "stft") cannot
+    follow it, but can say how far f lies from the bin's centre: with the sum, as in a phase vocoder (Flanagan &
+    Golden 1966), an error in δ is a little detuning instead of a broken tone.
 
     Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so a latent's frames end where its
     samples end. Offline the last `latency` samples miss frames that will never come and fade out.
     """
 
-    def __init__(self, n_fft, hop, channels):
+    def __init__(self, n_fft, hop, channels, phase="direct"):
         super().__init__()
         self.n_fft, self.hop, self.channels, self.latency = n_fft, hop, channels, n_fft - hop
+        self.maps = 3 if phase == "accumulated" else 2
         window = torch.hann_window(n_fft)
         steady = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)            # overlapped energy
         self.register_buffer("window", window / steady.repeat(n_fft // hop + 1)[:n_fft], persistent=False)
@@ -224,25 +233,41 @@ class InverseSpectrum(nn.Module):
     def forward(self, x, state=None):
         B, L = x.shape[0], x.shape[-1]
         x = x if x.dtype == torch.float64 else x.float()
-        log, phase = x.view(B, self.channels, 2, self.n_fft // 2 + 1, L).unbind(2)
+        tail, owed, turned, frames = (None, self.latency, 0.0, 0) if state is None else state.get(
+            self, (None, self.latency, 0.0, 0))
+        log, phase, *rest = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L).unbind(2)
+        if rest:                                             # sums in float64: exact for hours
+            delta = rest[0].double()                         # learns from its own frame: no sums of gradients
+            turn = turned + (delta.detach().cumsum(-1) - delta.detach()) + delta         # (B, ch, bins, L)
+            turned = turn[..., -1:] % (2 * math.pi)
+            bins = torch.arange(self.n_fft // 2 + 1, device=x.device)[:, None]
+            at = torch.arange(frames, frames + L, device=x.device) + 1
+            centre = bins * self.hop * at % self.n_fft * (2 * math.pi / self.n_fft)      # (bins, L)
+            phase = phase + (turn + centre).to(x.dtype)
         mag = log.clamp(max=7.0).exp()                                                   # e^7: louder than any clip
-        frames = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)           # (B, ch, n_fft, L)
-        frames = (frames * self.window.to(x.dtype)[:, None]).flatten(0, 1)
+        y = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)                # (B, ch, n_fft, L)
+        y = (y * self.window.to(x.dtype)[:, None]).flatten(0, 1)
         n = L * self.hop
-        y = F.fold(frames, (1, n + self.latency), (1, self.n_fft), stride=(1, self.hop))
+        y = F.fold(y, (1, n + self.latency), (1, self.n_fft), stride=(1, self.hop))
         y = y.view(B, self.channels, n + self.latency)
         if state is None:
             return y[..., self.latency:]
-        started, (tail, owed) = self in state, state.get(self, (None, self.latency))
-        if started:
+        if tail is not None:
             y = torch.cat([y[..., :self.latency] + tail, y[..., self.latency:]], -1)
-        skip = min(owed, n)                                          # what lies before the signal's start
-        state[self] = (y[..., n:], owed - skip)
+        skip = min(owed, n)                                  # what lies before the signal's start
+        state[self] = (y[..., n:], owed - skip, turned, frames + L)
         return y[..., skip:n]
+
+    @torch.no_grad()
+    def start(self, conv):
+        """Initial bias of the layer before: quiet (e^-2.5), and phase πk, which puts a frame's energy in its middle."""
+        bias = conv.bias.view(self.channels, self.maps, -1)
+        bias[:, 0], bias[:, 1] = -2.5, math.pi * (torch.arange(bias.shape[-1]) % 2)
+        bias[:, 2:] = 0.0
 
     def flush(self, state):
         """The samples still owed after the last latent."""
-        tail, owed = state.pop(self)
+        tail, owed, *_ = state.pop(self)
         return tail[..., owed:]
 
 
@@ -266,6 +291,8 @@ class Encoder(nn.Module):
         self.conv = Chain(*layers, Elu(), Conv(width, cfg.dim, 3))
         self.transformer = Transformer(cfg.transformer(cfg.encoder_layers))
         self.out = nn.Linear(cfg.dim, 2 * cfg.latent_dim)
+        with torch.no_grad():                                # begin with little noise, else the decoder learns to
+            self.out.bias[cfg.latent_dim:] = -4.0            # do without its latents first: std e^-2 = .14
 
     def forward(self, wav, state=None):
         x = self.conv(wav, state).transpose(1, 2)                                        # (B, T, C)
@@ -286,8 +313,10 @@ class Decoder(nn.Module):
             layers += [Elu(), ConvTranspose(wide, width, ratio)]
             layers += [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
         if cfg.decoder == "istft":
-            layers += [Elu(), Conv(narrow, cfg.channels * (cfg.n_fft + 2), 3),
-                       InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels)]
+            inverse = InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels, cfg.phase)
+            head = Conv(narrow, cfg.channels * inverse.maps * (cfg.n_fft // 2 + 1), 3)
+            inverse.start(head.conv)
+            layers += [Elu(), head, inverse]
         else:
             layers += [Elu(), Conv(narrow, cfg.channels, 3)]
         self.conv = Chain(*layers)
@@ -387,6 +416,7 @@ def spectral_losses(x, y, cfg, windows, names):
 
     mel:  mean |log10 mel(x) - log10 mel(y)|, floor loss_floor, 5 n_fft / 32 bands (DAC: 5 at 32 .. 320 at 2048)
     stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||  (Yamamoto et al. 2020), same floor
+    The floor is added, not clamped to: silence that should not be silent keeps a gradient.
     Spectra are divided by sqrt(n_fft): white noise of amplitude a has magnitudes of about .6 a.
     """
     x, y = x.flatten(0, 1), y.flatten(0, 1)
@@ -395,12 +425,12 @@ def spectral_losses(x, y, cfg, windows, names):
         X, Y = (stft(w, n_fft).abs() / math.sqrt(n_fft) for w in (x, y))
         if "mel" in out:
             filters = mel_filters(cfg.sample_rate, n_fft, max(5, 5 * n_fft // 32), x.device)
-            mels = [(filters @ s).clamp(min=floor).log10() for s in (X, Y)]
+            mels = [(filters @ s + floor).log10() for s in (X, Y)]
             out["mel"] = out["mel"] + (mels[0] - mels[1]).abs().mean()
         if "stft" in out:
             norm = X.pow(2).sum((1, 2)).clamp(min=X[0].numel() * floor ** 2)
             convergence = ((X - Y).pow(2).sum((1, 2)) / norm).clamp(min=1e-8).sqrt().mean()
-            logs = (X.clamp(min=floor).log() - Y.clamp(min=floor).log()).abs().mean()
+            logs = ((X + floor).log() - (Y + floor).log()).abs().mean()
             out["stft"] = out["stft"] + convergence + logs
     return {name: value / len(windows) for name, value in out.items()}
 

@@ -1,0 +1,121 @@
+"""Every mistake of a user: one line on stderr that names it, exit code 2, no traceback."""
+import importlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from data import cli
+from test_train import ROOT, write
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a trained run, a config and audio of every bad sort."""
+    folder = str(tmp_path_factory.mktemp("bad"))
+    write(folder)
+    done = run("train.py", "--config", f"{folder}/tiny.toml", "--stages", '["vae", "lm"]', "--data.prompt_frames", "0",
+               "--train.vae.steps", "1", "--train.lm.steps", "1")
+    assert done.returncode == 0, done.stderr
+    tone = 0.3 * np.sin(np.arange(8000) / 10)
+    nan = tone.copy()
+    nan[100] = np.nan
+    for name, wav in (("good", tone), ("silent", tone * 0), ("nothing", tone[:0])):
+        sf.write(f"{folder}/{name}.wav", wav, 16000)
+    sf.write(f"{folder}/nan.wav", nan, 16000, subtype="FLOAT")
+    for name, text in (("text.wav", "hello"), ("empty.wav", ""), ("broken.toml", "a = = 1"), ("unknown.toml", "[vae]\nlatent_dims = 3\n"),
+                       ("type.toml", '[vae]\nlatent_dim = "many"\n'), ("broken.jsonl", '{"audio": \n'),
+                       ("kind.jsonl", '{"audio": "good.wav", "kind": "noise"}\n'), ("gone.jsonl", '{"audio": "gone.wav"}\n')):
+        with open(f"{folder}/{name}", "w") as f:
+            f.write(text)
+    os.makedirs(f"{folder}/corrupt")
+    with open(f"{folder}/run/vae.pt", "rb") as f, open(f"{folder}/corrupt/vae.pt", "wb") as g:
+        g.write(f.read()[:5000])
+    os.makedirs(f"{folder}/foreign")
+    torch.save({"weights": torch.zeros(3)}, f"{folder}/foreign/vae.pt")
+    os.makedirs(f"{folder}/hollow")
+    return folder
+
+
+SAMPLE = "sample.py --run {0}/run --threads 1 --out {0}/x.wav"
+TRAIN = "train.py --config {0}/tiny.toml"
+CASES = [  # command line, what the line must say
+    ("train.py", "--config"),
+    ("train.py --config {0}/none.toml", "none.toml: no such file"),
+    ("train.py --config {0}/broken.toml", "not readable as TOML"),
+    ("train.py --config {0}/unknown.toml", "vae.latent_dims: unknown key; valid:"),
+    ("train.py --config {0}/type.toml", "vae.latent_dim: expected int, got 'many'"),
+    (TRAIN + " --vae.encoder fft", "vae.encoder: unknown 'fft'; valid: conv, stft"),
+    (TRAIN + " --vae.ratios [4,7,4,4]", "stft_hop"),
+    (TRAIN + " --lm.backbone.heads 3", "lm.backbone.heads"),
+    (TRAIN + " --lm.head.objective diffusion", "objective"),
+    (TRAIN + " --stages [\"tts\"]", "stages"),
+    (TRAIN + " --device tpu", "device: unknown 'tpu'; valid: auto, cuda"),
+    (TRAIN + " --train.lm.batch 0", "train.lm.batch: must be at least 1"),
+    (TRAIN + " --train.vae.micro_batch 3", "micro_batch: must divide batch"),
+    (TRAIN + " --lm.noise 2.0", "lm.noise: must lie in 0 .. 1"),
+    (TRAIN + " --lm.noise", "--lm.noise: needs a value"),
+    (TRAIN + " fast", "'fast': expected --section.key value"),
+    (TRAIN + " --vae.latent_dim 9", "trained with [vae] latent_dim = 4, the config now says latent_dim = 9"),
+    (TRAIN + " --out {0}/new --stages [\"lm\"]", "vae.pt: no such checkpoint"),
+    (TRAIN + " --out {0}/good.wav/x", "cannot be made"),
+    (TRAIN + " --out {0}/new --data.manifest {0}/none.jsonl", "none.jsonl"),
+    (TRAIN + " --out {0}/new --data.manifest {0}/broken.jsonl", "broken.jsonl"),
+    (TRAIN + " --out {0}/new --data.manifest {0}/kind.jsonl", "noise"),
+    (TRAIN + " --out {0}/new --data.manifest {0}/gone.jsonl", "gone.wav"),
+    ("sample.py --run {0}/none --text hi", "no such folder"),
+    ("sample.py --run {0}/hollow --text hi", "vae.pt: no such checkpoint"),
+    ("sample.py --run {0}/corrupt --text hi", "not a readable checkpoint"),
+    ("sample.py --run {0}/foreign --text hi", "not a nanoCALM checkpoint"),
+    (SAMPLE, "give --text, --prompt or both"),
+    (SAMPLE + " --text=", "--text: is empty"),
+    (SAMPLE + " --text hi --kind noise", "invalid choice: 'noise'"),
+    (SAMPLE + " --text hi --stage consistency", "consistency.pt: no such checkpoint"),
+    (SAMPLE + " --text " + "x" * 33, "33 bytes are more than this run was trained on"),
+    (SAMPLE + " --text hi --seconds 0", "--seconds: 0.0 is not possible"),
+    (SAMPLE + " --text hi --steps -1", "--steps: -1 is not possible"),
+    (SAMPLE + " --text hi --temperature -1", "--temperature: -1.0 is not possible"),
+    (SAMPLE + " --text hi --device cuda:99", "--device cuda:99: not available"),
+    (SAMPLE + " --text hi --out {0}/good.wav/x.wav", "x.wav"),
+    (SAMPLE + " --prompt {0}/none.wav", "none.wav"),
+    (SAMPLE + " --prompt {0}/text.wav", "text.wav"),
+    (SAMPLE + " --prompt {0}/empty.wav", "empty.wav"),
+    (SAMPLE + " --prompt {0}/nothing.wav", "nothing.wav"),
+    (SAMPLE + " --prompt {0}/nan.wav", "nan.wav"),
+    (SAMPLE + " --prompt {0}/silent.wav", "silent.wav"),
+    (SAMPLE + " --prompt {0}/good.wav --text hi", "trained without voice prompts"),
+    (SAMPLE + " --prompt-text hi --text ho", "--prompt-text: needs --prompt"),
+    ("evaluate.py --run {0}/none", "no such folder"),
+    ("evaluate.py --run {0}/run --manifest {0}/gone.jsonl", "gone.wav"),
+    ("evaluate.py --run {0}/run --repeats 0", "must be at least 1"),
+    ("data.py scan {0}/none --out {0}/m.jsonl", "none"),
+    ("toy.py --say bonjour --out {0}/x.wav", "bonjour"),
+    ("toy.py --out {0}/t --voices 99", "voices"),
+]
+
+
+@pytest.mark.parametrize("command, says", CASES, ids=[c[:90] for c, _ in CASES])
+def test_a_mistake_is_answered_with_one_line_and_exit_code_2(place, monkeypatch, capsys, command, says):
+    """In this process, as `python <script>` does it: one import of torch instead of fifty."""
+    script, *arguments = [part.format(place) for part in command.split(" ")]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli(importlib.import_module(script[:-3]).main)
+    lines = [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]     # no progress bars
+    assert end.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
+
+
+def test_the_shell_sees_exit_code_2_and_no_traceback():
+    done = run("train.py", "--config", "none.toml")
+    assert done.returncode == 2 and done.stderr == "error: config none.toml: no such file; see configs/\n"
