@@ -175,10 +175,15 @@ class CALM(nn.Module):
                 x_short = self.short_latent(x)[:, None]
 
     @torch.no_grad()
-    def render(self, vae, text, *, seconds, **options):
-        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row ended."""
+    def render(self, vae, text, *, seconds, history=None, **options):
+        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row ended.
+
+        history (B, n, D), normalised: what is continued stands at the front of each waveform.
+        """
         max_frames = max(1, round(seconds * vae.cfg.frame_rate))
-        drawn = list(self.generate(text, max_frames=max_frames, **options))
-        wav = vae.decode(vae.denormalize(torch.stack([x for x, _ in drawn], 1)))         # (B, ch, T · hop)
-        frames = sum((~ended).long() for _, ended in drawn)                              # (B,)
+        drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))
+        past = [] if history is None else [history]
+        x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)                 # (B, n + T, D)
+        wav = vae.decode(vae.denormalize(x))                                             # (B, ch, (n + T) · hop)
+        frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))  # (B,)
         return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]

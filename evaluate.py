@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import toy
 from config import load_checkpoint, open_run
-from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, load_clips, load_manifest, save_audio
+from data import KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio, load_clips, load_manifest, save_audio
 from vae import mel_filters, stft
 
 
@@ -43,7 +43,7 @@ def share(pairs):
 
 
 @torch.no_grad()
-def judge_vae(vae, clips, limit):
+def judge_vae(vae, clips, limit, folder):
     """{kind: {log_mel, original, reconstruction}} over the first `limit` clips of each kind."""
     out, rate = {}, vae.cfg.sample_rate
     for kind in KINDS:
@@ -52,6 +52,9 @@ def judge_vae(vae, clips, limit):
         for clip in tqdm(own, desc=f"reconstruct {kind}", leave=False):
             wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels, seconds=20.0, allow_silence=True))
             rec = vae.decode(vae.encode(wav[None])[0])[0, :, :wav.shape[-1]]
+            if folder:
+                save_audio(f"{folder}/reconstruction/{clip.id or os.path.splitext(os.path.basename(clip.audio))[0]}.wav",
+                           rec.numpy(), rate)
             before.append(facts(wav, clip, rate))
             after.append(facts(rec, clip, rate))
             if wav.shape[-1] < 1024:
@@ -88,6 +91,23 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
     return out, chance
 
 
+@torch.no_grad()
+def overview(path, vae, models, cfg, clips):
+    """One column a kind: a held-out clip, its reconstruction, and each model's generation from the same text."""
+    rate, kinds = cfg.vae.sample_rate, [k for k in KINDS if any(c.kind == k and c.text for c in clips)]
+    rows = [[] for _ in range(2 + len(models))]
+    for kind in kinds:
+        clip = min((c for c in clips if c.kind == kind and c.text), key=lambda c: c.text)
+        wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels, seconds=cfg.sample.seconds, allow_silence=True))
+        rows[0].append((f"{kind}: {clip.text}", wav))
+        rows[1].append(("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]))
+        for row, (name, lm) in zip(rows[2:], models.items()):
+            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind)]), kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                              temperature=cfg.sample.temperature, guidance=cfg.sample.cfg, generator=torch.Generator().manual_seed(0))
+            row.append((f"generated from the text, {name}", made))
+    draw_spectrograms(path, [picture for row in rows for picture in row], rate, columns=len(kinds))
+
+
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
@@ -95,20 +115,25 @@ def main():
     p.add_argument("--what", default="all", choices=["all", "vae", "lm"])
     p.add_argument("--repeats", type=int, default=6, help="draws of each text (default 6)")
     p.add_argument("--limit", type=int, default=40, help="clips and texts of each kind (default 40)")
-    p.add_argument("--wavs", help="folder for three generations of each kind and model")
+    p.add_argument("--wavs", help="folder for all reconstructions, three generations of each kind and model, overview.png")
     p.add_argument("--json", help="write the figures here")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()
     if a.repeats < 1 or a.limit < 1:
         raise BadInput("--repeats, --limit: must be at least 1")
+    if a.wavs:
+        try:
+            os.makedirs(a.wavs, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"--wavs {a.wavs}: cannot be made ({e.strerror})") from None
     if a.threads:
         torch.set_num_threads(a.threads)
     cfg, vae, _, _ = open_run(a.run)
     manifest = a.manifest or ("" if cfg.data.manifest else f"{a.run}/toy/valid.jsonl")
     clips = load_manifest(manifest) if manifest else load_clips(cfg.data)[1]
-    figures, rows = {"run": a.run, "clips": len(clips)}, []
+    figures, rows, models = {"run": a.run, "clips": len(clips)}, [], {}
     if a.what in ("all", "vae"):
-        figures["vae"] = judge_vae(vae, clips, a.limit)
+        figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs)
         rows += [("log-mel distance (0 perfect, 1 another clip)", {k: v["log_mel"] for k, v in figures["vae"].items()})]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
@@ -121,14 +146,17 @@ def main():
         steps = lm.cfg.head.steps or (1 if objective == "consistency" else 20)
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
         found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, steps, folder)
+        models[f"{objective}, {steps} step{'s' * (steps > 1)}"] = lm
         figures[stage] = {"objective": objective, "steps": steps, "facts": found, "chance": chance}
-        rows.append((f"generation, {objective}, {steps} step{'s' * (steps > 1)}: facts right", found))
+        rows.append((f"generation, {list(models)[-1]}: facts right", found))
         if stage == stages[-1]:
             rows.append(("chance", chance))
     print(f"{'':52s}" + "".join(f"{k:>9s}" for k in KINDS))
     for name, row in rows:
         if any(v is not None for v in row.values()):
             print(f"{name:52s}" + "".join(f"{row[k]:9.3f}" if row.get(k) is not None else f"{'-':>9s}" for k in KINDS))
+    if a.wavs:
+        overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:
         try:
             with open(a.json, "w") as f:

@@ -41,7 +41,7 @@ import toy
 from calm import CALM
 from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model, Config)
 from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Parser, Prefetch, cli, digest,
-                  encode_text, load_audio, load_clips, load_manifest, save_audio)
+                  draw_spectrograms, encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of)
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -115,7 +115,7 @@ class VAEStage:
     def validate(self, vae, step):
         """Mean log10-mel distance on held-out clips; two clips of each kind rendered beside their original."""
         cfg, total, shown = self.cfg, [], dict.fromkeys(KINDS, 0)
-        for clip in self.valid[:48]:
+        for clip in [c for kind in KINDS for c in [c for c in self.valid if c.kind == kind][:16]]:
             wav = self.clip(clip, 5.0)
             rec = vae.decode(vae.encode(wav)[0])[..., :wav.shape[-1]]
             if wav.shape[-1] >= 2048:
@@ -202,44 +202,33 @@ class LMStage:
         yield self.name, loss, metrics
 
     def validate(self, model, step):
-        """Held-out loss with fixed noise; at the end, clips of each kind from text."""
+        """Held-out loss with fixed noise; clips of each kind from text, and held-out clips continued."""
         cfg = self.cfg
         torch.manual_seed(1)
         rows = range(min(64, len(self.valid)))
         _, metrics = model.loss(self.prepare(self.runtime.to(self.held(0, rows))))
         for kind in KINDS:
-            texts = cfg.sample.texts.get(kind) or sorted({c.text for c in self.valid if c.kind == kind and c.text})
+            clips = [c for c in self.valid if c.kind == kind]
+            texts = cfg.sample.texts.get(kind) or sorted({c.text for c in clips if c.text and len(c.text.encode()) <= cfg.data.text_len})
             for i, text in enumerate(texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
-                tokens = torch.tensor([encode_text(text, kind)], device=self.runtime.device)
-                wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                                    steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
-                                    guidance=cfg.sample.cfg, generator=torch.Generator(self.runtime.device).manual_seed(i))
-                name = f"{cfg.out}/samples/step{step:08d}_{self.name}_{kind}{i + 1}"
-                save_audio(f"{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
-                draw_spectrograms(f"{name}.png", [(f"{kind}: {text}", wav)], cfg.vae.sample_rate)
+                self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
+            longer = [c for c in clips if seconds_of(c) > cfg.sample.prompt_seconds + 1]
+            for i, clip in enumerate(longer[:: max(1, len(longer) // cfg.sample.count)][:cfg.sample.count]):
+                wav = torch.tensor(load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=cfg.sample.prompt_seconds))
+                history = self.vae.normalize(self.vae.encode(wav[None].to(self.runtime.device))[0])
+                self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}", kind, "", i, history=history)
         return {f"valid_{k}": v.item() for k, v in metrics.items()}
+
+    def render(self, model, name, kind, text, seed, **options):
+        cfg, device = self.cfg, self.runtime.device
+        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device), kind=KINDS.index(kind),
+                            seconds=cfg.sample.seconds, steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
+                            guidance=cfg.sample.cfg, generator=torch.Generator(device).manual_seed(seed), **options)
+        save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
+        draw_spectrograms(f"{cfg.out}/samples/{name}.png", [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)
 
     def finish(self, model):
         pass
-
-
-def draw_spectrograms(path, rows, sample_rate):
-    """One dB spectrogram above the other. rows: [(title, wav (ch, S)), ...]."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(len(rows), 1, figsize=(7, 2.2 * len(rows)), squeeze=False, layout="constrained")
-    for ax, (title, wav) in zip(axes[:, 0], rows):
-        wav = torch.nn.functional.pad(wav[0].float().cpu(), (0, max(0, 512 - wav.shape[-1])))
-        s = torch.stft(wav, 512, 128, window=torch.hann_window(512), return_complex=True).abs().clamp(min=1e-4)
-        ax.imshow(20 * s.log10().numpy(), origin="lower", aspect="auto", vmin=-60, vmax=35,
-                  extent=(0, wav.shape[-1] / sample_rate, 0, sample_rate / 2000))
-        ax.set_title(title[:90], fontsize=8)
-        ax.set_ylabel("kHz", fontsize=7)
-        ax.tick_params(labelsize=7)
-    axes[-1, 0].set_xlabel("seconds", fontsize=7)
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
 
 
 def draw_losses(out):
@@ -291,10 +280,7 @@ def make_optimizers(stage, cfg, device):
         parameters = list(parameters)
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        lr = cfg.disc_lr if name == "disc" and cfg.disc_lr else cfg.lr
-        out[name] = torch.optim.AdamW(groups, lr=lr, betas=tuple(cfg.betas), fused=device.startswith("cuda"))
-        for group in out[name].param_groups:
-            group["peak"] = lr
+        out[name] = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), fused=device.startswith("cuda"))
     return out
 
 
@@ -414,10 +400,10 @@ def train(stage, name, cfg, runtime):
     started, bad, spent = time.perf_counter(), 0, first
     try:
         for step in range(first, c.steps):
-            for optimizer in optimizers.values():
+            for key, optimizer in optimizers.items():
                 optimizer.zero_grad(set_to_none=True)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * schedule(c, step)
+                    group["lr"] = (c.disc_lr or c.lr if key == "disc" else c.lr) * schedule(c, step)
             sums = gradients(stage, next(prefetch), step, runtime, cfg.seed, c.batch)
             norms = {}
             for key, optimizer in optimizers.items():
