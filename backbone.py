@@ -1,7 +1,7 @@
 """The transformer: RMSNorm, rotary positions, attention with a cache, SwiGLU.
 
-One class serves the whole project: the backbone of CALM, its short-context branch, and the layers inside
-the VAE's encoder and decoder (with a sliding window there).
+One class serves the whole project: the backbone of CALM, its short-context branch, and the layers
+inside the VAE's encoder and decoder (with a sliding window there).
 
     x (B, T, C)
      │
@@ -16,13 +16,15 @@ Which positions a query sees:
     causal              keys at or before it                          (default)
     window = W          only the last W of them, itself included      (VAE layers, short context)
     causal = False      all of them
-With a cache the same rule holds over (cached ++ new) positions, so that feeding a sequence in chunks of any
-size gives what one call over the whole sequence gives (tests/test_backbone.py).
+With a cache the same rule holds over (cached ++ new) positions, so that feeding a sequence in
+chunks of any size gives what one call over the whole sequence gives (tests/test_backbone.py).
 
-Sources: CALM section 4.2 and Table 9 (widths); Mimi (Défossez et al. 2024) for windowed layers in a codec;
-RoPE (Su et al. 2021); RMSNorm (Zhang & Sennrich 2019); SwiGLU (Shazeer 2020); GQA (Ainslie et al. 2023).
-Where this differs from the paper: CALM does not name its MLP. Table 9's MLP dimension of 6336 does not give
-the table's own parameter counts; 6144 with two matrices ("gelu") or 4032 with three ("swiglu") do.
+Sources: CALM section 4.2 and Table 9 (widths); Mimi (Défossez et al. 2024) for windowed layers in a
+codec; RoPE (Su et al. 2021); RMSNorm (Zhang & Sennrich 2019); SwiGLU (Shazeer 2020); GQA (Ainslie
+et al. 2023).
+Where this differs from the paper: CALM does not name its MLP. Table 9's MLP dimension of 6336 does
+not give the table's own parameter counts; 6144 with two matrices ("gelu") or 4032 with three
+("swiglu") do.
 
 Precision: norms and rotations in fp32, matrix products in the autocast dtype.
 """
@@ -43,14 +45,16 @@ class BackboneConfig:
     kv_heads: int = 0           # key/value heads (GQA); 0 = as many as heads
     mlp: str = "swiglu"         # swiglu (three matrices) | gelu (two)
     mlp_dim: int = 0            # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to 32 for swiglu
-    qk_norm: bool = False       # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
+    # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
+    qk_norm: bool = False
     window: int = 0             # positions a query sees, itself included; 0 = all earlier ones
     causal: bool = True
     rope_base: float = 10000.0  # wavelength of the slowest rotation is 2π·rope_base positions
 
     def __post_init__(self):
         if self.dim < 1 or self.heads < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise ValueError(f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
+            raise ValueError(
+                f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
         if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: must divide heads = {self.heads}, got {self.kv_heads}")
         if self.mlp not in ("swiglu", "gelu"):
@@ -73,25 +77,33 @@ class RMSNorm(nn.Module):
         return (y * self.weight).to(x.dtype)
 
 
-def rope(x, first, base):
-    """Rotate channel pairs (i, i + d/2) of x (B, H, T, d) by angle (first + t) · base^(-2i/d)."""
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    freq = torch.exp(torch.arange(half, device=x.device, dtype=dtype) * (-math.log(base) / half))
-    angle = (first + torch.arange(x.shape[-2], device=x.device, dtype=dtype))[:, None] * freq   # (T, d/2)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
+def rotations(first, length, dim, base, like):
+    """cos and sin (T, d/2) of the angles (first + t) · base^(-2i/d), fp32 (fp64 for fp64 input)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    i = torch.arange(dim // 2, device=like.device, dtype=dtype)
+    t = first + torch.arange(length, device=like.device, dtype=dtype)
+    angle = t[:, None] * torch.exp(i * (-2 * math.log(base) / dim))                 # (T, d/2)
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotate channel pairs (i, i + d/2) of x (B, H, T, d) by the angles of `rotations`."""
+    a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one (k, v) pair a layer; `pos` counts positions."""
+    """Keys and values of the positions seen so far, one (k, v) pair a layer; `pos` counts
+    positions.
+    """
 
     def __init__(self):
         self.kv, self.pos = {}, 0
 
     def append(self, layer, k, v, window):
-        """Add new k, v (B, H, T, d); return all that the new queries can see; keep window - 1 of them."""
+        """Add new k, v (B, H, T, d); return all that the new queries can see; keep window - 1 of
+        them.
+        """
         if layer in self.kv:
             k, v = torch.cat([self.kv[layer][0], k], 2), torch.cat([self.kv[layer][1], v], 2)
         keep = min(window - 1, k.shape[2]) if window else k.shape[2]
@@ -99,7 +111,9 @@ class KVCache:
         return k, v
 
     def select(self, rows):
-        """Keep the given batch rows (an index tensor), e.g. to grow a cache of one prompt to a batch."""
+        """Keep the given batch rows (an index tensor), e.g. to grow a cache of one prompt to a
+        batch.
+        """
         self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
 
 
@@ -114,16 +128,16 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
 
-    def forward(self, x, first, mask, is_causal, cache, layer):
+    def forward(self, x, turn, mask, is_causal, cache, layer):
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.cfg.heads, self.head_dim).transpose(1, 2)         # (B, H, T, d)
+        q = self.wq(x).view(B, T, self.cfg.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k, v = self.wkv(x).view(B, T, 2, self.kv_heads, self.head_dim).unbind(2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                                      # (B, Hkv, T, d)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                               # (B, Hkv, T, d)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, first, self.cfg.rope_base), rope(k, first, self.cfg.rope_base)
+        q, k = rope(q, *turn), rope(k, *turn)
         if cache is not None:
-            k, v = cache.append(layer, k, v, self.cfg.window)                            # (B, Hkv, P+T, d)
+            k, v = cache.append(layer, k, v, self.cfg.window)                     # (B, Hkv, P+T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                            enable_gqa=self.kv_heads != self.cfg.heads)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
@@ -132,7 +146,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        hidden = cfg.mlp_dim or (4 * cfg.dim if cfg.mlp == "gelu" else -(-8 * cfg.dim // 3 // 32) * 32)
+        hidden = cfg.mlp_dim or (
+            4 * cfg.dim if cfg.mlp == "gelu" else -(-8 * cfg.dim // 3 // 32) * 32)
         self.swiglu = cfg.mlp == "swiglu"
         self.up = nn.Linear(cfg.dim, (1 + self.swiglu) * hidden, bias=False)
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
@@ -174,7 +189,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if out else 0.02)
 
     def mask(self, new, past, device):
-        """What (new) queries see of (past + new) keys: bool (new, past + new), or None with is_causal."""
+        """What (new) queries see of (past + new) keys: bool (new, past + new), or None with
+        is_causal.
+        """
         window = self.cfg.window
         if not self.cfg.causal:
             return None, False
@@ -189,11 +206,12 @@ class Transformer(nn.Module):
     def forward(self, x, cache: KVCache | None = None):
         if x.shape[1] == 0:
             return x
-        first = cache.pos if cache is not None else 0
+        turn = rotations(cache.pos if cache is not None else 0, x.shape[1],
+                         self.cfg.dim // self.cfg.heads, self.cfg.rope_base, x)
         past = cache.kv[0][0].shape[2] if cache is not None and 0 in cache.kv else 0
         mask, is_causal = self.mask(x.shape[1], past, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, first, mask, is_causal, cache, i)
+            x = block(x, turn, mask, is_causal, cache, i)
         if cache is not None:
             cache.pos += x.shape[1]
         return self.norm(x)

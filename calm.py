@@ -17,15 +17,17 @@
 
     L = mean over positions of the head's loss (eq. 3) + eos_weight · BCE("x^{s+1} does not exist")
 
-Sources: CALM (arXiv 2509.06926) section 4.2 (z_long + z_short, eq. 3), 4.3 (noise: x̃ = √k ε + √(1-k) x with
-k ~ U(0, 1) drawn for each latent), 4.4 (head batch multiplier), Table 9; prefix layout, EOS and latent
-guidance Z = Z_null + a (Z_cond - Z_null) from its third version, as in pocket-tts.
+Sources: CALM (arXiv 2509.06926) section 4.2 (z_long + z_short, eq. 3), 4.3 (noise:
+x̃ = √k ε + √(1-k) x with k ~ U(0, 1) drawn for each latent), 4.4 (head batch multiplier), Table 9;
+prefix layout, EOS and latent guidance Z = Z_null + a (Z_cond - Z_null) from its third version, as
+in pocket-tts.
 Where this differs from the paper:
-- T_short is a transformer whose layers look back K positions each (a sliding window, as the codec's do, so
-  that it streams). With one layer that is the paper's T_short(x^{s-K} ... x^{s-1}); with n layers it sees
-  up to nK latents back.
-- The short branch can be kept from some kinds and dropped for a share of sequences in training: with it
-  always on, the loss falls lower and the text is ignored (the paper has it for music, not for speech).
+- T_short is a transformer whose layers look back K positions each (a sliding window, as the codec's
+  do, so that it streams). With one layer that is the paper's T_short(x^{s-K} ... x^{s-1}); with n
+  layers it sees up to nK latents back.
+- The short branch can be kept from some kinds and dropped for a share of sequences in training:
+  with it always on, the loss falls lower and the text is ignored (the paper has it for music, not
+  for speech).
 - k ~ U(0, noise): the paper's 1 is a config value; for short speech .5 learns the text faster.
 Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
 """
@@ -44,34 +46,44 @@ class CALMConfig:
     """The [lm] table."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    noise: float = 1.0              # largest share of noise k in the backbone's latents (4.3: 1); 0 = none
-    short_layers: int = 0           # layers of T_short (Table 9: 4 for music, none for speech); 0 = no branch
-    short_context: int = 10         # K, latents that T_short's layers look back (4.2; Table 7: 5 is too few)
-    short_kinds: list[str] = field(default_factory=lambda: ["sound", "music"])  # kinds that have the branch
-    short_dropout: float = 0.0      # share of training sequences without it
-    prefix_dropout: float = 0.1     # share of training sequences without prompt and text: what guidance needs
-    eos_weight: float = 0.1         # weight of the end-of-clip loss
+    # largest share of noise k in the backbone's latents (4.3: 1); 0 = none
+    noise: float = 1.0
+    # layers of T_short (Table 9: 4 for music, none for speech); 0 = no branch
+    short_layers: int = 0
+    # K, latents that T_short's layers look back (4.2; Table 7: 5 is too few)
+    short_context: int = 10
+    # kinds that have the branch
+    short_kinds: list[str] = field(default_factory=lambda: ["sound", "music"])
+    short_dropout: float = 0.0  # share of training sequences without it
+    # share of training sequences without prompt and text: what guidance needs
+    prefix_dropout: float = 0.1
+    eos_weight: float = 0.1     # weight of the end-of-clip loss
 
     def __post_init__(self):
         for name in ("noise", "short_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
         if self.short_layers < 0 or self.short_context < 1 or self.eos_weight < 0:
-            raise ValueError("short_layers, eos_weight >= 0 and short_context >= 1: one of these does not hold")
+            raise ValueError("short_layers, eos_weight >= 0 and short_context >= 1: "
+                             "one of these does not hold")
 
 
 def pack(parts):
-    """Join [(values (B, n, C), lengths (B,)), ...] row by row without gaps -> (B, sum n, C), padding last.
+    """Join [(values (B, n, C), lengths (B,)), ...] row by row without gaps -> (B, sum n, C),
+    padding last.
 
     A causal model then needs no mask: nothing valid comes after padding.
     """
     valid = torch.cat([torch.arange(v.shape[1], device=v.device) < n[:, None] for v, n in parts], 1)
-    order = torch.argsort(~valid, dim=1, stable=True)                                    # valid ones first
-    return torch.cat([v for v, _ in parts], 1).gather(1, order[..., None].expand(-1, -1, parts[0][0].shape[2]))
+    order = torch.argsort(~valid, dim=1, stable=True)                       # valid ones first
+    return torch.cat([v for v, _ in parts], 1).gather(
+        1, order[..., None].expand(-1, -1, parts[0][0].shape[2]))
 
 
 class CALM(nn.Module):
-    """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], e.g. (speech, sound, music)."""
+    """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], e.g. (speech,
+    sound, music).
+    """
 
     def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds):
         super().__init__()
@@ -87,9 +99,10 @@ class CALM(nn.Module):
         self.backbone = Transformer(cfg.backbone)
         self.eos = nn.Linear(C, 1)
         self.head = HEADS[cfg.head.objective](latent_dim, C, cfg.head)
-        nn.init.normal_(self.text.weight, std=0.5)           # the scale that the linear layers give latents
+        nn.init.normal_(self.text.weight, std=0.5)   # the scale that the linear layers give latents
         if cfg.short_layers:
-            short = BackboneConfig(**{**vars(cfg.backbone), "layers": cfg.short_layers, "window": cfg.short_context})
+            short = BackboneConfig(**{**vars(cfg.backbone), "layers": cfg.short_layers,
+                                      "window": cfg.short_context})
             self.short_latent = nn.Linear(latent_dim, C)
             self.short_bos = nn.Parameter(torch.randn(C) * 0.5)
             self.short = Transformer(short)
@@ -97,55 +110,63 @@ class CALM(nn.Module):
         self.register_buffer("has_short", has_short, persistent=False)
 
     def condition(self, x, text, text_len, prompt, prompt_len):
-        """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen x¹ ... xˢ."""
+        """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen
+        x¹ ... xˢ.
+        """
         B, T, _ = x.shape
         bos = self.bos.expand(B, 1, -1)
-        audio = torch.cat([bos, self.latent(x)], 1)                                      # (B, 1+T, C)
+        audio = torch.cat([bos, self.latent(x)], 1)                         # (B, 1+T, C)
         whole = torch.full((B,), 1 + T, device=x.device)
-        packed = pack([(self.prompt(prompt), prompt_len), (self.text(text), text_len), (audio, whole)])
-        y = self.backbone(packed.to(audio.dtype))                                        # (B, P+L+1+T, C)
+        packed = pack([(self.prompt(prompt), prompt_len), (self.text(text), text_len),
+                       (audio, whole)])
+        y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+T, C)
         at = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
-        return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))                     # (B, 1+T, C)
+        return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))        # (B, 1+T, C)
 
     def loss(self, batch):
         """One training loss and its parts.
 
-        batch: x (B, T, D) normalised latents, zeros after frames (B,); ended (B,) the clip ends in this row;
-        text (B, L), text_len (B,); prompt (B, P, D), prompt_len (B,); kind (B,).
+        batch: x (B, T, D) normalised latents, zeros after frames (B,); ended (B,) the clip ends in
+        this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len (B,); kind (B,).
         """
         cfg, x, frames = self.cfg, batch["x"], batch["frames"]
         B, T, _ = x.shape
         keep = torch.rand(B, device=x.device) >= cfg.prefix_dropout
-        k = cfg.noise * torch.rand(B, T, 1, device=x.device)                             # per latent
+        k = cfg.noise * torch.rand(B, T, 1, device=x.device)                # per latent
         noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
-        z_long = self.condition(noised, batch["text"], batch["text_len"] * keep, batch["prompt"], batch["prompt_len"] * keep)
+        z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
+                                batch["prompt"], batch["prompt_len"] * keep)
         Z = z_long
         if cfg.short_layers:
             clean = torch.cat([self.short_bos.expand(B, 1, -1), self.short_latent(x)], 1)
-            on = self.has_short[batch["kind"]] & (torch.rand(B, device=x.device) >= cfg.short_dropout)
+            on = (self.has_short[batch["kind"]]
+                  & (torch.rand(B, device=x.device) >= cfg.short_dropout))
             Z = Z + self.short(clean) * on[:, None, None]
 
         s = torch.arange(1 + T, device=x.device)
-        real = s[:T] < frames[:, None]                                                   # x^{s+1} exists
-        if x.is_cuda:                                        # static shapes: compute padding too, weigh it 0
+        real = s[:T] < frames[:, None]                                      # x^{s+1} exists
+        if x.is_cuda:                               # static shapes: compute padding too, weigh it 0
             per, metrics = self.head.loss(Z[:, :T], x)
             head = (per * real).sum() / real.sum().clamp(min=1)
         else:
             per, metrics = self.head.loss(Z[:, :T][real], x[real])
             head = per.mean()
-        over = (s == frames[:, None]) & batch["ended"][:, None]                          # x^{s+1} does not exist
+        over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
         known = torch.cat([real, torch.zeros_like(real[:, :1])], 1) | over
-        bce = F.binary_cross_entropy_with_logits(self.eos(z_long).squeeze(-1).float(), over.float(), reduction="none")
+        bce = F.binary_cross_entropy_with_logits(self.eos(z_long).squeeze(-1).float(), over.float(),
+                                                 reduction="none")
         eos = (bce * known).sum() / known.sum()
         return head + cfg.eos_weight * eos, {"head": head.detach(), "eos": eos.detach(), **metrics}
 
     @torch.no_grad()
-    def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None, temperature=1.0,
-                 guidance=1.0, generator=None):
-        """Yields normalised latents (B, D) and which rows have ended (B,) until all have, or max_frames.
+    def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
+                 temperature=1.0, guidance=1.0, generator=None):
+        """Yields normalised latents (B, D) and which rows have ended (B,) until all have, or
+        max_frames.
 
-        text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history (B, n, D): clean
-        latents to continue (both normalised). A row that has ended goes on yielding: cut it there.
+        text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
+        (B, n, D): clean latents to continue (both normalised). A row that has ended goes on
+        yielding: cut it there.
         """
         B, device = text.shape[0], text.device
         bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
@@ -158,8 +179,8 @@ class CALM(nn.Module):
             x_short = torch.cat([self.short_bos.expand(B, 1, -1), *past], 1)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for i in range(max_frames):
-            Z = self.backbone(x_long, long)[:, -1]                                       # (B, C)
-            if i > 0:                                        # at least one latent
+            Z = self.backbone(x_long, long)[:, -1]                          # (B, C)
+            if i > 0:                               # at least one latent
                 ended = ended | (self.eos(Z).squeeze(-1) > 0)
             if ended.all():
                 return
@@ -168,7 +189,8 @@ class CALM(nn.Module):
                 Z = Z_null + guidance * (Z - Z_null)
             if use_short:
                 Z = Z + self.short(x_short, short)[:, -1]
-            x = self.head.sample(Z, steps=steps, temperature=temperature, generator=generator)      # (B, D)
+            x = self.head.sample(Z, steps=steps, temperature=temperature,
+                                 generator=generator)                       # (B, D)
             yield x, ended
             x_long = x_null = self.latent(x)[:, None]
             if use_short:
@@ -176,14 +198,15 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def render(self, vae, text, *, seconds, history=None, **options):
-        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row ended.
+        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
+        ended.
 
         history (B, n, D), normalised: what is continued stands at the front of each waveform.
         """
         max_frames = max(1, round(seconds * vae.cfg.frame_rate))
         drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))
         past = [] if history is None else [history]
-        x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)                 # (B, n + T, D)
-        wav = vae.decode(vae.denormalize(x))                                             # (B, ch, (n + T) · hop)
-        frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))  # (B,)
+        x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)    # (B, n + T, D)
+        wav = vae.decode(vae.denormalize(x))                                # (B, ch, (n + T) · hop)
+        frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
         return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]

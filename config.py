@@ -1,12 +1,15 @@
-"""An experiment is one TOML file: loaded strictly, overridden from the command line, written back resolved.
+"""An experiment is one TOML file: loaded strictly, overridden from the command line, written back
+resolved.
 
-    configs/quickstart.toml ──┐
-    --lm.backbone.layers 6 ───┴─► Config (dataclasses) ─► python train.py ─► out/quickstart/config.toml
+  configs/quickstart.toml ─┐
+  --lm.backbone.layers 6 ──┴─► Config (dataclasses) ─► python train.py ─► out/quickstart/config.toml
 
 Tables and the file that owns their dataclass:
-    [vae] vae.py      [lm] calm.py   ([lm.backbone] backbone.py, [lm.head] heads.py)      [data] data.py
+    [vae] vae.py      [lm] calm.py   ([lm.backbone] backbone.py, [lm.head] heads.py)
+    [data] data.py
     [toy] toy.py      [train.vae], [train.lm], [train.consistency], [sample] here
-An unknown key, a wrong type or an impossible value stops with one line that names the key and what is valid.
+An unknown key, a wrong type or an impossible value stops with one line that names the key and what
+is valid.
 """
 import dataclasses
 import json
@@ -30,8 +33,10 @@ class StageConfig:
     """[train.vae], [train.lm], [train.consistency]: one stage of training."""
     steps: int = 1000           # optimizer steps
     batch: int = 16             # rows an optimizer step, over all processes
-    micro_batch: int = 0        # rows a forward; 0 = batch / processes; less memory, the same gradient
-    lr: float = 1e-3            # peak learning rate (Table 9: 1e-4 music, 2e-4 speech; Table 10: 8e-4 VAE)
+    # rows a forward; 0 = batch / processes; less memory, the same gradient
+    micro_batch: int = 0
+    # peak learning rate (Table 9: 1e-4 music, 2e-4 speech; Table 10: 8e-4 VAE)
+    lr: float = 1e-3
     lr_end: float = 0.1         # final learning rate as a share of lr; cosine in between
     warmup: int = 50            # steps of linear warm-up
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])    # AdamW (Table 9)
@@ -40,7 +45,8 @@ class StageConfig:
     ema: float = 0.0            # decay of the averaged weights that are sampled from; 0 = none
     disc_lr: float = 0.0        # discriminators' learning rate; 0 = lr
     log_every: int = 20         # steps
-    valid_every: int = 0        # steps between validation losses and re-rendered clips; 0 = at the end only
+    # steps between validation losses and re-rendered clips; 0 = at the end only
+    valid_every: int = 0
     save_every: int = 500       # steps between checkpoints
 
     def __post_init__(self):
@@ -48,7 +54,8 @@ class StageConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.micro_batch and (self.micro_batch < 0 or self.batch % self.micro_batch):
-            raise ValueError(f"micro_batch: must divide batch = {self.batch}, got {self.micro_batch}")
+            raise ValueError(
+                f"micro_batch: must divide batch = {self.batch}, got {self.micro_batch}")
         if not self.lr > 0 or not 0 <= self.ema < 1 or len(self.betas) != 2 or not self.clip > 0:
             raise ValueError("lr, clip > 0; 0 <= ema < 1; two betas: one of these does not hold")
 
@@ -63,19 +70,23 @@ class Stages:
 @dataclass
 class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
-    steps: int = 0              # head steps a latent; 0 = the objective's own (1 consistency, 20 flow)
-    temperature: float = 0.8    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
+    # head steps a latent; 0 = the objective's own (1 consistency, 20 flow)
+    steps: int = 0
+    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
+    temperature: float = 0.8
     cfg: float = 1.0            # latent guidance a in Z = Z_null + a (Z_cond - Z_null); 1 = off
     seconds: float = 5.0        # longest clip
     prompt_seconds: float = 3.0 # audio continued where there is no text (CALM section 5)
-    texts: dict[str, list[str]] = field(default_factory=dict)  # kind -> texts; {} = from the validation manifest
+    # kind -> texts; {} = from the validation manifest
+    texts: dict[str, list[str]] = field(default_factory=dict)
     count: int = 3              # clips of each kind rendered at the end
 
 
 @dataclass
 class Config:
     out: str = "out/run"        # run folder
-    stages: list[str] = field(default_factory=lambda: ["vae", "lm"])    # in order; finished ones are skipped
+    # in order; finished ones are skipped
+    stages: list[str] = field(default_factory=lambda: ["vae", "lm"])
     seed: int = 0
     device: str = "auto"        # auto (cuda > mps > cpu) | cuda | mps | cpu
     dtype: str = "auto"         # auto (bf16 on Ampere and newer, else fp32) | fp32 | bf16
@@ -92,10 +103,12 @@ class Config:
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")
-        for name, valid in (("device", ("auto", "cuda", "mps", "cpu")), ("dtype", ("auto", "fp32", "bf16")),
+        for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
+                            ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
+                raise ValueError(
+                    f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
 
 
 def check(value, kind, key):
@@ -136,7 +149,9 @@ def build(cls, table, key=""):
 
 
 def load(path, overrides=()):
-    """Config from a TOML file and ["--lm.backbone.layers", "6", ...] (values in TOML or bare strings)."""
+    """Config from a TOML file and ["--lm.backbone.layers", "6", ...] (values in TOML or bare
+    strings).
+    """
     try:
         with open(path, "rb") as f:
             table = tomllib.load(f)
@@ -188,7 +203,9 @@ def dump(cfg):
 # ---------------------------------------------------------------- run folders
 
 def save_checkpoint(path, state):
-    """Write to a temporary file, then rename: a crash or a full disk leaves the old checkpoint whole."""
+    """Write to a temporary file, then rename: a crash or a full disk leaves the old checkpoint
+    whole.
+    """
     temp = f"{path}.tmp"
     try:
         with open(temp, "wb") as f:
@@ -200,7 +217,8 @@ def save_checkpoint(path, state):
         if os.path.exists(temp):
             os.remove(temp)
         kept = "; the previous checkpoint is untouched" if os.path.exists(path) else ""
-        raise BadInput(f"{path}: could not be written ({e}); free some disk space and run again{kept}") from None
+        raise BadInput(f"{path}: could not be written ({e}); "
+                       f"free some disk space and run again{kept}") from None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -208,9 +226,11 @@ def load_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint; train it first: python train.py --config ...") from None
-    except Exception as e:                           # a truncated zip, a pickle, anything but a checkpoint
-        raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__}); delete it or restore a copy") from None
+        raise BadInput(f"{path}: no such checkpoint; "
+                       "train it first: python train.py --config ...") from None
+    except Exception as e:                    # a truncated zip, a pickle, anything but a checkpoint
+        raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__}); "
+                       "delete it or restore a copy") from None
     if not isinstance(state, dict) or not {"stage", "config", "model", "done"} <= state.keys():
         raise BadInput(f"{path}: not a nanoCALM checkpoint; expected stage, config, model, done")
     return state
@@ -232,13 +252,15 @@ def open_run(run, stage="", device="cpu"):
     Averaged weights (EMA) are taken where there are any.
     """
     if not os.path.isdir(run):
-        raise BadInput(f"run {run}: no such folder; train one first: python train.py --config configs/quickstart.toml")
+        raise BadInput(f"run {run}: no such folder; "
+                       "train one first: python train.py --config configs/quickstart.toml")
     state = load_checkpoint(f"{run}/vae.pt", device)
     cfg = build(Config, state["config"])
     vae = VAE(cfg.vae)
     weights = state["ema"] or {k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
     load_weights(vae, weights, f"{run}/vae.pt")
-    names = [stage] if stage else [s for s in ("consistency", "lm") if os.path.exists(f"{run}/{s}.pt")]
+    names = [stage] if stage else [
+        s for s in ("consistency", "lm") if os.path.exists(f"{run}/{s}.pt")]
     if not names:
         return cfg, vae.to(device).eval(), None, "vae"
     state = load_checkpoint(f"{run}/{names[0]}.pt", device)
@@ -252,4 +274,5 @@ def stage_model(cfg, stage):
     """[lm] as the stage has it: "consistency" is the same model with the consistency objective."""
     if stage != "consistency":
         return cfg.lm
-    return dataclasses.replace(cfg.lm, head=dataclasses.replace(cfg.lm.head, objective="consistency", steps=0))
+    return dataclasses.replace(
+        cfg.lm, head=dataclasses.replace(cfg.lm.head, objective="consistency", steps=0))

@@ -524,15 +524,19 @@ class AudioBatches:
 
 
 def draw_spectrograms(path, pictures, sample_rate, columns=1):
-    """dB spectrograms (512-point Hann, hop 128, the same scale for all) of [(title, wav (ch, S)), ...] -> path."""
+    """dB spectrograms (512-point Hann, hop 128, the same scale for all) of [(title, wav
+    (ch, S)), ...] -> path.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     rows = -(-len(pictures) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3 + 4 * columns, 2.1 * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=(3 + 4 * columns, 2.1 * rows), squeeze=False,
+                             layout="constrained")
     for ax, (title, wav) in zip(axes.flat, pictures):
         wav = torch.nn.functional.pad(wav[0].float().cpu(), (0, max(0, 512 - wav.shape[-1])))
-        s = torch.stft(wav, 512, 128, window=torch.hann_window(512), return_complex=True).abs().clamp(min=1e-4)
+        s = torch.stft(wav, 512, 128, window=torch.hann_window(512),
+                       return_complex=True).abs().clamp(min=1e-4)
         ax.imshow(20 * s.log10().numpy(), origin="lower", aspect="auto", vmin=-60, vmax=35,
                   extent=(0, wav.shape[-1] / sample_rate, 0, sample_rate / 2000))
         ax.set_title(title[:80], fontsize=8)

@@ -1,13 +1,17 @@
-"""Figures of a trained run: how well the VAE reconstructs, how well generations say what their text says.
+"""Figures of a trained run: how well the VAE reconstructs, how well generations say what their text
+says.
 
-    python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm] [--json figures.json]
+    python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
+                       [--json figures.json]
 
     held-out clips ─► VAE ─► reconstructions ─┬─► log-mel distance (any corpus)
-    held-out texts ─► CALM ─► generations ────┴─► the toy corpus's oracle: digits, counts, pitch, tempo right
+    held-out texts ─► CALM ─► generations ────┴─► the toy corpus's oracle: digits, counts, pitch,
+                                                  tempo right
 
-log-mel distance: mean |log10 mel(x) - log10 mel(x̂)|, 80 bands, n_fft 1024; divided by the same between a clip
-and another one: 0 = perfect, 1 = as far as any two clips. The oracle (toy.py) measures each fact that a text of
-the toy corpus states; "chance" is what guessing gives. On other corpora it is left out.
+log-mel distance: mean |log10 mel(x) - log10 mel(x̂)|, 80 bands, n_fft 1024; divided by the same
+between a clip and another one: 0 = perfect, 1 = as far as any two clips. The oracle (toy.py)
+measures each fact that a text of the toy corpus states; "chance" is what guessing gives. On other
+corpora it is left out.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -19,7 +23,8 @@ from tqdm import tqdm
 
 import toy
 from config import load_checkpoint, open_run
-from data import KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio, load_clips, load_manifest, save_audio
+from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
+                  load_clips, load_manifest, save_audio)
 from vae import mel_filters, stft
 
 
@@ -29,7 +34,9 @@ def log_mel(wav, rate):
 
 
 def facts(wav, clip, rate):
-    """(right, total) of the facts that the clip's text states, heard in wav (ch, S); None if it states none."""
+    """(right, total) of the facts that the clip's text states, heard in wav (ch, S); None if it
+    states none.
+    """
     try:
         found = toy.oracle(wav[0].numpy(), clip.text, clip.kind, rate)
     except BadInput:
@@ -50,11 +57,14 @@ def judge_vae(vae, clips, limit, folder):
         own = [c for c in clips if c.kind == kind][:limit]
         near, far, before, after, last = [], [], [], [], None
         for clip in tqdm(own, desc=f"reconstruct {kind}", leave=False):
-            wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels, seconds=20.0, allow_silence=True))
+            wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels, seconds=20.0,
+                                          allow_silence=True))
             rec = vae.decode(vae.encode(wav[None])[0])[0, :, :wav.shape[-1]]
             if folder:
-                save_audio(f"{folder}/reconstruction/{clip.id or os.path.splitext(os.path.basename(clip.audio))[0]}.wav",
-                           rec.numpy(), rate)
+                save_audio(
+                    f"{folder}/reconstruction/"
+                    f"{clip.id or os.path.splitext(os.path.basename(clip.audio))[0]}.wav",
+                    rec.numpy(), rate)
             before.append(facts(wav, clip, rate))
             after.append(facts(rec, clip, rate))
             if wav.shape[-1] < 1024:
@@ -66,7 +76,8 @@ def judge_vae(vae, clips, limit, folder):
                 far.append((mel[:, :n] - last[:, :n]).abs().mean().item())
             last = mel
         if far:
-            out[kind] = {"clips": len(own), "log_mel": round(sum(near) / len(near) / (sum(far) / len(far)), 4),
+            out[kind] = {"clips": len(own),
+                         "log_mel": round(sum(near) / len(near) / (sum(far) / len(far)), 4),
                          "original": share(before), "reconstruction": share(after)}
     return out
 
@@ -78,13 +89,15 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
         texts, heard = sorted({c.text for c in clips if c.kind == kind and c.text})[:limit], []
         for number, text in enumerate(tqdm(texts, desc=f"generate {kind}", leave=False)):
             tokens = torch.tensor([encode_text(text, kind)] * repeats)
-            wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds, steps=steps,
-                             temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
+            wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                             steps=steps, temperature=cfg.sample.temperature,
+                             guidance=cfg.sample.cfg,
                              generator=torch.Generator().manual_seed(number))
             clip = next(c for c in clips if c.kind == kind and c.text == text)
             heard += [facts(wav, clip, cfg.vae.sample_rate) for wav in wavs]
             if folder and number < 3:
-                save_audio(f"{folder}/{kind}_{text.replace(' ', '_').replace(',', '')}.wav", wavs[0].numpy(), cfg.vae.sample_rate)
+                save_audio(f"{folder}/{kind}_{text.replace(' ', '_').replace(',', '')}.wav",
+                           wavs[0].numpy(), cfg.vae.sample_rate)
         if share(heard) is not None:
             out[kind] = share(heard)
             chance[kind] = round(sum(toy.chance(t, kind) for t in texts) / len(texts), 4)
@@ -93,17 +106,23 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
 
 @torch.no_grad()
 def overview(path, vae, models, cfg, clips):
-    """One column a kind: a held-out clip, its reconstruction, and each model's generation from the same text."""
-    rate, kinds = cfg.vae.sample_rate, [k for k in KINDS if any(c.kind == k and c.text for c in clips)]
+    """One column a kind: a held-out clip, its reconstruction, and each model's generation from the
+    same text.
+    """
+    rate, kinds = cfg.vae.sample_rate, [
+        k for k in KINDS if any(c.kind == k and c.text for c in clips)]
     rows = [[] for _ in range(2 + len(models))]
     for kind in kinds:
         clip = min((c for c in clips if c.kind == kind and c.text), key=lambda c: c.text)
-        wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels, seconds=cfg.sample.seconds, allow_silence=True))
+        wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels,
+                                      seconds=cfg.sample.seconds, allow_silence=True))
         rows[0].append((f"{kind}: {clip.text}", wav))
         rows[1].append(("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]))
         for row, (name, lm) in zip(rows[2:], models.items()):
-            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind)]), kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                              temperature=cfg.sample.temperature, guidance=cfg.sample.cfg, generator=torch.Generator().manual_seed(0))
+            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind)]),
+                              kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                              temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
+                              generator=torch.Generator().manual_seed(0))
             row.append((f"generated from the text, {name}", made))
     draw_spectrograms(path, [picture for row in rows for picture in row], rate, columns=len(kinds))
 
@@ -114,8 +133,10 @@ def main():
     p.add_argument("--manifest", help="held-out clips; default: the run's own")
     p.add_argument("--what", default="all", choices=["all", "vae", "lm"])
     p.add_argument("--repeats", type=int, default=6, help="draws of each text (default 6)")
-    p.add_argument("--limit", type=int, default=40, help="clips and texts of each kind (default 40)")
-    p.add_argument("--wavs", help="folder for all reconstructions, three generations of each kind and model, overview.png")
+    p.add_argument("--limit", type=int, default=40,
+                   help="clips and texts of each kind (default 40)")
+    p.add_argument("--wavs", help="folder for all reconstructions, three generations of each kind "
+                                  "and model, overview.png")
     p.add_argument("--json", help="write the figures here")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()
@@ -134,13 +155,16 @@ def main():
     figures, rows, models = {"run": a.run, "clips": len(clips)}, [], {}
     if a.what in ("all", "vae"):
         figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs)
-        rows += [("log-mel distance (0 perfect, 1 another clip)", {k: v["log_mel"] for k, v in figures["vae"].items()})]
+        rows += [("log-mel distance (0 perfect, 1 another clip)",
+                  {k: v["log_mel"] for k, v in figures["vae"].items()})]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
-    stages = [s for s in ("lm", "consistency") if os.path.exists(f"{a.run}/{s}.pt")] if a.what in ("all", "lm") else []
+    stages = [s for s in ("lm", "consistency")
+              if os.path.exists(f"{a.run}/{s}.pt")] if a.what in ("all", "lm") else []
     for stage in stages:
         if not load_checkpoint(f"{a.run}/{stage}.pt")["done"]:
-            raise BadInput(f"{a.run}/{stage}.pt: its training is not finished; run train.py again, it goes on")
+            raise BadInput(f"{a.run}/{stage}.pt: its training is not finished; "
+                           "run train.py again, it goes on")
         _, _, lm, _ = open_run(a.run, stage)
         objective = lm.cfg.head.objective
         steps = lm.cfg.head.steps or (1 if objective == "consistency" else 20)
@@ -154,7 +178,8 @@ def main():
     print(f"{'':52s}" + "".join(f"{k:>9s}" for k in KINDS))
     for name, row in rows:
         if any(v is not None for v in row.values()):
-            print(f"{name:52s}" + "".join(f"{row[k]:9.3f}" if row.get(k) is not None else f"{'-':>9s}" for k in KINDS))
+            print(f"{name:52s}" + "".join(
+                f"{row[k]:9.3f}" if row.get(k) is not None else f"{'-':>9s}" for k in KINDS))
     if a.wavs:
         overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:

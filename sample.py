@@ -1,17 +1,19 @@
 """Listen to a trained run: text, a prompt, or both -> wav.
 
-    python sample.py --run out/quickstart --text "three seven"                 speech from text
+    python sample.py --run out/quickstart --text "three seven"              speech from text
     python sample.py --run out/quickstart --text "two low beeps" --kind sound
-    python sample.py --run out/real_small --prompt ref.wav --kind music        continue a recording
-    python sample.py --run out/real_small --prompt ref.wav --text "hello"      text in the voice of ref.wav
-    python sample.py --run out/real_small --prompt ref.wav --prompt-text "what ref says" --text "hello"
+    python sample.py --run out/real_small --prompt ref.wav --kind music     continue a recording
+    python sample.py --run out/real_small --prompt ref.wav --text "hello"   text in the voice of
+                                                                            ref.wav
+    python sample.py --run out/real_small --prompt ref.wav --prompt-text "what ref says" \\
+                     --text "hello"
 
        text ─► tokens ──────────────┐
        prompt ─► VAE encoder ─► latents ─► CALM, one latent at a time ─► VAE decoder ─► wav
                                                   └── --stream: written as it comes ──┘
 
---prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its voice; with
---prompt-text too, the clip is continued with the new words and only these are kept.
+--prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its
+voice; with --prompt-text too, the clip is continued with the new words and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -28,15 +30,19 @@ from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_aud
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", "lm", "consistency"], help="which model; default: the last trained")
+    p.add_argument("--stage", default="", choices=["", "lm", "consistency"],
+                   help="which model; default: the last trained")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
     p.add_argument("--prompt-text", help="what the prompt says")
     p.add_argument("--seconds", type=float, help="longest new audio; default: the config's")
-    p.add_argument("--prompt-seconds", type=float, help="of a prompt to continue, its last so many seconds")
-    p.add_argument("--steps", type=int, help="head steps a latent; default: 1 for consistency, 20 for flows")
-    p.add_argument("--temperature", type=float, help="variance of the noise, 0 .. 1; default: the config's")
+    p.add_argument("--prompt-seconds", type=float,
+                   help="of a prompt to continue, its last so many seconds")
+    p.add_argument("--steps", type=int,
+                   help="head steps a latent; default: 1 for consistency, 20 for flows")
+    p.add_argument("--temperature", type=float,
+                   help="variance of the noise, 0 .. 1; default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
@@ -47,17 +53,21 @@ def parse():
     if a.text is not None and not a.text.strip():
         raise BadInput("--text: is empty; say something")
     if a.prompt_text and not (a.prompt and a.text):
-        raise BadInput("--prompt-text: needs --prompt (the audio it transcribes) and --text (what comes next)")
+        raise BadInput("--prompt-text: needs --prompt (the audio it transcribes) "
+                       "and --text (what comes next)")
     if a.text is None and not a.prompt:
         raise BadInput("give --text, --prompt or both (see -h)")
-    for name, low in (("seconds", 0), ("prompt_seconds", 0), ("steps", 0), ("cfg", -math.inf), ("temperature", -1e-9)):
+    for name, low in (("seconds", 0), ("prompt_seconds", 0), ("steps", 0), ("cfg", -math.inf),
+                      ("temperature", -1e-9)):
         value = getattr(a, name)
         if value is not None and not (low < value < math.inf):
-            raise BadInput(f"--{name.replace('_', '-')}: {value} is not possible; use a larger, finite number")
+            raise BadInput(f"--{name.replace('_', '-')}: {value} is not possible; "
+                           "use a larger, finite number")
     try:
         torch.zeros(1, device=a.device)
     except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {a.device}: not available here ({str(e).splitlines()[0]})") from None
+        raise BadInput(
+            f"--device {a.device}: not available here ({str(e).splitlines()[0]})") from None
     return a
 
 
@@ -72,7 +82,8 @@ def main():
     text = " ".join(t for t in (a.prompt_text, a.text) if t)
     tokens = encode_text(text, a.kind)
     if len(tokens) > 1 + limit:
-        raise BadInput(f"--text: {len(tokens) - 1} bytes are more than this run was trained on (data.text_len = {limit})")
+        raise BadInput(f"--text: {len(tokens) - 1} bytes are more than this run was trained on "
+                       f"(data.text_len = {limit})")
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
                "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
@@ -86,7 +97,8 @@ def main():
             latents = vae.normalize(vae.encode(wav[None])[0])                            # (1, T, D)
         if a.text is not None and not a.prompt_text:
             if not cfg.data.prompt_frames:
-                raise BadInput(f"--prompt: {a.run} was trained without voice prompts (data.prompt_frames = 0); "
+                raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
+                               "(data.prompt_frames = 0); "
                                "add --prompt-text to continue the clip instead")
             options["prompt"] = latents[:, :cfg.data.prompt_frames]
         else:
@@ -106,9 +118,10 @@ def main():
         except (OSError, sf.LibsndfileError) as e:
             raise BadInput(f"--out {a.out}: cannot be written ({e})") from None
 
-    owed = vae.latency if history is not None and not keep_prompt else 0     # the prompt's last samples
+    # the prompt's last samples
+    owed = vae.latency if history is not None and not keep_prompt else 0
 
-    def emit(wav):                                                                       # (1, ch, n)
+    def emit(wav):                                                              # (1, ch, n)
         nonlocal owed
         wav, owed = wav[..., owed:], owed - min(owed, wav.shape[-1])
         pieces.append(wav[0].cpu())
@@ -132,7 +145,8 @@ def main():
         sink.close()
     else:
         save_audio(a.out, wav.numpy(), rate)
-    print(f"{a.out}: {new * hop / rate:.2f} s from {stage}, {took:.2f} s of work = {new * hop / rate / took:.1f} x real time, "
+    print(f"{a.out}: {new * hop / rate:.2f} s from {stage}, {took:.2f} s of work = "
+          f"{new * hop / rate / took:.1f} x real time, "
           f"first audio after {1000 * first:.0f} ms")
 
 

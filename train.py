@@ -1,26 +1,31 @@
-"""Train: python train.py --config configs/quickstart.toml [--section.key value ...] [--fresh] [--print]
+"""Train: python train.py --config configs/quickstart.toml [--section.key value ...] [--fresh]
+[--print]
 
-One loop for all stages. A config names its stages in order; finished ones are skipped, an interrupted one
-resumes where its last checkpoint was, with the same numbers as if it had never stopped: a step is a pure
-function of (weights, optimizer, step number), because data and noise are drawn from (seed, step, row).
+One loop for all stages. A config names its stages in order; finished ones are skipped, an
+interrupted one resumes where its last checkpoint was, with the same numbers as if it had never
+stopped: a step is a pure function of (weights, optimizer, step number), because data and noise are
+drawn from (seed, step, row).
 
     clips ─► [vae]  waveform crops ─► VAE-GAN ─► vae.pt
                                                    │ encode all clips once ─► latents/
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
     [consistency]   the same weights, one-step objective ─► consistency.pt
 
-Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...   `batch` is the global batch:
-every process takes its share of the same rows, gradients are summed once a step, the result is the same for
-any number of processes that divides the micro-batches (tests/test_train.py).
+Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
+`batch` is the global batch: every process takes its share of the same rows, gradients are summed
+once a step, the result is the same for any number of processes that divides the micro-batches
+(tests/test_train.py).
 
     --out DIR               run folder (else the config's)
-    --data.manifest M       train on your own audio: a manifest.jsonl or a folder (python data.py -h)
+    --data.manifest M       train on your own audio: a manifest.jsonl or a folder
+                            (python data.py -h)
     --train.lm.steps 500    any other value of the config
     --fresh                 start over: delete this run's checkpoints, latents and log
     --print                 show the resolved config and stop
 
 A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
-Ctrl-C saves a checkpoint first. Exit status: 0 done, 2 your mistake (one line says which), 130 interrupted.
+Ctrl-C saves a checkpoint first. Exit status: 0 done, 2 your mistake (one line says which),
+130 interrupted.
 """
 import argparse
 import contextlib
@@ -39,9 +44,11 @@ import torch.distributed as dist
 
 import toy
 from calm import CALM
-from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model, Config)
-from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Parser, Prefetch, cli, digest,
-                  draw_spectrograms, encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of)
+from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model,
+                    Config)
+from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
+                  Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
+                  load_manifest, save_audio, seconds_of)
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -69,8 +76,10 @@ class Runtime:
                 torch.cuda.set_device(self.device)
         if device == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.say(f"device {self.device} ({'chosen' if cfg.device != 'auto' else 'best available'}), "
-                 f"{'bf16' if bf16 else 'fp32'} ({why}), compile {'on' if self.compile else 'off'}, "
+        self.say(f"device {self.device} "
+                 f"({'chosen' if cfg.device != 'auto' else 'best available'}), "
+                 f"{'bf16' if bf16 else 'fp32'} ({why}), "
+                 f"compile {'on' if self.compile else 'off'}, "
                  f"{self.world} process(es), {torch.get_num_threads()} CPU threads")
 
     def say(self, text):
@@ -85,8 +94,9 @@ class Runtime:
 
 
 # ---------------------------------------------------------------- stages
-# A stage has: model (saved), optimized {optimizer name: parameters}, averaged (module whose EMA is kept),
-# batch(step, rows), losses(batch, step) yielding (optimizer name, loss, metrics), validate(step), finish().
+# A stage has: model (saved), optimized {optimizer name: parameters}, averaged (module whose EMA is
+# kept), batch(step, rows), losses(batch, step) yielding (optimizer name, loss, metrics),
+# validate(step), finish().
 
 class VAEStage:
     """Waveform crops -> VAE-GAN; at the end the latents' mean and std become buffers of the VAE."""
@@ -109,11 +119,14 @@ class VAEStage:
         return self.model.losses(batch["audio"], step)
 
     def clip(self, clip, seconds):
-        wav = load_audio(clip.audio, self.cfg.vae.sample_rate, self.cfg.vae.channels, seconds=seconds, allow_silence=True)
+        wav = load_audio(clip.audio, self.cfg.vae.sample_rate, self.cfg.vae.channels,
+                         seconds=seconds, allow_silence=True)
         return torch.tensor(wav)[None].to(self.runtime.device)
 
     def validate(self, vae, step):
-        """Mean log10-mel distance on held-out clips; two clips of each kind rendered beside their original."""
+        """Mean log10-mel distance on held-out clips; two clips of each kind rendered beside their
+        original.
+        """
         cfg, total, shown = self.cfg, [], dict.fromkeys(KINDS, 0)
         for clip in [c for kind in KINDS for c in [c for c in self.valid if c.kind == kind][:16]]:
             wav = self.clip(clip, 5.0)
@@ -125,7 +138,8 @@ class VAEStage:
                 name = f"{cfg.out}/samples/step{step:08d}_vae_{clip.kind}{shown[clip.kind]}"
                 save_audio(f"{name}_original.wav", wav[0].cpu().numpy(), cfg.vae.sample_rate)
                 save_audio(f"{name}_reconstruction.wav", rec[0].cpu().numpy(), cfg.vae.sample_rate)
-                draw_spectrograms(f"{name}.png", [("original", wav[0]), ("reconstruction", rec[0])], cfg.vae.sample_rate)
+                draw_spectrograms(f"{name}.png", [("original", wav[0]), ("reconstruction", rec[0])],
+                                  cfg.vae.sample_rate)
         return {"valid_mel": sum(total) / max(len(total), 1)}
 
     def finish(self, vae):
@@ -142,27 +156,34 @@ class VAEStage:
 
 
 class LMStage:
-    """Cached latents and text -> CALM. As "consistency" it starts from lm.pt and changes the objective."""
+    """Cached latents and text -> CALM. As "consistency" it starts from lm.pt and changes the
+    objective.
+    """
 
     def __init__(self, cfg, runtime, clips, valid, name):
         self.cfg, self.runtime, self.valid = cfg, runtime, valid
         state = load_checkpoint(f"{cfg.out}/vae.pt", "cpu")
         if not state["done"]:
-            raise BadInput(f"{cfg.out}/vae.pt: its training is not finished; put \"vae\" before \"{name}\" in stages")
+            raise BadInput(f"{cfg.out}/vae.pt: its training is not finished; "
+                           f"put \"vae\" before \"{name}\" in stages")
         self.vae = VAE(cfg.vae)
-        weights = state["ema"] or {k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
+        weights = state["ema"] or {
+            k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
         load_weights(self.vae, weights, f"{cfg.out}/vae.pt")
         self.vae.to(runtime.device).eval()
-        self.key = digest(weights, [c.audio for c in clips])                 # a new VAE or corpus: new latents
-        train, held = self.cache(clips, self.key), self.cache(valid, digest(weights, [c.audio for c in valid]))
+        self.key = digest(weights, [c.audio for c in clips])      # a new VAE or corpus: new latents
+        train, held = (self.cache(clips, self.key),
+                       self.cache(valid, digest(weights, [c.audio for c in valid])))
         stage = getattr(cfg.train, name)
         self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim)
-        self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}), len(valid), cfg.vae.latent_dim)
+        self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
+                                  len(valid), cfg.vae.latent_dim)
         self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim, VOCAB, KINDS)
         if name == "consistency":
             state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
             weights = state["ema"] or state["model"]
-            self.model.head.load_flow({k[5:]: v for k, v in weights.items() if k.startswith("head.")})
+            self.model.head.load_flow(
+                {k[5:]: v for k, v in weights.items() if k.startswith("head.")})
             load_weights(self.model, self.model.state_dict() | weights, f"{cfg.out}/lm.pt")
         self.averaged = self.model
         self.optimized = {name: self.model.parameters()}
@@ -176,12 +197,14 @@ class LMStage:
                 return torch.cat(self.vae.encode(wav.to(self.runtime.device)), -1).cpu()
 
         if self.runtime.rank == 0:
-            LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key, sample_rate=cfg.vae.sample_rate,
-                              channels=cfg.vae.channels, hop=cfg.vae.hop, dim=cfg.vae.latent_dim, batch_seconds=60.0)
+            LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
+                              sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
+                              hop=cfg.vae.hop, dim=cfg.vae.latent_dim, batch_seconds=60.0)
         if self.runtime.world > 1:
             dist.barrier()
-        return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key, sample_rate=cfg.vae.sample_rate,
-                                 channels=cfg.vae.channels, hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
+        return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
+                                 sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
+                                 hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
                                  batch_seconds=60.0, show=False)
 
     def compile(self):
@@ -202,30 +225,41 @@ class LMStage:
         yield self.name, loss, metrics
 
     def validate(self, model, step):
-        """Held-out loss with fixed noise; clips of each kind from text, and held-out clips continued."""
+        """Held-out loss with fixed noise; clips of each kind from text, and held-out clips
+        continued.
+        """
         cfg = self.cfg
         torch.manual_seed(1)
         rows = range(min(64, len(self.valid)))
         _, metrics = model.loss(self.prepare(self.runtime.to(self.held(0, rows))))
         for kind in KINDS:
             clips = [c for c in self.valid if c.kind == kind]
-            texts = cfg.sample.texts.get(kind) or sorted({c.text for c in clips if c.text and len(c.text.encode()) <= cfg.data.text_len})
-            for i, text in enumerate(texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
+            texts = cfg.sample.texts.get(kind) or sorted(
+                {c.text for c in clips
+                 if c.text and len(c.text.encode()) <= cfg.data.text_len})
+            for i, text in enumerate(
+                    texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
                 self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
             longer = [c for c in clips if seconds_of(c) > cfg.sample.prompt_seconds + 1]
-            for i, clip in enumerate(longer[:: max(1, len(longer) // cfg.sample.count)][:cfg.sample.count]):
-                wav = torch.tensor(load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=cfg.sample.prompt_seconds))
+            for i, clip in enumerate(
+                    longer[:: max(1, len(longer) // cfg.sample.count)][:cfg.sample.count]):
+                wav = torch.tensor(load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
+                                              seconds=cfg.sample.prompt_seconds))
                 history = self.vae.normalize(self.vae.encode(wav[None].to(self.runtime.device))[0])
-                self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}", kind, "", i, history=history)
+                self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}",
+                            kind, "", i, history=history)
         return {f"valid_{k}": v.item() for k, v in metrics.items()}
 
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
-        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device), kind=KINDS.index(kind),
-                            seconds=cfg.sample.seconds, steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
-                            guidance=cfg.sample.cfg, generator=torch.Generator(device).manual_seed(seed), **options)
+        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device),
+                            kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                            steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
+                            guidance=cfg.sample.cfg,
+                            generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
-        draw_spectrograms(f"{cfg.out}/samples/{name}.png", [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)
+        draw_spectrograms(f"{cfg.out}/samples/{name}.png",
+                          [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)
 
     def finish(self, model):
         pass
@@ -245,7 +279,8 @@ def draw_losses(out):
     if not names:
         return
     columns = min(4, len(names))
-    fig, axes = plt.subplots(-(-len(names) // columns), columns, squeeze=False, layout="constrained",
+    fig, axes = plt.subplots(-(-len(names) // columns), columns,
+                             squeeze=False, layout="constrained",
                              figsize=(3 * columns, 2 * -(-len(names) // columns)))
     for ax in axes.flat:
         ax.set_axis_off()
@@ -278,9 +313,11 @@ def make_optimizers(stage, cfg, device):
     out = {}
     for name, parameters in stage.optimized.items():
         parameters = list(parameters)
-        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        groups = [{"params": [p for p in parameters if p.dim() >= 2],
+                   "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        out[name] = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), fused=device.startswith("cuda"))
+        out[name] = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas),
+                                      fused=not device.startswith("mps"))
     return out
 
 
@@ -300,7 +337,8 @@ def gradients(stage, batches, step, runtime, seed, total):
                     sums[key] = sums.get(key, 0.0) + value * share
     if runtime.world > 1:
         grads = [p.grad for p in stage.model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads] + [torch.stack([sums[k].float() for k in sums])])
+        flat = torch.cat([g.flatten() for g in grads]
+                         + [torch.stack([sums[k].float() for k in sums])])
         dist.all_reduce(flat)
         for g in grads:
             g.copy_(flat[:g.numel()].view_as(g))
@@ -321,7 +359,8 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         current = self.module.state_dict()
         floats = [k for k, v in current.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in floats], [current[k].detach() for k in floats], 1 - decay)
+        torch._foreach_lerp_([self.state[k] for k in floats],
+                             [current[k].detach() for k in floats], 1 - decay)
         for k in current.keys() - set(floats):
             self.state[k].copy_(current[k])
 
@@ -344,11 +383,13 @@ def train(stage, name, cfg, runtime):
     """Run one stage to its end; resume from cfg.out/<name>.pt if it is there."""
     c, out, path = getattr(cfg.train, name), cfg.out, f"{cfg.out}/{name}.pt"
     if c.batch % runtime.world:
-        raise BadInput(f"train.{name}.batch: {c.batch} rows cannot be shared by {runtime.world} processes")
+        raise BadInput(
+            f"train.{name}.batch: {c.batch} rows cannot be shared by {runtime.world} processes")
     mine = c.batch // runtime.world
     micro = c.micro_batch or mine
     if mine % micro:
-        raise BadInput(f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
+        raise BadInput(
+            f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
     stage.model.to(runtime.device).train()
     optimizers = make_optimizers(stage, c, runtime.device)
     ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
@@ -363,12 +404,15 @@ def train(stage, name, cfg, runtime):
     if runtime.compile:
         stage.compile()
     size = sum(p.numel() for p in stage.model.parameters())
-    runtime.say(f"{name}: {size / 1e6:.2f}M parameters, {c.steps} steps of {c.batch} rows = {runtime.world} process(es) x "
-                f"{mine // micro} micro-batch(es) x {micro}" + (f"; resuming at step {first}" if first else ""))
-    if runtime.rank == 0:                                # what was logged after the checkpoint will come again
+    runtime.say(f"{name}: {size / 1e6:.2f}M parameters, {c.steps} steps of {c.batch} rows = "
+                f"{runtime.world} process(es) x {mine // micro} micro-batch(es) x {micro}"
+                + (f"; resuming at step {first}" if first else ""))
+    # what was logged after the checkpoint will come again
+    if runtime.rank == 0:
         if os.path.exists(f"{out}/log.jsonl"):
             with open(f"{out}/log.jsonl") as f:
-                log = [line for line in f if json.loads(line)["stage"] != name or json.loads(line)["step"] <= first]
+                log = [line for line in f
+                       if json.loads(line)["stage"] != name or json.loads(line)["step"] <= first]
         with open(f"{out}/log.jsonl", "w") as f:
             f.writelines(log)
 
@@ -378,9 +422,12 @@ def train(stage, name, cfg, runtime):
 
     def save(step, done=False):
         if runtime.rank == 0:
-            save_checkpoint(path, {"stage": name, "step": step, "done": done, "config": dataclasses.asdict(cfg),
-                                   "model": stage.model.state_dict(), "ema": ema.state if ema else None,
-                                   "optimizers": {k: o.state_dict() for k, o in optimizers.items()}})
+            save_checkpoint(path, {"stage": name, "step": step, "done": done,
+                                   "config": dataclasses.asdict(cfg),
+                                   "model": stage.model.state_dict(),
+                                   "ema": ema.state if ema else None,
+                                   "optimizers": {k: o.state_dict()
+                                                  for k, o in optimizers.items()}})
 
     def write(row):
         if runtime.rank == 0:
@@ -391,7 +438,8 @@ def train(stage, name, cfg, runtime):
         with weights_of(stage.averaged, ema.state if ema else None) as module:
             found = stage.validate(module, step)
         write({"stage": name, "step": step, **{k: round(v, 5) for k, v in found.items()}})
-        runtime.say(f"{name} {step}/{c.steps} | " + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        runtime.say(f"{name} {step}/{c.steps} | "
+                    + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     stop = []
     old = {s: signal.signal(s, lambda *_: stop.append(1) or signal.signal(s, signal.SIG_DFL))
@@ -407,18 +455,23 @@ def train(stage, name, cfg, runtime):
             sums = gradients(stage, next(prefetch), step, runtime, cfg.seed, c.batch)
             norms = {}
             for key, optimizer in optimizers.items():
-                parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-                norms[f"grad_{key}"] = torch.nn.utils.clip_grad_norm_(parameters, c.clip) if parameters else torch.zeros(())
-            finite = all(torch.isfinite(torch.stack([v.float().cpu() for v in (*norms.values(), *sums.values())])))
+                parameters = [p for g in optimizer.param_groups for p in g["params"]
+                              if p.grad is not None]
+                norms[f"grad_{key}"] = (torch.nn.utils.clip_grad_norm_(parameters, c.clip)
+                                        if parameters else torch.zeros(()))
+            finite = all(torch.isfinite(torch.stack(
+                [v.float().cpu() for v in (*norms.values(), *sums.values())])))
             bad = 0 if finite else bad + 1
             if bad == 10:
-                raise FloatingPointError(f"{name}: ten steps in a row were not finite at step {step}: " +
-                                         ", ".join(f"{k} {float(v):.3g}" for k, v in (sums | norms).items()))
+                raise FloatingPointError(
+                    f"{name}: ten steps in a row were not finite at step {step}: "
+                    + ", ".join(f"{k} {float(v):.3g}" for k, v in (sums | norms).items()))
             if finite:
                 for optimizer in optimizers.values():
                     optimizer.step()
             else:
-                runtime.say(f"{name} {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
+                runtime.say(f"{name} {step}: loss or gradient is not finite, "
+                            f"step skipped ({bad} in a row)")
             if ema:
                 ema.update(step)
             at = step + 1
@@ -428,7 +481,8 @@ def train(stage, name, cfg, runtime):
                 row = {k: round(float(v), 5) for k, v in (sums | norms).items()}
                 write({"stage": name, "step": at, **row, "rate": round(rate, 2)})
                 left = (c.steps - at) / rate
-                shown = " ".join(f"{k} {v:.3f}" for k, v in row.items() if "loss_" not in k and "grad" not in k)
+                shown = " ".join(f"{k} {v:.3f}" for k, v in row.items()
+                                 if "loss_" not in k and "grad" not in k)
                 runtime.say(f"{name} {at}/{c.steps} | {shown} | {rate:.1f} steps/s | "
                             f"eta {int(left // 60)}:{int(left % 60):02d}")
             if c.valid_every and at % c.valid_every == 0 and at < c.steps and runtime.rank == 0:
@@ -436,7 +490,8 @@ def train(stage, name, cfg, runtime):
             if at % c.save_every == 0 and at < c.steps or stop:
                 save(at)
             if stop:
-                runtime.say(f"{name}: interrupted, {path} holds step {at}; the same command goes on from there")
+                runtime.say(f"{name}: interrupted, {path} holds step {at}; "
+                            "the same command goes on from there")
                 sys.exit(130)
     finally:
         prefetch.close()
@@ -480,7 +535,8 @@ def same_model(cfg, path, stage):
         old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
         wrong = next(((a, b) for a, b in zip(old, new) if a != b), None)
         if wrong:
-            raise BadInput(f"{path}: trained with [{table}] {wrong[0]}, the config now says {wrong[1]}; "
+            raise BadInput(f"{path}: trained with [{table}] {wrong[0]}, "
+                           f"the config now says {wrong[1]}; "
                            "use --fresh to start over or --out for another run folder")
     return state["done"]
 
@@ -503,7 +559,8 @@ def main():
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
     if arguments.fresh and runtime.rank == 0:
         start_over(cfg.out)
-    done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s) for s in cfg.stages if os.path.exists(f"{cfg.out}/{s}.pt")}
+    done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s)
+            for s in cfg.stages if os.path.exists(f"{cfg.out}/{s}.pt")}
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:
             f.write(dump(cfg))
@@ -514,7 +571,8 @@ def main():
             runtime.say(f"{name}: finished before, skipped")
             continue
         torch.manual_seed(cfg.seed)
-        stage = VAEStage(cfg, runtime, clips, valid) if name == "vae" else LMStage(cfg, runtime, clips, valid, name)
+        stage = (VAEStage(cfg, runtime, clips, valid) if name == "vae"
+                 else LMStage(cfg, runtime, clips, valid, name))
         train(stage, name, cfg, runtime)
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
     if runtime.world > 1:

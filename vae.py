@@ -2,7 +2,8 @@
 
     wav (B, ch, S)                                        wav (B, ch, S)
       │ front: conv k7, or log |STFT|                       ▲ conv k3, or inverse STFT
-      │ [residual units, ELU, strided conv] × ratios        │ [ELU, transposed conv, residual units] × ratios
+      │ [residual units, ELU, strided conv]                 │ [ELU, transposed conv, residual units]
+      │   × ratios                                          │   × ratios
       │ conv k3                                             │ conv k7
       ▼ (B, C, T)                                           │ (B, C, T)
     transformer, causal, window = context                 transformer, causal, window = context
@@ -13,22 +14,25 @@
 
     L = λ_t |x - x̂|  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL      (CALM eq. 2)
 
-T = ceil(S / hop), hop = product of `ratios`. Everything is causal: latent t is a function of the samples
-before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop) from the latents up to t; the
-iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until the next frames have been overlapped.
+T = ceil(S / hop), hop = product of `ratios`. Everything is causal: latent t is a function of the
+samples before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop) from the
+latents up to t; the iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until the next
+frames have been overlapped.
 
-Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; the convolutions are SEANet's as in EnCodec
-(Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden width half); iSTFT head:
-Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminators and hinge losses: EnCodec section 3.4;
-multi-scale log-mel loss: DAC (Kumar et al. 2023).
+Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; the convolutions are SEANet's as in
+EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden width
+half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminators and hinge losses:
+EnCodec section 3.4; multi-scale log-mel loss: DAC (Kumar et al. 2023).
 Where this differs from the paper:
 - λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
-- encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the phase at the
-  door, and trains in minutes on a CPU. For a codec that is faithful to the waveform use encoder = "conv".
-- Generator and discriminator see the same weights of each other and step together, which lets gradients
-  accumulate over micro-batches exactly; EnCodec and DAC step one after the other.
+- encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the
+  phase at the door, and trains in minutes on a CPU. For a codec that is faithful to the waveform
+  use encoder = "conv".
+- Generator and discriminator see the same weights of each other and step together, which lets
+  gradients accumulate over micro-batches exactly; EnCodec and DAC step one after the other.
 
-Precision: spectra, losses and discriminator logits in fp32; convolutions and transformers in the autocast dtype.
+Precision: spectra, losses and discriminator logits in fp32; convolutions and transformers in the
+autocast dtype.
 """
 import math
 from dataclasses import dataclass, field
@@ -45,21 +49,29 @@ LOSSES = ("time", "mel", "stft", "adv", "feat", "kl")
 
 
 def default_weights():
-    """EnCodec's balance of time and adversarial terms, DAC's of mel and features, CALM's KL (Table 10)."""
+    """EnCodec's balance of time and adversarial terms, DAC's of mel and features, CALM's KL (Table
+    10).
+    """
     return {"time": 0.1, "mel": 15.0, "stft": 0.0, "adv": 1.0, "feat": 2.0, "kl": 0.01}
 
 
 @dataclass
 class VAEConfig:
-    """The [vae] table. Table 10: music 32 kHz, 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32."""
+    """The [vae] table.
+
+    Table 10: music 32 kHz, 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
+    """
     sample_rate: int = 24000        # Hz
     channels: int = 1               # audio channels
     latent_dim: int = 32            # D
-    ratios: list[int] = field(default_factory=lambda: [6, 5, 4, 4, 4])  # upsampling, decoder order; product = hop
+    # upsampling, decoder order; product = hop
+    ratios: list[int] = field(default_factory=lambda: [6, 5, 4, 4, 4])
     encoder: str = "conv"           # conv | stft: log-magnitudes replace the outermost ratios
     decoder: str = "conv"           # conv | istft: magnitude and phase replace the outermost ratios
-    stft_hop: int = 0               # samples; for stft / istft: product of the last ratios that the STFT replaces
-    phase: str = "direct"           # istft: direct (Vocos) | accumulated (keeps tones when the encoder is stft)
+    # samples; for stft / istft: product of the last ratios that the STFT replaces
+    stft_hop: int = 0
+    # istft: direct (Vocos) | accumulated (keeps tones when the encoder is stft)
+    phase: str = "direct"
     stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
     width: int = 64                 # channels next to the waveform; doubled at each ratio
     width_max: int = 512            # ... up to this
@@ -68,12 +80,18 @@ class VAEConfig:
     heads: int = 8
     encoder_layers: int = 8         # Table 10: 8 + 8 speech, 4 + 4 music
     decoder_layers: int = 8
-    context: float = 10.0           # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
-    loss_weights: dict[str, float] = field(default_factory=default_weights)  # eq. 2; 0 = not computed
-    loss_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128, 64, 32])  # samples
-    loss_floor: float = 1e-5        # amplitude below which spectra count as silent (DAC); 1e-3 = -60 dB learns faster
-    loss_scales: int = 0            # windows drawn each step; 0 = all (fewer is faster: the STFTs are 40 % of a step)
-    disc_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # samples (EnCodec)
+    # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
+    context: float = 10.0
+    # eq. 2; 0 = not computed
+    loss_weights: dict[str, float] = field(default_factory=default_weights)
+    # samples
+    loss_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128, 64, 32])
+    # amplitude below which spectra count as silent (DAC); 1e-3 = -60 dB learns faster
+    loss_floor: float = 1e-5
+    # windows drawn each step; 0 = all (fewer is faster: the STFTs are 40 % of a step)
+    loss_scales: int = 0
+    # samples (EnCodec)
+    disc_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     disc_width: int = 32            # channels of the discriminators
     disc_start: int = 0             # step at which the adversarial losses join
 
@@ -81,23 +99,28 @@ class VAEConfig:
         for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
                             ("phase", ("direct", "accumulated"))):
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
+                raise ValueError(
+                    f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
         if not self.ratios or min(self.ratios) < 1:
             raise ValueError("ratios: needs at least one whole number >= 1")
-        for name in ("sample_rate", "channels", "latent_dim", "width", "dim", "heads", "width_max", "disc_width"):
+        for name in ("sample_rate", "channels", "latent_dim", "width", "dim", "heads", "width_max",
+                     "disc_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.dim % self.heads or self.dim // self.heads % 2:
-            raise ValueError(f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
+            raise ValueError(
+                f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
         unknown = set(self.loss_weights) - set(LOSSES)
         if unknown:
             raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
         if "stft" in self.encoder + self.decoder:
             outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
             if self.stft_hop not in outer:
-                raise ValueError(f"stft_hop: must be the product of the last ratios, one of {outer}, got {self.stft_hop}")
+                raise ValueError("stft_hop: must be the product of the last ratios, "
+                                 f"one of {outer}, got {self.stft_hop}")
             if self.n_fft < self.stft_hop:
-                raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, got {self.stft_size}")
+                raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, "
+                                 f"got {self.stft_size}")
 
     @property
     def hop(self):
@@ -114,7 +137,8 @@ class VAEConfig:
         return self.stft_size or 4 * self.stft_hop
 
     def levels(self, spectral):
-        """Ratios left to the convolutions, decoder order, and the channels at their wave-side end."""
+        """Ratios left to the convolutions, decoder order, and the channels at their wave-side end.
+        """
         ratios, outer, width = list(self.ratios), 1, self.width
         while spectral and outer < self.stft_hop:
             outer *= ratios.pop()
@@ -127,11 +151,15 @@ class VAEConfig:
 
 
 # ---------------------------------------------------------------- causal layers
-# Each takes (x, state). state = None: the whole signal, zeros before it. Otherwise a dict, one entry a layer,
-# carried from chunk to chunk; chunks are whole numbers of strides (VAE.encode and .decode see to that).
+# Each takes (x, state). state = None: the whole signal, zeros before it. Otherwise a dict, one
+# entry a layer, carried from chunk to chunk; chunks are whole numbers of strides (VAE.encode and
+# .decode see to that).
 
 class Conv(nn.Module):
-    """Causal conv: output n sees inputs before (n + 1) · stride. (B, Cin, L) -> (B, Cout, L / stride)."""
+    """Causal conv: output n sees inputs before (n + 1) · stride.
+
+    (B, Cin, L) -> (B, Cout, L / stride).
+    """
 
     def __init__(self, cin, cout, kernel, stride=1, dilation=1):
         super().__init__()
@@ -148,7 +176,8 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """Causal upsampling by `stride`, kernel 2 · stride: input n reaches outputs from n · stride on."""
+    """Causal upsampling by `stride`, kernel 2 · stride: input n reaches outputs from n · stride on.
+    """
 
     def __init__(self, cin, cout, stride):
         super().__init__()
@@ -183,7 +212,8 @@ class Residual(nn.Module):
 
     def __init__(self, width, dilation):
         super().__init__()
-        self.body = Chain(Elu(), Conv(width, width // 2, 3, dilation=dilation), Elu(), Conv(width // 2, width, 1))
+        self.body = Chain(Elu(), Conv(width, width // 2, 3, dilation=dilation),
+                          Elu(), Conv(width // 2, width, 1))
 
     def forward(self, x, state=None):
         return x + self.body(x, state)
@@ -204,22 +234,27 @@ class Spectrum(nn.Module):
         if state is not None:
             state[self] = x[..., x.shape[-1] - (self.n_fft - self.hop):]
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        frames = x.to(dtype).unfold(-1, self.n_fft, self.hop) * self.window.to(dtype)    # (B, ch, L, n_fft)
-        log = torch.fft.rfft(frames).abs().clamp(min=1e-3).log() * 0.3 + 0.5             # about unit scale
+        frames = (x.to(dtype).unfold(-1, self.n_fft, self.hop)
+                  * self.window.to(dtype))                                    # (B, ch, L, n_fft)
+        log = torch.fft.rfft(frames).abs().clamp(min=1e-3).log() * 0.3 + 0.5    # about unit scale
         return log.transpose(2, 3).flatten(1, 2)
 
 
 class InverseSpectrum(nn.Module):
-    """exp(m) · e^{i φ} per bin, inverse FFT, window, overlap-add: (B, ch · maps · bins, L) -> (B, ch, L · hop).
+    """exp(m) · e^{i φ} per bin, inverse FFT, window, overlap-add:
+
+    (B, ch · maps · bins, L) -> (B, ch, L · hop).
 
     phase = "direct":      maps m, p;     φ_j = p_j                                      (Vocos)
     phase = "accumulated": maps m, p, δ;  φ_j = p_j + Σ_{i <= j} (2π k hop / n_fft + δ_i)  for bin k
-    A tone's phase turns by 2π f hop from frame to frame. A network that hears no phase (encoder = "stft") cannot
-    follow it, but can say how far f lies from the bin's centre: with the sum, as in a phase vocoder (Flanagan &
-    Golden 1966), an error in δ is a little detuning instead of a broken tone.
+    A tone's phase turns by 2π f hop from frame to frame. A network that hears no phase (encoder =
+    "stft") cannot follow it, but can say how far f lies from the bin's centre: with the sum, as in
+    a phase vocoder (Flanagan & Golden 1966), an error in δ is a little detuning instead of a broken
+    tone.
 
-    Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so a latent's frames end where its
-    samples end. Offline the last `latency` samples miss frames that will never come and fade out.
+    Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so a latent's frames end
+    where its samples end. Offline the last `latency` samples miss frames that will never come and
+    fade out.
     """
 
     def __init__(self, n_fft, hop, channels, phase="direct"):
@@ -227,8 +262,9 @@ class InverseSpectrum(nn.Module):
         self.n_fft, self.hop, self.channels, self.latency = n_fft, hop, channels, n_fft - hop
         self.maps = 3 if phase == "accumulated" else 2
         window = torch.hann_window(n_fft)
-        steady = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)            # overlapped energy
-        self.register_buffer("window", window / steady.repeat(n_fft // hop + 1)[:n_fft], persistent=False)
+        steady = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)   # overlapped energy
+        self.register_buffer("window", window / steady.repeat(n_fft // hop + 1)[:n_fft],
+                             persistent=False)
 
     def forward(self, x, state=None):
         B, L = x.shape[0], x.shape[-1]
@@ -236,16 +272,16 @@ class InverseSpectrum(nn.Module):
         tail, owed, turned, frames = (None, self.latency, 0.0, 0) if state is None else state.get(
             self, (None, self.latency, 0.0, 0))
         log, phase, *rest = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L).unbind(2)
-        if rest:                                             # sums in float64: exact for hours
-            delta = rest[0].double()                         # learns from its own frame: no sums of gradients
-            turn = turned + (delta.detach().cumsum(-1) - delta.detach()) + delta         # (B, ch, bins, L)
+        if rest:                                   # sums in float64: exact for hours
+            delta = rest[0].double()               # learns from its own frame: no sums of gradients
+            turn = turned + (delta.detach().cumsum(-1) - delta.detach()) + delta  # (B, ch, bins, L)
             turned = turn[..., -1:] % (2 * math.pi)
             bins = torch.arange(self.n_fft // 2 + 1, device=x.device)[:, None]
             at = torch.arange(frames, frames + L, device=x.device) + 1
-            centre = bins * self.hop * at % self.n_fft * (2 * math.pi / self.n_fft)      # (bins, L)
+            centre = bins * self.hop * at % self.n_fft * (2 * math.pi / self.n_fft)  # (bins, L)
             phase = phase + (turn + centre).to(x.dtype)
-        mag = log.clamp(max=7.0).exp()                                                   # e^7: louder than any clip
-        y = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)                # (B, ch, n_fft, L)
+        mag = log.clamp(max=7.0).exp()                       # e^7: louder than any clip
+        y = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)       # (B, ch, n_fft, L)
         y = (y * self.window.to(x.dtype)[:, None]).flatten(0, 1)
         n = L * self.hop
         y = F.fold(y, (1, n + self.latency), (1, self.n_fft), stride=(1, self.hop))
@@ -260,7 +296,9 @@ class InverseSpectrum(nn.Module):
 
     @torch.no_grad()
     def start(self, conv):
-        """Initial bias of the layer before: quiet (e^-2.5), and phase πk, which puts a frame's energy in its middle."""
+        """Initial bias of the layer before: quiet (e^-2.5), and phase πk, which puts a frame's
+        energy in its middle.
+        """
         bias = conv.bias.view(self.channels, self.maps, -1)
         bias[:, 0], bias[:, 1] = -2.5, math.pi * (torch.arange(bias.shape[-1]) % 2)
         bias[:, 2:] = 0.0
@@ -280,7 +318,8 @@ class Encoder(nn.Module):
         super().__init__()
         ratios, width = cfg.levels(cfg.encoder == "stft")
         if cfg.encoder == "stft":
-            layers = [Spectrum(cfg.n_fft, cfg.stft_hop), Conv(cfg.channels * (cfg.n_fft // 2 + 1), width, 3)]
+            layers = [Spectrum(cfg.n_fft, cfg.stft_hop),
+                      Conv(cfg.channels * (cfg.n_fft // 2 + 1), width, 3)]
         else:
             layers = [Conv(cfg.channels, width, 7)]
         for ratio in reversed(ratios):
@@ -291,12 +330,15 @@ class Encoder(nn.Module):
         self.conv = Chain(*layers, Elu(), Conv(width, cfg.dim, 3))
         self.transformer = Transformer(cfg.transformer(cfg.encoder_layers))
         self.out = nn.Linear(cfg.dim, 2 * cfg.latent_dim)
-        with torch.no_grad():                                # begin with little noise, else the decoder learns to
-            self.out.bias[cfg.latent_dim:] = -4.0            # do without its latents first: std e^-2 = .14
+        # begin with little noise, else the decoder learns to do without its latents first:
+        # std e^-2 = .14
+        with torch.no_grad():
+            self.out.bias[cfg.latent_dim:] = -4.0
 
     def forward(self, wav, state=None):
-        x = self.conv(wav, state).transpose(1, 2)                                        # (B, T, C)
-        return self.out(self.transformer(x, None if state is None else state.setdefault(self, KVCache())))
+        x = self.conv(wav, state).transpose(1, 2)                               # (B, T, C)
+        return self.out(self.transformer(
+            x, None if state is None else state.setdefault(self, KVCache())))
 
 
 class Decoder(nn.Module):
@@ -323,30 +365,32 @@ class Decoder(nn.Module):
         self.latency = cfg.n_fft - cfg.stft_hop if cfg.decoder == "istft" else 0
 
     def forward(self, z, state=None):
-        x = self.transformer(self.input(z), None if state is None else state.setdefault(self, KVCache()))
+        x = self.transformer(self.input(z),
+                             None if state is None else state.setdefault(self, KVCache()))
         return self.conv(x.transpose(1, 2), state)
 
 
 class VAE(nn.Module):
-    """encode, decode, and the statistics that make latents zero-mean and unit-variance for a language model.
+    """encode, decode, and the statistics that make latents zero-mean and unit-variance for a
+    language model.
 
-    Streaming: pass one dict, empty at first, as `state` to every call of encode (or decode) for one signal.
-    The pieces joined equal the offline result for any sizes of pieces.
+    Streaming: pass one dict, empty at first, as `state` to every call of encode (or decode) for one
+    signal. The pieces joined equal the offline result for any sizes of pieces.
     """
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        self.latency = self.decoder.latency                  # samples that streaming decode lags behind
+        self.latency = self.decoder.latency              # samples that streaming decode lags behind
         self.register_buffer("latent_mean", torch.zeros(cfg.latent_dim))
         self.register_buffer("latent_std", torch.ones(cfg.latent_dim))
 
     def encode(self, wav, state=None):
         """wav (B, ch, S) in [-1, 1] -> mean, log-variance, each (B, T, D), T = ceil(S / hop).
 
-        Offline the end is padded with zeros to a whole frame; with a state T = whole frames so far, the
-        remaining samples wait in the state.
+        Offline the end is padded with zeros to a whole frame; with a state T = whole frames so far,
+        the remaining samples wait in the state.
         """
         hop = self.cfg.hop
         if state is None:
@@ -358,16 +402,20 @@ class VAE(nn.Module):
         if wav.shape[-1] == 0:
             return (wav.new_zeros(wav.shape[0], 0, self.cfg.latent_dim),) * 2
         mean, logvar = self.encoder(wav, state).float().chunk(2, -1)
-        return mean, logvar.clamp(-12.0, 4.0)                # std in [.0025, 7.4]: no overflow, no division by 0
+        return mean, logvar.clamp(-12.0, 4.0)   # std in [.0025, 7.4]: no overflow, no division by 0
 
     def decode(self, z, state=None):
-        """z (B, T, D) -> wav (B, ch, T · hop). With a state the first `latency` samples come late; see flush."""
+        """z (B, T, D) -> wav (B, ch, T · hop).
+
+        With a state the first `latency` samples come late; see flush.
+        """
         if z.shape[1] == 0:
             return z.new_zeros(z.shape[0], self.cfg.channels, 0)
         return self.decoder(z, state).float()
 
     def flush(self, state):
-        """(B, ch, latency): the end of a signal decoded with `state`; empty for the conv decoder."""
+        """(B, ch, latency): the end of a signal decoded with `state`; empty for the conv decoder.
+        """
         last = self.decoder.conv[-1]
         if not self.latency or last not in state:
             return torch.zeros(1, self.cfg.channels, 0)
@@ -381,7 +429,9 @@ class VAE(nn.Module):
         return x * self.latent_std + self.latent_mean
 
     def forward(self, wav):
-        """wav (B, ch, S), S a multiple of hop -> reconstruction from a posterior sample, mean, log-variance."""
+        """wav (B, ch, S), S a multiple of hop -> reconstruction from a posterior sample, mean,
+        log-variance.
+        """
         mean, logvar = self.encode(wav)
         return self.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)), mean, logvar
 
@@ -396,9 +446,11 @@ def stft(x, n_fft):
 
 @cache
 def mel_filters(sample_rate, n_fft, n_mels, device=None):
-    """Triangles on the mel scale m = 2595 log10(1 + f / 700): (n_mels, n_fft / 2 + 1), each summing to about 1."""
+    """Triangles on the mel scale m = 2595 log10(1 + f / 700): (n_mels, n_fft / 2 + 1), each summing
+    to about 1.
+    """
     top = 2595 * math.log10(1 + sample_rate / 2 / 700)
-    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, device=device) / 2595) - 1)             # Hz
+    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, device=device) / 2595) - 1)     # Hz
     freq = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, device=device)
     up = (freq - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     down = (edges[2:, None] - freq) / (edges[2:] - edges[1:-1])[:, None]
@@ -414,8 +466,10 @@ def kl_loss(mean, logvar):
 def spectral_losses(x, y, cfg, windows, names):
     """Sums over windows / number of windows. x, y (B, ch, S): original, reconstruction.
 
-    mel:  mean |log10 mel(x) - log10 mel(y)|, floor loss_floor, 5 n_fft / 32 bands (DAC: 5 at 32 .. 320 at 2048)
-    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||  (Yamamoto et al. 2020), same floor
+    mel:  mean |log10 mel(x) - log10 mel(y)|, floor loss_floor, 5 n_fft / 32 bands
+          (DAC: 5 at 32 .. 320 at 2048)
+    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||
+          (Yamamoto et al. 2020), same floor
     The floor is added, not clamped to: silence that should not be silent keeps a gradient.
     Spectra are divided by sqrt(n_fft): white noise of amplitude a has magnitudes of about .6 a.
     """
@@ -436,13 +490,17 @@ def spectral_losses(x, y, cfg, windows, names):
 
 
 class STFTDiscriminator(nn.Module):
-    """Real and imaginary STFT as an image -> logits; 2-d convs dilated in time, strided in frequency (EnCodec)."""
+    """Real and imaginary STFT as an image -> logits; 2-d convs dilated in time, strided in
+    frequency (EnCodec).
+    """
 
     def __init__(self, n_fft, channels, width):
         super().__init__()
         self.n_fft = n_fft
         conv = lambda cin, cout, kernel, **options: weight_norm(nn.Conv2d(
-            cin, cout, kernel, padding=tuple((k - 1) * d // 2 for k, d in zip(kernel, options.get("dilation", (1, 1)))),
+            cin, cout, kernel,
+            padding=tuple((k - 1) * d // 2
+                          for k, d in zip(kernel, options.get("dilation", (1, 1)))),
             **options))
         self.convs = nn.ModuleList(
             [conv(2 * channels, width, (3, 9))]
@@ -452,7 +510,7 @@ class STFTDiscriminator(nn.Module):
 
     def forward(self, wav):
         B, ch, _ = wav.shape
-        s = stft(wav.flatten(0, 1), self.n_fft) / math.sqrt(self.n_fft)                  # (B ch, bins, frames)
+        s = stft(wav.flatten(0, 1), self.n_fft) / math.sqrt(self.n_fft)     # (B ch, bins, frames)
         x = torch.view_as_real(s).permute(0, 3, 2, 1).reshape(B, 2 * ch, s.shape[2], s.shape[1])
         features = []
         for conv in self.convs:
@@ -464,7 +522,8 @@ class STFTDiscriminator(nn.Module):
 class Discriminators(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.each = nn.ModuleList(STFTDiscriminator(n, cfg.channels, cfg.disc_width) for n in cfg.disc_windows)
+        self.each = nn.ModuleList(
+            STFTDiscriminator(n, cfg.channels, cfg.disc_width) for n in cfg.disc_windows)
 
     def forward(self, wav):
         """wav (B, ch, S) -> [(logits, features) for each scale]"""
@@ -472,7 +531,10 @@ class Discriminators(nn.Module):
 
 
 class VAEGAN(nn.Module):
-    """The VAE, its discriminators, and eq. 2. loss_weights of 0 are not computed; no discriminators without adv, feat."""
+    """The VAE, its discriminators, and eq. 2.
+
+    loss_weights of 0 are not computed; no discriminators without adv, feat.
+    """
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -481,10 +543,12 @@ class VAEGAN(nn.Module):
         self.disc = Discriminators(cfg) if self.weights.keys() & {"adv", "feat"} else None
 
     def losses(self, wav, step):
-        """wav (B, ch, S) -> yields (optimizer name, loss, metrics): first "vae", then "disc" if it plays.
+        """wav (B, ch, S) -> yields (optimizer name, loss, metrics): first "vae", then "disc" if it
+        plays.
 
-        adv:  generator -mean D(x̂); discriminator mean relu(1 - D(x)) + mean relu(1 + D(x̂))   (hinge)
-        feat: mean |D_l(x) - D_l(x̂)| / mean |D_l(x)| over layers and scales                    (EnCodec)
+        adv:  generator -mean D(x̂);
+              discriminator mean relu(1 - D(x)) + mean relu(1 + D(x̂))            (hinge)
+        feat: mean |D_l(x) - D_l(x̂)| / mean |D_l(x)| over layers and scales           (EnCodec)
         """
         cfg = self.cfg
         rec, mean, logvar = self.vae(wav)
@@ -497,7 +561,8 @@ class VAEGAN(nn.Module):
         if spectral:
             windows = cfg.loss_windows
             if cfg.loss_scales:
-                windows = [windows[i] for i in torch.randperm(len(windows))[:cfg.loss_scales].tolist()]
+                windows = [windows[i]
+                           for i in torch.randperm(len(windows))[:cfg.loss_scales].tolist()]
             with torch.autocast(wav.device.type, enabled=False):
                 terms |= spectral_losses(wav, rec, cfg, windows, spectral)
         adversarial = self.disc is not None and step >= cfg.disc_start
@@ -508,11 +573,13 @@ class VAEGAN(nn.Module):
             fake = self.disc(rec)
             terms["adv"] = -sum(logits.mean() for logits, _ in fake) / len(fake)
             pairs = [(r, f) for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
-            terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4) for r, f in pairs) / len(pairs)
+            terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4)
+                                for r, f in pairs) / len(pairs)
             self.disc.requires_grad_(True)
         total = sum(self.weights.get(name, 0.0) * value for name, value in terms.items())
         yield "vae", total, {name: value.detach() for name, value in terms.items()}
         if adversarial:
             real, fake = self.disc(wav), self.disc(rec.detach())
-            loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for (r, _), (f, _) in zip(real, fake)) / len(real)
+            loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean()
+                       for (r, _), (f, _) in zip(real, fake)) / len(real)
             yield "disc", loss, {"disc": loss.detach()}

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from backbone import BackboneConfig, KVCache, Transformer, rope
+from backbone import BackboneConfig, KVCache, Transformer, rope, rotations
 
 CASES = [dict(), dict(window=5), dict(kv_heads=2), dict(qk_norm=True), dict(mlp="gelu", window=3)]
 
@@ -10,7 +10,7 @@ CASES = [dict(), dict(window=5), dict(kv_heads=2), dict(qk_norm=True), dict(mlp=
 def model(**changes):
     torch.manual_seed(0)
     net = Transformer(BackboneConfig(dim=32, layers=2, heads=4, **changes)).double()
-    for p in net.parameters():                    # away from the small initial weights: attention matters
+    for p in net.parameters():              # away from the small initial weights: attention matters
         p.data += 0.2 * torch.randn_like(p)
     return net.eval()
 
@@ -49,8 +49,10 @@ def test_a_model_that_is_not_causal_sees_the_future():
 
 
 def test_rotary_positions_depend_on_distance_only():
-    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
-    score = lambda i, j: (rope(q, i, 1e4) * rope(k, j, 1e4)).sum()
+    q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64),
+            torch.randn(1, 1, 1, 8, dtype=torch.float64))
+    turn = lambda x, at: rope(x, *rotations(at, 1, 8, 1e4, x))
+    score = lambda i, j: (turn(q, i) * turn(k, j)).sum()
     torch.testing.assert_close(score(7, 3), score(104, 100), atol=1e-12, rtol=0)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
@@ -58,13 +60,15 @@ def test_rotary_positions_depend_on_distance_only():
 @pytest.mark.parametrize("changes, layers, width, heads, millions", [
     (dict(mlp="gelu", mlp_dim=6144), 48, 1536, 24, 1359), (dict(mlp_dim=4032), 48, 1536, 24, 1345),
     (dict(mlp="gelu", mlp_dim=6144), 4, 1536, 24, 113)], ids=str)
-def test_table_9_sizes_give_the_parameter_counts_of_the_paper(changes, layers, width, heads, millions):
+def test_table_9_sizes_give_the_parameter_counts_of_the_paper(
+        changes, layers, width, heads, millions):
     with torch.device("meta"):
         net = Transformer(BackboneConfig(dim=width, layers=layers, heads=heads, **changes))
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
 
 
-@pytest.mark.parametrize("changes", [dict(heads=3), dict(kv_heads=3), dict(mlp="relu"), dict(window=-1)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(heads=3), dict(kv_heads=3), dict(mlp="relu"), dict(window=-1)], ids=str)
 def test_impossible_sizes_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=list(changes)[0]):
         BackboneConfig(**{"dim": 32, "heads": 4, **changes})

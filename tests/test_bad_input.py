@@ -14,7 +14,8 @@ from test_train import ROOT, write
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)
 
 
@@ -23,8 +24,8 @@ def place(tmp_path_factory):
     """A folder with a trained run, a config and audio of every bad sort."""
     folder = str(tmp_path_factory.mktemp("bad"))
     write(folder)
-    done = run("train.py", "--config", f"{folder}/tiny.toml", "--stages", '["vae", "lm"]', "--data.prompt_frames", "0",
-               "--train.vae.steps", "1", "--train.lm.steps", "1")
+    done = run("train.py", "--config", f"{folder}/tiny.toml", "--stages", '["vae", "lm"]',
+               "--data.prompt_frames", "0", "--train.vae.steps", "1", "--train.lm.steps", "1")
     assert done.returncode == 0, done.stderr
     tone = 0.3 * np.sin(np.arange(8000) / 10)
     nan = tone.copy()
@@ -32,9 +33,12 @@ def place(tmp_path_factory):
     for name, wav in (("good", tone), ("silent", tone * 0), ("nothing", tone[:0])):
         sf.write(f"{folder}/{name}.wav", wav, 16000)
     sf.write(f"{folder}/nan.wav", nan, 16000, subtype="FLOAT")
-    for name, text in (("text.wav", "hello"), ("empty.wav", ""), ("broken.toml", "a = = 1"), ("unknown.toml", "[vae]\nlatent_dims = 3\n"),
-                       ("type.toml", '[vae]\nlatent_dim = "many"\n'), ("broken.jsonl", '{"audio": \n'),
-                       ("kind.jsonl", '{"audio": "good.wav", "kind": "noise"}\n'), ("gone.jsonl", '{"audio": "gone.wav"}\n')):
+    for name, text in (("text.wav", "hello"), ("empty.wav", ""), ("broken.toml", "a = = 1"),
+                       ("unknown.toml", "[vae]\nlatent_dims = 3\n"),
+                       ("type.toml", '[vae]\nlatent_dim = "many"\n'),
+                       ("broken.jsonl", '{"audio": \n'),
+                       ("kind.jsonl", '{"audio": "good.wav", "kind": "noise"}\n'),
+                       ("gone.jsonl", '{"audio": "gone.wav"}\n')):
         with open(f"{folder}/{name}", "w") as f:
             f.write(text)
     os.makedirs(f"{folder}/corrupt")
@@ -65,7 +69,8 @@ CASES = [  # command line, what the line must say
     (TRAIN + " --lm.noise 2.0", "lm.noise: must lie in 0 .. 1"),
     (TRAIN + " --lm.noise", "--lm.noise: needs a value"),
     (TRAIN + " fast", "'fast': expected --section.key value"),
-    (TRAIN + " --vae.latent_dim 9", "trained with [vae] latent_dim = 4, the config now says latent_dim = 9"),
+    (TRAIN + " --vae.latent_dim 9",
+     "trained with [vae] latent_dim = 4, the config now says latent_dim = 9"),
     (TRAIN + " --out {0}/new --stages [\"lm\"]", "vae.pt: no such checkpoint"),
     (TRAIN + " --out {0}/good.wav/x", "cannot be made"),
     (TRAIN + " --out {0}/new --data.manifest {0}/none.jsonl", "none.jsonl"),
@@ -104,18 +109,21 @@ CASES = [  # command line, what the line must say
 
 
 @pytest.mark.parametrize("command, says", CASES, ids=[c[:90] for c, _ in CASES])
-def test_a_mistake_is_answered_with_one_line_and_exit_code_2(place, monkeypatch, capsys, command, says):
+def test_a_mistake_is_answered_with_one_line_and_exit_code_2(
+        place, monkeypatch, capsys, command, says):
     """In this process, as `python <script>` does it: one import of torch instead of fifty."""
     script, *arguments = [part.format(place) for part in command.split(" ")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as end:
         cli(importlib.import_module(script[:-3]).main)
-    lines = [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]     # no progress bars
+    # no progress bars
+    lines = [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]
     assert end.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
 
 
 def test_the_shell_sees_exit_code_2_and_no_traceback():
     done = run("train.py", "--config", "none.toml")
-    assert done.returncode == 2 and done.stderr == "error: config none.toml: no such file; see configs/\n"
+    assert (done.returncode == 2
+            and done.stderr == "error: config none.toml: no such file; see configs/\n")

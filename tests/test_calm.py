@@ -13,8 +13,10 @@ D, VOCAB = 5, 20
 
 def model(short_layers=1, objective="trigflow", **changes):
     torch.manual_seed(0)
-    cfg = CALMConfig(backbone=BackboneConfig(dim=32, layers=2, heads=2), short_layers=short_layers, short_context=3,
-                     head=HeadConfig(objective=objective, width=16, blocks=1, multiplier=2), **changes)
+    cfg = CALMConfig(backbone=BackboneConfig(dim=32, layers=2, heads=2), short_layers=short_layers,
+                     short_context=3,
+                     head=HeadConfig(objective=objective, width=16, blocks=1, multiplier=2),
+                     **changes)
     net = CALM(cfg, D, VOCAB, KINDS)
     for p in net.parameters():                       # zero-initialised layers would hide everything
         p.data += 0.1 * torch.randn_like(p)
@@ -23,9 +25,12 @@ def model(short_layers=1, objective="trigflow", **changes):
 
 def batch(B=4, T=6):
     torch.manual_seed(1)
-    return {"x": torch.randn(B, T, D), "frames": torch.tensor([6, 4, 6, 2])[:B], "text": torch.randint(0, VOCAB, (B, 5)),
-            "ended": torch.tensor([True, True, False, True])[:B], "text_len": torch.tensor([5, 2, 1, 3])[:B],
-            "prompt": torch.randn(B, 3, D), "prompt_len": torch.tensor([0, 3, 1, 0])[:B], "kind": torch.tensor([0, 1, 2, 0])[:B]}
+    return {"x": torch.randn(B, T, D), "frames": torch.tensor([6, 4, 6, 2])[:B],
+            "text": torch.randint(0, VOCAB, (B, 5)),
+            "ended": torch.tensor([True, True, False, True])[:B],
+            "text_len": torch.tensor([5, 2, 1, 3])[:B],
+            "prompt": torch.randn(B, 3, D), "prompt_len": torch.tensor([0, 3, 1, 0])[:B],
+            "kind": torch.tensor([0, 1, 2, 0])[:B]}
 
 
 def conditions(net, b):
@@ -42,7 +47,8 @@ def test_padding_of_text_and_prompt_changes_nothing():
     net, b = model(), batch()
     whole = conditions(net, b)
     for r in range(4):
-        alone = net.condition(b["x"][r:r + 1], b["text"][r:r + 1, :b["text_len"][r]], b["text_len"][r:r + 1],
+        alone = net.condition(b["x"][r:r + 1],
+                              b["text"][r:r + 1, :b["text_len"][r]], b["text_len"][r:r + 1],
                               b["prompt"][r:r + 1, :b["prompt_len"][r]], b["prompt_len"][r:r + 1])
         torch.testing.assert_close(alone[0], whole[r], atol=1e-5, rtol=0)
 
@@ -72,7 +78,8 @@ def test_generation_step_by_step_equals_the_training_pass_over_what_was_generate
     net.head.sample = lambda z, **options: seen.append(z) or sample(z, **options)
     net.eos.bias.data.fill_(-100.0)
     prompt = torch.randn(2, 3, D)
-    xs = [x for x, _ in net.generate(text, kind=1, max_frames=5, prompt=prompt, steps=2, generator=torch.Generator().manual_seed(0))]
+    xs = [x for x, _ in net.generate(text, kind=1, max_frames=5, prompt=prompt, steps=2,
+                                     generator=torch.Generator().manual_seed(0))]
     x = torch.stack(xs, 1)
     z = net.condition(x, text, torch.tensor([4, 4]), prompt, torch.tensor([3, 3]))
     z = z + net.short(torch.cat([net.short_bos.expand(2, 1, -1), net.short_latent(x)], 1))
@@ -84,7 +91,8 @@ def test_history_continues_as_if_it_had_been_generated():
     net.eos.bias.data.fill_(-100.0)
     net.head.sample = lambda z, **options: z[:, :D]  # a deterministic head
     whole = [x for x, _ in net.generate(text, kind=2, max_frames=6)]
-    rest = [x for x, _ in net.generate(text, kind=2, max_frames=3, history=torch.stack(whole[:3], 1))]
+    rest = [x for x, _ in net.generate(text, kind=2, max_frames=3,
+                                       history=torch.stack(whole[:3], 1))]
     torch.testing.assert_close(torch.stack(rest), torch.stack(whole[3:]), atol=1e-5, rtol=0)
 
 
@@ -99,13 +107,15 @@ def test_guidance_of_one_is_the_plain_model_and_other_values_extrapolate():
     torch.testing.assert_close(plain, same, atol=1e-4, rtol=0)
     assert (plain - null).abs().max() > 0.1
     torch.testing.assert_close(three, null + 3 * (plain - null))
-    nothing = net.condition(torch.zeros(1, 1, D), text, torch.tensor([0]), torch.zeros(1, 0, D), torch.tensor([0]))
+    nothing = net.condition(torch.zeros(1, 1, D), text, torch.tensor([0]),
+                            torch.zeros(1, 0, D), torch.tensor([0]))
     torch.testing.assert_close(null, nothing[:, 0])
 
 
 def test_the_same_seed_gives_the_same_latents_and_another_seed_others():
     net, text = model(), torch.randint(0, VOCAB, (1, 4))
-    run = lambda seed: torch.stack([x for x, _ in net.generate(text, kind=0, max_frames=3, generator=torch.Generator().manual_seed(seed))])
+    run = lambda seed: torch.stack([x for x, _ in net.generate(
+        text, kind=0, max_frames=3, generator=torch.Generator().manual_seed(seed))])
     assert torch.equal(run(3), run(3)) and not torch.equal(run(3), run(4))
 
 
@@ -131,7 +141,8 @@ def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
     net, b = model(), batch()
     torch.manual_seed(5)
     first = net.loss(b)[0]
-    b["x"] = torch.where(torch.arange(6)[:, None] < b["frames"][:, None, None], b["x"], torch.randn(4, 6, D) * 100)
+    b["x"] = torch.where(torch.arange(6)[:, None] < b["frames"][:, None, None],
+                         b["x"], torch.randn(4, 6, D) * 100)
     torch.manual_seed(5)
     torch.testing.assert_close(net.loss(b)[0], first)
 
@@ -151,9 +162,12 @@ def test_noise_reaches_the_backbone_only():
 
 def test_noised_latents_keep_unit_variance_for_every_k():
     net = model(noise=1.0, prefix_dropout=0.0)
-    b = {"x": torch.randn(64, 200, D), "frames": torch.full((64,), 200), "ended": torch.zeros(64, dtype=torch.bool),
-         "text": torch.zeros(64, 1, dtype=torch.long), "text_len": torch.ones(64, dtype=torch.long),
-         "prompt": torch.zeros(64, 0, D), "prompt_len": torch.zeros(64, dtype=torch.long), "kind": torch.zeros(64, dtype=torch.long)}
+    b = {"x": torch.randn(64, 200, D), "frames": torch.full((64,), 200),
+         "ended": torch.zeros(64, dtype=torch.bool),
+         "text": torch.zeros(64, 1, dtype=torch.long),
+         "text_len": torch.ones(64, dtype=torch.long),
+         "prompt": torch.zeros(64, 0, D), "prompt_len": torch.zeros(64, dtype=torch.long),
+         "kind": torch.zeros(64, dtype=torch.long)}
     got, long = [], net.latent.forward
     net.latent.forward = lambda x: got.append(x) or long(x)
     with torch.no_grad():
@@ -164,9 +178,10 @@ def test_noised_latents_keep_unit_variance_for_every_k():
 
 
 def test_rendered_clips_are_cut_where_their_row_ended():
-    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1, encoder_layers=0,
-                                      decoder_layers=0, latent_dim=D)).eval()
-    ends = iter([torch.tensor([[-1.0], [-1.0]])] * 2 + [torch.tensor([[1.0], [-1.0]])] * 3 + [torch.tensor([[1.0], [1.0]])])
+    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1,
+                                      encoder_layers=0, decoder_layers=0, latent_dim=D)).eval()
+    ends = iter([torch.tensor([[-1.0], [-1.0]])] * 2 + [torch.tensor([[1.0], [-1.0]])] * 3
+                + [torch.tensor([[1.0], [1.0]])])
     net.eos.forward = lambda z: next(ends)
     wavs = net.render(vae, torch.zeros(2, 1, dtype=torch.long), kind=0, seconds=1.0)
     assert [w.shape[-1] // 8 for w in wavs] == [3, 6]         # the first latent always exists
@@ -177,5 +192,6 @@ def test_every_part_learns_from_every_objective(objective):
     net, b = model(objective=objective), batch()
     net.cfg.prefix_dropout = 0.0
     net.loss(b)[0].backward()
-    silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    silent = [name for name, p in net.named_parameters()
+              if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []

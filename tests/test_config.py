@@ -12,14 +12,16 @@ def write(path, text):
 
 def test_overrides_reach_nested_tables_with_their_types(tmp_path):
     path = write(tmp_path / "a.toml", "[lm.backbone]\nlayers = 2\n")
-    cfg = load(path, ["--lm.backbone.layers", "6", "--train.vae.lr=0.5", "--out", "runs/x", "--vae.ratios", "[4, 2]",
-                      "--data.weights.speech", "1"])
-    assert (cfg.lm.backbone.layers, cfg.train.vae.lr, cfg.out, cfg.vae.ratios) == (6, 0.5, "runs/x", [4, 2])
+    cfg = load(path, ["--lm.backbone.layers", "6", "--train.vae.lr=0.5", "--out", "runs/x",
+                      "--vae.ratios", "[4, 2]", "--data.weights.speech", "1"])
+    assert ((cfg.lm.backbone.layers, cfg.train.vae.lr, cfg.out, cfg.vae.ratios)
+            == (6, 0.5, "runs/x", [4, 2]))
     assert cfg.data.weights == {"speech": 1.0}
 
 
 def test_a_dumped_config_loads_to_the_same_value(tmp_path):
-    cfg = build(Config, {"sample": {"texts": {"speech": ["one \"two\"", "drei ü"]}}, "vae": {"loss_weights": {"mel": 2}}})
+    cfg = build(Config, {"sample": {"texts": {"speech": ["one \"two\"", "drei ü"]}},
+                         "vae": {"loss_weights": {"mel": 2}}})
     assert load(write(tmp_path / "b.toml", dump(cfg))) == cfg
 
 

@@ -12,14 +12,15 @@ from test_train import ROOT, run, write
 
 with open(f"{ROOT}/README.md", encoding="utf8") as f:
     README = f.read()
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    (\.venv/bin/)?python ", line)]
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines()
+            if re.match(r"    (\.venv/bin/)?python ", line)]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("readme"))
-    done = run("train.py", "--config", write(folder), "--train.vae.steps", "2", "--train.lm.steps", "2",
-               "--train.consistency.steps", "2")
+    done = run("train.py", "--config", write(folder), "--train.vae.steps", "2",
+               "--train.lm.steps", "2", "--train.consistency.steps", "2")
     assert done.returncode == 0, done.stderr
     os.makedirs(f"{folder}/recordings")
     for i in range(4):
@@ -35,14 +36,19 @@ def test_the_readme_has_commands():
 
 
 def test_the_commands_of_the_readme_run_in_order(place):
-    """data.py scan, check, train.py on the manifest (shortened), sample.py: as written but for the paths."""
+    """data.py scan, check, train.py on the manifest (shortened), sample.py: as written but for the
+    paths.
+    """
     for command in COMMANDS:
         words = shlex.split(command)[1:]
-        words = [w.replace("RECORDINGS", f"{place}/recordings").replace("out/quickstart", f"{place}/run") for w in words]
-        words = [f"{place}/{w}" if w in ("train.jsonl", "some.wav", "out/mine", "hello.wav") else w for w in words]
+        words = [w.replace("RECORDINGS", f"{place}/recordings")
+                 .replace("out/quickstart", f"{place}/run") for w in words]
+        words = [f"{place}/{w}" if w in ("train.jsonl", "some.wav", "out/mine", "hello.wav") else w
+                 for w in words]
         if words[0] == "train.py":                   # the same command with the tiny model
             words[words.index("--config") + 1] = f"{place}/tiny.toml"
-            words += ["--train.vae.steps", "1", "--train.lm.steps", "1", "--train.consistency.steps", "1"]
+            words += ["--train.vae.steps", "1", "--train.lm.steps", "1",
+                      "--train.consistency.steps", "1"]
         if words[0] == "sample.py" and "--out" not in words:
             words += ["--out", f"{place}/out.wav"]
         done = run(*words)
@@ -50,7 +56,8 @@ def test_the_commands_of_the_readme_run_in_order(place):
 
 
 def test_files_that_the_readme_shows_exist():
-    shown = re.findall(r"\]\(([^)h][^)]*)\)", README) + re.findall(r"`((?:configs|assets)/[\w./]+)`", README)
+    shown = (re.findall(r"\]\(([^)h][^)]*)\)", README)
+             + re.findall(r"`((?:configs|assets)/[\w./]+)`", README))
     missing = [path for path in shown if not os.path.exists(f"{ROOT}/{path}")]
     assert not missing
 

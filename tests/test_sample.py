@@ -12,7 +12,8 @@ from test_train import run, write
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("trained"))
-    done = run("train.py", "--config", write(folder), "--stages", '["vae", "lm"]', "--train.vae.steps", "2", "--train.lm.steps", "2")
+    done = run("train.py", "--config", write(folder), "--stages", '["vae", "lm"]',
+               "--train.vae.steps", "2", "--train.lm.steps", "2")
     assert done.returncode == 0, done.stderr
     t = np.arange(16000) / 16000
     sf.write(f"{folder}/ref.wav", 0.3 * np.sin(2 * np.pi * 300 * t), 16000)
@@ -20,7 +21,8 @@ def trained(tmp_path_factory):
 
 
 def sample(folder, *arguments, out="x.wav"):
-    done = run("sample.py", "--run", f"{folder}/run", "--threads", "1", "--seconds", "0.4", "--out", f"{folder}/{out}", *arguments)
+    done = run("sample.py", "--run", f"{folder}/run", "--threads", "1", "--seconds", "0.4",
+               "--out", f"{folder}/{out}", *arguments)
     assert done.returncode == 0, done.stderr
     assert "x real time" in done.stdout and "first audio after" in done.stdout
     return sf.read(f"{folder}/{out}")[0]
@@ -39,28 +41,32 @@ def test_streaming_writes_the_same_samples(trained):
 
 
 def test_a_prompt_is_continued_and_stands_at_the_front(trained):
-    wav = sample(trained, "--prompt", f"{trained}/ref.wav", "--kind", "sound", "--prompt-seconds", "0.5", out="c.wav")
+    wav = sample(trained, "--prompt", f"{trained}/ref.wav", "--kind", "sound",
+                 "--prompt-seconds", "0.5", out="c.wav")
     assert 0.52 * 16000 + 640 <= len(wav) <= (0.52 + 0.4) * 16000
-    other = sample(trained, "--prompt", f"{trained}/ref.wav", "--kind", "sound", "--prompt-seconds", "0.5", "--seed", "1", out="d.wav")
+    other = sample(trained, "--prompt", f"{trained}/ref.wav", "--kind", "sound",
+                   "--prompt-seconds", "0.5", "--seed", "1", out="d.wav")
     lead = 8320 - 480                                # 13 latents, less what the decoder owes
     np.testing.assert_allclose(wav[:lead], other[:lead], atol=2 / 32768)
 
 
 def test_a_prompt_with_text_lends_its_voice_or_is_continued_by_the_new_words(trained):
     voice = sample(trained, "--prompt", f"{trained}/ref.wav", "--text", "two", out="v.wav")
-    after = sample(trained, "--prompt", f"{trained}/ref.wav", "--prompt-text", "one", "--text", "two", out="a.wav")
+    after = sample(trained, "--prompt", f"{trained}/ref.wav", "--prompt-text", "one",
+                   "--text", "two", out="a.wav")
     assert len(voice) <= 6400 and len(after) <= 6400
 
 
 def test_evaluation_prints_a_table_and_writes_figures(trained):
-    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "2", "--repeats", "1", "--threads", "1",
-               "--json", f"{trained}/f.json", "--wavs", f"{trained}/wavs")
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "2", "--repeats", "1",
+               "--threads", "1", "--json", f"{trained}/f.json", "--wavs", f"{trained}/wavs")
     assert done.returncode == 0, done.stderr
     assert "reconstruction: facts right" in done.stdout and "chance" in done.stdout
     with open(f"{trained}/f.json") as f:
         figures = json.load(f)
-    assert figures["vae"]["speech"]["original"] >= 0.9       # the oracle understands the synthesiser
-    assert set(figures["lm"]["facts"]) <= {"speech", "sound", "music"} and figures["lm"]["steps"] == 20
+    assert figures["vae"]["speech"]["original"] >= 0.9      # the oracle understands the synthesiser
+    assert (set(figures["lm"]["facts"]) <= {"speech", "sound", "music"}
+            and figures["lm"]["steps"] == 20)
     assert os.listdir(f"{trained}/wavs/lm")
 
 

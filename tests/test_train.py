@@ -1,4 +1,5 @@
-"""The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds."""
+"""The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds.
+"""
 import glob
 import json
 import os
@@ -97,7 +98,8 @@ def write(folder, text=TINY, out="run"):
 
 def run(*arguments, **options):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env,
+                          capture_output=True, text=True, **options)
 
 
 def logged(out):
@@ -121,8 +123,8 @@ def test_a_run_leaves_checkpoints_log_picture_and_sounds(finished):
     for name in ("config.toml", "log.jsonl", "loss.png", "vae.pt", "lm.pt", "consistency.pt"):
         assert os.path.getsize(f"{out}/{name}") > 0, name
     for kind in ("speech", "sound", "music"):
-        for pattern in (f"*_vae_{kind}1_original.wav", f"*_vae_{kind}1_reconstruction.wav", f"*_vae_{kind}1.png",
-                        f"*_lm_{kind}1.wav", f"*_consistency_{kind}1.wav"):
+        for pattern in (f"*_vae_{kind}1_original.wav", f"*_vae_{kind}1_reconstruction.wav",
+                        f"*_vae_{kind}1.png", f"*_lm_{kind}1.wav", f"*_consistency_{kind}1.wav"):
             assert glob.glob(f"{out}/samples/{pattern}"), pattern
     assert "eta" in finished[1].stdout and "steps/s" in finished[1].stdout
 
@@ -132,11 +134,13 @@ def test_finished_stages_are_skipped(finished):
     assert again.returncode == 0 and again.stdout.count("skipped") == 3
 
 
-def test_a_run_killed_at_any_moment_resumes_to_bitwise_the_same_losses_and_weights(finished, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_to_bitwise_the_same_losses_and_weights(
+        finished, tmp_path):
     config, out = write(str(tmp_path)), f"{tmp_path}/run"
     for stage, step in (("vae", 6), ("lm", 7)):      # between checkpoints at 4 and 8
-        process = subprocess.Popen([sys.executable, "train.py", "--config", config], cwd=ROOT, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "train.py", "--config", config],
+                                   cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.PIPE)
         for line in process.stdout:
             if line.startswith(f"{stage} {step}/"):
                 process.send_signal(signal.SIGKILL)
@@ -148,14 +152,17 @@ def test_a_run_killed_at_any_moment_resumes_to_bitwise_the_same_losses_and_weigh
     assert done.returncode == 0 and "resuming at step 4" in done.stdout
     assert logged(out) == logged(f"{finished[0]}/run")
     for name in ("vae", "lm", "consistency"):
-        one, other = (load_checkpoint(f"{folder}/run/{name}.pt")["model"] for folder in (finished[0], tmp_path))
+        one, other = (load_checkpoint(f"{folder}/run/{name}.pt")["model"]
+                      for folder in (finished[0], tmp_path))
         assert all(torch.equal(one[k], other[k]) for k in one), name
 
 
 def test_ctrl_c_saves_the_last_step_first(tmp_path):
     config = write(str(tmp_path))
-    process = subprocess.Popen([sys.executable, "train.py", "--config", config, "--train.vae.save_every", "1000"],
-                               cwd=ROOT, text=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "train.py", "--config", config,
+                                "--train.vae.save_every", "1000"],
+                               cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.startswith("vae 2/"):
             process.send_signal(signal.SIGINT)
@@ -167,13 +174,16 @@ def test_ctrl_c_saves_the_last_step_first(tmp_path):
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path):
     config, out = write(str(tmp_path)), f"{tmp_path}/run"
-    assert run("train.py", "--config", config, "--stages", '["vae"]', "--train.vae.steps", "4").returncode == 0
+    assert run("train.py", "--config", config, "--stages", '["vae"]',
+               "--train.vae.steps", "4").returncode == 0
     before = open(f"{out}/vae.pt", "rb").read()
-    limit = len(before) // 2                         # files may not grow beyond this: what a full disk does
-    again = run("train.py", "--config", config, "--stages", '["vae"]', "--train.vae.steps", "8", "--fresh",
+    limit = len(before) // 2                # files may not grow beyond this: what a full disk does
+    again = run("train.py", "--config", config, "--stages", '["vae"]',
+                "--train.vae.steps", "8", "--fresh",
                 preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
                                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
-    assert again.returncode == 2 and "could not be written" in again.stderr and again.stderr.count("\n") == 1
+    assert (again.returncode == 2 and "could not be written" in again.stderr
+            and again.stderr.count("\n") == 1)
     from config import save_checkpoint
     path = f"{tmp_path}/old.pt"
     save_checkpoint(path, {"a": torch.zeros(10)})
@@ -194,22 +204,25 @@ except config.BadInput as e:
 def test_accumulated_gradients_equal_the_large_batch(finished, monkeypatch, stage):
     folder = finished[0]
     cfg = load(f"{folder}/tiny.toml", ["--vae.disc_start", "0", "--vae.loss_scales", "0"])
-    for name in ("randn", "rand", "randn_like", "rand_like"):        # noise differs by construction: hold it
+    # noise differs by construction: hold it
+    for name in ("randn", "rand", "randn_like", "rand_like"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k) * 0 + 0.5)
     runtime = train.Runtime(cfg)
     clips, valid = train.corpus(cfg, runtime)
     torch.manual_seed(0)
-    made = train.VAEStage(cfg, runtime, clips, valid) if stage == "vae" else train.LMStage(cfg, runtime, clips, valid, "lm")
+    made = (train.VAEStage(cfg, runtime, clips, valid) if stage == "vae"
+            else train.LMStage(cfg, runtime, clips, valid, "lm"))
     for p in made.model.parameters():
         p.data += 0.05 * torch.linspace(-1, 1, p.numel()).view_as(p)
-    if stage == "lm":                                # equal lengths: a mean over valid positions is not linear
+    if stage == "lm":                     # equal lengths: a mean over valid positions is not linear
         for part in (made.batch, made.held):
             part.cfg = cfg.data
 
     def grads(micro):
         made.model.zero_grad(set_to_none=True)
-        batches = [(range(s, s + micro), made.batch(0, range(s, s + micro))) for s in range(0, 4, micro)]
+        batches = [(range(s, s + micro), made.batch(0, range(s, s + micro)))
+                   for s in range(0, 4, micro)]
         for _, b in batches:
             if stage == "lm":
                 b["frames"] = torch.full_like(b["frames"], 10)
@@ -224,23 +237,28 @@ def test_accumulated_gradients_equal_the_large_batch(finished, monkeypatch, stag
 def test_two_processes_train_like_one_with_two_micro_batches(finished, tmp_path):
     """Each process takes its rows of the same global batch; the noise belongs to the rows."""
     losses = []
-    for number, launch in enumerate((["train.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"])):
+    for number, launch in enumerate((["train.py"], ["-m", "torch.distributed.run", "--standalone",
+                                                    "--nproc_per_node=2", "train.py"])):
         config = write(str(tmp_path), out=f"run{number}")
-        done = run(*launch, "--config", config, "--stages", '["vae"]', "--train.vae.micro_batch", "2", "--train.vae.steps", "5", timeout=200)
+        done = run(*launch, "--config", config, "--stages", '["vae"]',
+                   "--train.vae.micro_batch", "2", "--train.vae.steps", "5", timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
         losses.append([row["vae"] for row in logged(f"{tmp_path}/run{number}") if "vae" in row])
     assert len(losses[0]) == 5
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]),
+                               atol=1e-4, rtol=1e-4)
 
 
-def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(finished, tmp_path, monkeypatch, capsys):
+def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(
+        finished, tmp_path, monkeypatch, capsys):
     cfg = load(write(str(tmp_path)), ["--stages", '["vae"]', "--train.vae.steps", "30"])
     runtime = train.Runtime(cfg)
     os.makedirs(f"{cfg.out}/samples")
     clips, valid = train.corpus(cfg, runtime)
     stage = train.VAEStage(cfg, runtime, clips, valid)
     before = {k: v.clone() for k, v in stage.model.state_dict().items()}
-    stage.losses = lambda batch, step: iter([("vae", sum(p.sum() for p in stage.model.vae.parameters()) * float("nan"), {})])
+    stage.losses = lambda batch, step: iter(
+        [("vae", sum(p.sum() for p in stage.model.vae.parameters()) * float("nan"), {})])
     with pytest.raises(FloatingPointError, match="ten steps in a row.*vae nan"):
         train.train(stage, "vae", cfg, runtime)
     assert all(torch.equal(before[k], v) for k, v in stage.model.state_dict().items())
@@ -261,7 +279,8 @@ def test_averaged_weights_follow_with_their_decay():
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     cfg = build(Config, {"train": {"lm": {"steps": 110, "warmup": 10, "lr_end": 0.1}}}).train.lm
     assert train.schedule(cfg, 0) == 0.1 and train.schedule(cfg, 9) == 1.0
-    assert train.schedule(cfg, 60) == pytest.approx(0.55) and train.schedule(cfg, 110) == pytest.approx(0.1)
+    assert (train.schedule(cfg, 60) == pytest.approx(0.55)
+            and train.schedule(cfg, 110) == pytest.approx(0.1))
 
 
 def test_the_latents_that_the_model_sees_have_zero_mean_and_unit_variance(finished):
@@ -276,7 +295,8 @@ def test_the_latents_that_the_model_sees_have_zero_mean_and_unit_variance(finish
     assert x.mean(0).abs().max() < 0.35 and (x.std(0) - 1).abs().max() < 0.35
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/configs/**/*.toml", recursive=True)), ids=os.path.basename)
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/configs/**/*.toml", recursive=True)),
+                         ids=os.path.basename)
 def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
     cfg = load(path)
     with open(tmp_path / "again.toml", "w") as f:
@@ -290,4 +310,5 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
     done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
-    assert done.returncode == 2 and "latent_dim = 4" in done.stderr and "latent_dim = 5" in done.stderr
+    assert (done.returncode == 2
+            and "latent_dim = 4" in done.stderr and "latent_dim = 5" in done.stderr)

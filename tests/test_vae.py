@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 
-from vae import (VAE, VAEGAN, Conv, ConvTranspose, InverseSpectrum, Spectrum, VAEConfig, kl_loss, mel_filters,
-                 spectral_losses)
+from vae import (VAE, VAEGAN, Conv, ConvTranspose, InverseSpectrum, Spectrum, VAEConfig, kl_loss,
+                 mel_filters, spectral_losses)
 
-SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32, heads=2,
-             encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
+SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
+             heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
 KINDS = [("conv", "conv"), ("stft", "istft"), ("conv", "istft"), ("stft", "conv")]
 
 
@@ -38,7 +38,8 @@ def test_samples_depend_on_earlier_latents_only_up_to_the_stated_latency(encoder
     wav = net.decode(z)
     for t in range(1, 8):
         known = 160 * t - net.latency
-        torch.testing.assert_close(net.decode(z[:, :t])[..., :known], wav[..., :known], atol=1e-5, rtol=0)
+        torch.testing.assert_close(net.decode(z[:, :t])[..., :known], wav[..., :known],
+                                   atol=1e-5, rtol=0)
     assert net.latency == (120 if decoder == "istft" else 0)
 
 
@@ -72,11 +73,13 @@ def test_a_clip_of_any_length_gives_ceil_of_its_hops_latents():
 
 def test_the_inverse_spectrum_undoes_the_spectrum():
     n_fft, hop, x = 64, 16, torch.randn(1, 1, 16 * 20, dtype=torch.float64)
-    frames = torch.nn.functional.pad(x, (48, 0)).unfold(-1, n_fft, hop) * torch.hann_window(n_fft, dtype=torch.float64)
-    s = torch.fft.rfft(frames)[0].transpose(1, 2)                                        # (1, bins, L)
+    frames = (torch.nn.functional.pad(x, (48, 0)).unfold(-1, n_fft, hop)
+              * torch.hann_window(n_fft, dtype=torch.float64))
+    s = torch.fft.rfft(frames)[0].transpose(1, 2)                           # (1, bins, L)
     m = torch.cat([s.abs().clamp(min=1e-9).log(), s.angle()], 1)
     y = InverseSpectrum(n_fft, hop, 1)(m)
-    torch.testing.assert_close(y[..., :-48], x[..., :-48], atol=1e-6, rtol=0)            # the last 48 wait for frames
+    # the last 48 wait for frames
+    torch.testing.assert_close(y[..., :-48], x[..., :-48], atol=1e-6, rtol=0)
 
 
 def test_transposed_convolution_counts_its_bias_once_when_streaming():
@@ -104,8 +107,8 @@ def test_spectral_losses_vanish_for_equal_signals_and_measure_a_gain_in_decades(
     cfg, x = VAEConfig(**SMALL), torch.randn(2, 1, 4096)
     assert all(v < 1e-3 for v in spectral_losses(x, x, cfg, [256, 512], ["mel", "stft"]).values())
     tenth = spectral_losses(x, x / 10, cfg, [256], ["mel", "stft"])
-    assert tenth["mel"].item() == pytest.approx(1.0, abs=1e-2)                           # one decade
-    assert tenth["stft"].item() == pytest.approx(0.9 + math.log(10), abs=3e-2)           # convergence + log
+    assert tenth["mel"].item() == pytest.approx(1.0, abs=1e-2)                  # one decade
+    assert tenth["stft"].item() == pytest.approx(0.9 + math.log(10), abs=3e-2)  # convergence + log
 
 
 def test_mel_filters_cover_the_band_and_keep_the_level_of_a_flat_spectrum():
@@ -125,7 +128,8 @@ def test_normalised_latents_come_back(encoder, decoder):
 
 def gan(**weights):
     torch.manual_seed(0)
-    return VAEGAN(VAEConfig(**SMALL, loss_weights=weights, loss_windows=[256], disc_windows=[256, 128], disc_width=4))
+    return VAEGAN(VAEConfig(**SMALL, loss_weights=weights, loss_windows=[256],
+                            disc_windows=[256, 128], disc_width=4))
 
 
 def test_loss_weights_of_zero_are_not_computed_and_build_no_discriminator():
@@ -142,8 +146,10 @@ def test_each_adversarial_loss_moves_its_own_player_only():
     seen = {}
     for name, loss, _ in model.losses(wav, 0):
         loss.backward()
-        seen[name] = [[p.grad is not None and bool(p.grad.abs().sum() > 0) for key, p in part.named_parameters()
-                       if key.endswith(("weight", "original0", "original1"))]            # hinge: last biases cancel
+        # hinge: last biases cancel
+        seen[name] = [[p.grad is not None and bool(p.grad.abs().sum() > 0)
+                       for key, p in part.named_parameters()
+                       if key.endswith(("weight", "original0", "original1"))]
                       for part in (model.vae.decoder, model.disc)]
         model.zero_grad(set_to_none=True)
     assert all(seen["vae"][0]) and not any(seen["vae"][1])
@@ -171,8 +177,10 @@ def test_adversarial_losses_wait_for_their_step():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(encoder="fft"), "encoder"), (dict(ratios=[]), "ratios"), (dict(stft_hop=7, decoder="istft"), "stft_hop"),
-    (dict(loss_weights={"l1": 1.0}), "loss_weights"), (dict(heads=5), "heads"), (dict(latent_dim=0), "latent_dim")])
+    (dict(encoder="fft"), "encoder"), (dict(ratios=[]), "ratios"),
+    (dict(stft_hop=7, decoder="istft"), "stft_hop"),
+    (dict(loss_weights={"l1": 1.0}), "loss_weights"), (dict(heads=5), "heads"),
+    (dict(latent_dim=0), "latent_dim")])
 def test_impossible_configs_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig(**{**SMALL, **changes})
