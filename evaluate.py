@@ -83,21 +83,29 @@ def judge_vae(vae, clips, limit, folder):
 
 
 def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
-    """{kind: share of facts right} over every distinct held-out text, `repeats` draws of each."""
+    """{kind: share of facts right} over every distinct held-out text, `repeats` draws of each.
+
+    Texts of equal length share a batch: the model takes no padding when it generates.
+    """
     out, chance = {}, {}
     for kind in KINDS:
-        texts, heard = sorted({c.text for c in clips if c.kind == kind and c.text})[:limit], []
-        for number, text in enumerate(tqdm(texts, desc=f"generate {kind}", leave=False)):
-            tokens = torch.tensor([encode_text(text, kind)] * repeats)
+        held = {c.text: c for c in clips if c.kind == kind and c.text}
+        texts, heard, shown = sorted(held)[:limit], [], 0
+        lengths = {}
+        for text in texts:
+            lengths.setdefault(len(encode_text(text, kind)), []).append(text)
+        for length, group in tqdm(sorted(lengths.items()), desc=f"generate {kind}", leave=False):
+            group = [text for text in group for _ in range(repeats)]
+            tokens = torch.tensor([encode_text(text, kind) for text in group])
             wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                              steps=steps, temperature=cfg.sample.temperature,
                              guidance=cfg.sample.cfg,
-                             generator=torch.Generator().manual_seed(number))
-            clip = next(c for c in clips if c.kind == kind and c.text == text)
-            heard += [facts(wav, clip, cfg.vae.sample_rate) for wav in wavs]
-            if folder and number < 3:
-                save_audio(f"{folder}/{kind}_{text.replace(' ', '_').replace(',', '')}.wav",
-                           wavs[0].numpy(), cfg.vae.sample_rate)
+                             generator=torch.Generator().manual_seed(length))
+            heard += [facts(w, held[t], cfg.vae.sample_rate) for w, t in zip(wavs, group)]
+            if folder and shown < 3:
+                shown += 1
+                name = group[0].replace(" ", "_").replace(",", "")
+                save_audio(f"{folder}/{kind}_{name}.wav", wavs[0].numpy(), cfg.vae.sample_rate)
         if share(heard) is not None:
             out[kind] = share(heard)
             chance[kind] = round(sum(toy.chance(t, kind) for t in texts) / len(texts), 4)

@@ -269,28 +269,29 @@ class LMStage:
 
 
 def draw_losses(out):
-    """loss.png: every logged figure of every stage against the step."""
+    """loss.png: every logged figure of every stage against the step; held-out ones as dots on it."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     with open(f"{out}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
-    names = []
+    curves = {}                                      # (stage, name) -> [(step, value), ...]
     for row in rows:
-        names += [(row["stage"], k) for k in row if k not in ("stage", "step", "seconds", "rate")
-                  and (row["stage"], k) not in names]
-    if not names:
+        for name in row.keys() - {"stage", "step", "rate"}:
+            curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
+    trained = [key for key in curves if not key[1].startswith("valid_")]
+    trained.sort(key=lambda key: ([r["stage"] for r in rows].index(key[0]), key[1]))
+    if not trained:
         return
-    columns = min(4, len(names))
-    fig, axes = plt.subplots(-(-len(names) // columns), columns,
-                             squeeze=False, layout="constrained",
-                             figsize=(3 * columns, 2 * -(-len(names) // columns)))
-    for ax in axes.flat:
+    columns, lines = 4, -(-len(trained) // 4)
+    fig, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
+                             figsize=(3 * columns, 2 * lines))
+    for ax in axes.flat[len(trained):]:
         ax.set_axis_off()
-    for ax, (stage, name) in zip(axes.flat, names):
-        points = [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r]
-        ax.set_axis_on()
-        ax.plot(*zip(*points), lw=0.9, marker="." if len(points) < 5 else None)
+    for ax, (stage, name) in zip(axes.flat, trained):
+        ax.plot(*zip(*curves[stage, name]), lw=0.9)
+        if (stage, f"valid_{name}") in curves:
+            ax.plot(*zip(*curves[stage, f"valid_{name}"]), "o", ms=4)
         ax.set_title(f"{stage}: {name}", fontsize=8)
         ax.tick_params(labelsize=6)
     fig.savefig(f"{out}/loss.png", dpi=80)
