@@ -35,6 +35,8 @@ class StageConfig:
     batch: int = 16             # rows an optimizer step, over all processes
     # rows a forward; 0 = batch / processes; less memory, the same gradient
     micro_batch: int = 0
+    # adamw (the papers) | muon: for matrices, AdamW for the rest (see train.py; torch >= 2.9)
+    optimizer: str = "adamw"
     # peak learning rate (Table 9: 1e-4 music, 2e-4 speech; Table 10: 8e-4 VAE)
     lr: float = 1e-3
     lr_end: float = 0.1         # final learning rate as a share of lr; cosine in between
@@ -53,6 +55,8 @@ class StageConfig:
         for name in ("steps", "batch", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer: unknown '{self.optimizer}'; valid: adamw, muon")
         if self.micro_batch and (self.micro_batch < 0 or self.batch % self.micro_batch):
             raise ValueError(
                 f"micro_batch: must divide batch = {self.batch}, got {self.micro_batch}")

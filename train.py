@@ -41,6 +41,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 import toy
 from calm import CALM
@@ -97,7 +98,7 @@ class Runtime:
 
 
 # ---------------------------------------------------------------- stages
-# A stage has: model (saved), optimized {optimizer name: parameters}, averaged (module whose EMA is
+# A stage has: model (saved), optimized {optimizer name: module}, averaged (module whose EMA is
 # kept), batch(step, rows), losses(batch, step) yielding (optimizer name, loss, metrics),
 # validate(step), finish().
 
@@ -108,9 +109,9 @@ class VAEStage:
         self.cfg, self.runtime, self.clips, self.valid = cfg, runtime, clips, valid
         self.model = VAEGAN(cfg.vae)
         self.averaged = self.model.vae
-        self.optimized = {"vae": self.model.vae.parameters()}
+        self.optimized = {"vae": self.model.vae}
         if self.model.disc is not None:
-            self.optimized["disc"] = self.model.disc.parameters()
+            self.optimized["disc"] = self.model.disc
         hop, rate = cfg.vae.hop, cfg.vae.sample_rate
         self.batch = AudioBatches(clips, cfg.data, rate, cfg.vae.channels, cfg.train.vae.batch, hop)
 
@@ -189,7 +190,7 @@ class LMStage:
                 {k[5:]: v for k, v in weights.items() if k.startswith("head.")})
             load_weights(self.model, self.model.state_dict() | weights, f"{cfg.out}/lm.pt")
         self.averaged = self.model
-        self.optimized = {name: self.model.parameters()}
+        self.optimized = {name: self.model}
 
     def cache(self, clips, key):
         cfg = self.cfg
@@ -313,16 +314,63 @@ def schedule(cfg, step):
     return cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+class Muon:
+    """torch.optim.Muon for the matrices of linear layers and convolutions, AdamW for the rest.
+
+    Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that
+    directions with small gradients are learned as fast as those with large ones: what a VAE on
+    log-spectra needs, where a frame's level drowns its shape (LOG.md). A convolution (out, in, k)
+    is a matrix (out, in · k), through a view of the same memory. Steps are scaled to AdamW's size
+    (Liu et al. 2025), so that one learning rate serves both. Depthwise kernels, embeddings, norms
+    and biases are AdamW's.
+    """
+
+    def __init__(self, module, adamw, lr, weight_decay):
+        self.weights = [m.weight for m in module.modules()
+                        if isinstance(m, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d))
+                        and getattr(m, "groups", 1) == 1]
+        self.views = [p.detach().flatten(1) for p in self.weights]
+        mine = set(map(id, self.weights))
+        self.adamw = adamw([p for p in module.parameters() if id(p) not in mine])
+        self.muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay,
+                                     adjust_lr_fn="match_rms_adamw")
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+    def zero_grad(self, set_to_none=True):
+        self.adamw.zero_grad(set_to_none)
+        for p in self.weights:
+            p.grad = None
+
+    def step(self):
+        for p, view in zip(self.weights, self.views):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self):
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state):
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+
 def make_optimizers(stage, cfg, device):
-    out = {}
-    for name, parameters in stage.optimized.items():
-        parameters = list(parameters)
+    def adamw(parameters):
         groups = [{"params": [p for p in parameters if p.dim() >= 2],
                    "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        out[name] = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas),
-                                      fused=not device.startswith("mps"))
-    return out
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas),
+                                 fused=not device.startswith("mps"))
+
+    if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise BadInput(f"optimizer: muon needs torch 2.9 or newer, this is {torch.__version__}; "
+                       "use adamw")
+    # discriminators (2-d convolutions with weight norm) stay with AdamW
+    return {name: Muon(module, adamw, cfg.lr, cfg.weight_decay)
+            if cfg.optimizer == "muon" and name != "disc" else adamw(list(module.parameters()))
+            for name, module in stage.optimized.items()}
 
 
 def gradients(stage, batches, step, runtime, seed, total):
@@ -459,8 +507,7 @@ def train(stage, name, cfg, runtime):
             sums = gradients(stage, next(prefetch), step, runtime, cfg.seed, c.batch)
             norms = {}
             for key, optimizer in optimizers.items():
-                parameters = [p for g in optimizer.param_groups for p in g["params"]
-                              if p.grad is not None]
+                parameters = [p for p in stage.optimized[key].parameters() if p.grad is not None]
                 norms[f"grad_{key}"] = (torch.nn.utils.clip_grad_norm_(parameters, c.clip)
                                         if parameters else torch.zeros(()))
             finite = all(torch.isfinite(torch.stack(

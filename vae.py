@@ -28,6 +28,9 @@ Where this differs from the paper:
 - encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the
   phase at the door, and trains in minutes on a CPU. For a codec that is faithful to the waveform
   use encoder = "conv".
+- block = "convnext" (Liu et al. 2022, causal; LayerNorm, GELU) instead of SEANet's units is ours
+  too: with it and Muon (train.py) a VAE of recordings learns in minutes what it otherwise does not
+  (LOG.md).
 - Generator and discriminator see the same weights of each other and step together, which lets
   gradients accumulate over micro-batches exactly; EnCodec and DAC step one after the other.
 
@@ -73,6 +76,8 @@ class VAEConfig:
     # istft: direct (Vocos) | accumulated (meant for tones with encoder = stft)
     phase: str = "direct"
     stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
+    # seanet (ELU, no norm: both papers) | convnext (LayerNorm, GELU, as Vocos: learns faster)
+    block: str = "seanet"
     width: int = 64                 # channels next to the waveform; doubled at each ratio
     width_max: int = 512            # ... up to this
     res_layers: int = 1             # residual units a level, dilated 1, 2, 4, ...
@@ -97,7 +102,7 @@ class VAEConfig:
 
     def __post_init__(self):
         for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
-                            ("phase", ("direct", "accumulated"))):
+                            ("phase", ("direct", "accumulated")), ("block", ("seanet", "convnext"))):
             if getattr(self, name) not in valid:
                 raise ValueError(
                     f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
@@ -145,6 +150,16 @@ class VAEConfig:
             width *= 2
         return ratios, min(width, self.width_max)
 
+    def units(self, width):
+        """The residual units of one level."""
+        if self.block == "convnext":
+            return [ConvNeXt(width) for _ in range(self.res_layers)]
+        return [Residual(width, 2 ** i) for i in range(self.res_layers)]
+
+    def between(self, width):
+        """What stands between the residual units and a convolution that changes the rate."""
+        return Norm(width) if self.block == "convnext" else Elu()
+
     def transformer(self, layers):
         return BackboneConfig(dim=self.dim, layers=layers, heads=self.heads, mlp="gelu",
                               window=max(1, round(self.context * self.frame_rate)))
@@ -161,10 +176,10 @@ class Conv(nn.Module):
     (B, Cin, L) -> (B, Cout, L / stride).
     """
 
-    def __init__(self, cin, cout, kernel, stride=1, dilation=1):
+    def __init__(self, cin, cout, kernel, stride=1, dilation=1, groups=1):
         super().__init__()
         self.past = (kernel - 1) * dilation + 1 - stride
-        self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation)
+        self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
         if state is None:
@@ -200,6 +215,22 @@ class Elu(nn.Module):
         return F.elu(x)
 
 
+class Gelu(nn.Module):
+    def forward(self, x, state=None):
+        return F.gelu(x)
+
+
+class Norm(nn.Module):
+    """LayerNorm over channels, (B, C, L)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x, state=None):
+        return self.norm(x.mT).mT
+
+
 class Chain(nn.Sequential):
     def forward(self, x, state=None):
         for layer in self:
@@ -217,6 +248,21 @@ class Residual(nn.Module):
 
     def forward(self, x, state=None):
         return x + self.body(x, state)
+
+
+class ConvNeXt(nn.Module):
+    """x + γ · conv1(gelu(conv1(norm(depthwise conv7(x))))), hidden width 3 times (Liu et al. 2022;
+    causal, as in Vocos otherwise). γ starts at .1: a block begins close to the identity.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = Chain(Conv(width, width, 7, groups=width), Norm(width),
+                          Conv(width, 3 * width, 1), Gelu(), Conv(3 * width, width, 1))
+        self.scale = nn.Parameter(torch.full((width, 1), 0.1))
+
+    def forward(self, x, state=None):
+        return x + self.scale * self.body(x, state)
 
 
 class Spectrum(nn.Module):
@@ -317,17 +363,21 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         ratios, width = cfg.levels(cfg.encoder == "stft")
+        convnext = cfg.block == "convnext"
         if cfg.encoder == "stft":
             layers = [Spectrum(cfg.n_fft, cfg.stft_hop),
                       Conv(cfg.channels * (cfg.n_fft // 2 + 1), width, 3)]
         else:
             layers = [Conv(cfg.channels, width, 7)]
-        for ratio in reversed(ratios):
-            layers += [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
-            wider = min(2 * width, cfg.width_max)
-            layers += [Elu(), Conv(width, wider, 2 * ratio, stride=ratio)]
+        if convnext:
+            layers += [Norm(width)]
+        for i in reversed(range(len(ratios))):
+            last = convnext and i == 0
+            wider = cfg.dim if last else min(2 * width, cfg.width_max)
+            layers += [*cfg.units(width), cfg.between(width),
+                       Conv(width, wider, ratios[i] * (1 if convnext else 2), stride=ratios[i])]
             width = wider
-        self.conv = Chain(*layers, Elu(), Conv(width, cfg.dim, 3))
+        self.conv = Chain(*layers, *([] if convnext else [Elu(), Conv(width, cfg.dim, 3)]))
         self.transformer = Transformer(cfg.transformer(cfg.encoder_layers))
         self.out = nn.Linear(cfg.dim, 2 * cfg.latent_dim)
         # begin with little posterior noise, std e^-2 = .14 (no gain measured by itself: LOG.md)
@@ -350,16 +400,17 @@ class Decoder(nn.Module):
         self.input = nn.Linear(cfg.latent_dim, cfg.dim)
         self.transformer = Transformer(cfg.transformer(cfg.decoder_layers))
         layers = [Conv(cfg.dim, widths[0], 7)]
+        if cfg.block == "convnext":
+            layers, widths[0] = [], cfg.dim
         for ratio, wide, width in zip(ratios, widths, widths[1:]):
-            layers += [Elu(), ConvTranspose(wide, width, ratio)]
-            layers += [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
+            layers += [cfg.between(wide), ConvTranspose(wide, width, ratio), *cfg.units(width)]
         if cfg.decoder == "istft":
             inverse = InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels, cfg.phase)
             head = Conv(narrow, cfg.channels * inverse.maps * (cfg.n_fft // 2 + 1), 3)
             inverse.start(head.conv)
-            layers += [Elu(), head, inverse]
+            layers += [cfg.between(narrow), head, inverse]
         else:
-            layers += [Elu(), Conv(narrow, cfg.channels, 3)]
+            layers += [cfg.between(narrow), Conv(narrow, cfg.channels, 3)]
         self.conv = Chain(*layers)
         self.latency = cfg.n_fft - cfg.stft_hop if cfg.decoder == "istft" else 0
 

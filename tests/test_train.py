@@ -2,18 +2,20 @@
 """
 import glob
 import json
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 import train
-from config import Config, build, dump, load, load_checkpoint, open_run
+from config import Config, StageConfig, build, dump, load, load_checkpoint, open_run
 from data import BadInput
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -66,6 +68,7 @@ width = 16
 blocks = 1
 multiplier = 2
 [train.vae]
+optimizer = "muon"
 steps = 12
 batch = 4
 warmup = 2
@@ -274,6 +277,51 @@ def test_averaged_weights_follow_with_their_decay():
     assert ema.state["weight"].item() == pytest.approx(0.9)
     ema.update(10_000)
     assert ema.state["weight"].item() == pytest.approx(0.91)
+
+
+def ill_conditioned(optimizer):
+    """Steps of a linear layer: each input direction is a tenth as loud as the one before."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4, bias=False)
+    stage = types.SimpleNamespace(optimized={"lm": layer})
+    opt = train.make_optimizers(stage, StageConfig(optimizer=optimizer, lr=0.1), "cpu")["lm"]
+    scale = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    mix = torch.linalg.qr(torch.randn(4, 4))[0]
+    x = torch.randn(256, 4) * scale @ mix
+    target = torch.randn(4, 4)
+    for step in range(400):
+        for group in opt.param_groups:
+            group["lr"] = 0.1 * (1 - step / 400)
+        opt.zero_grad()
+        (x @ (layer.weight - target).T).pow(2).sum().backward()
+        opt.step()
+    return ((layer.weight - target) @ mix.T).norm(dim=0)       # error along each direction
+
+
+def test_muon_learns_directions_of_small_gradients_that_adamw_leaves():
+    adamw, muon = ill_conditioned("adamw"), ill_conditioned("muon")
+    assert adamw[0] < 0.01 and muon[0] < 0.01
+    assert muon[2] < 0.3 * adamw[2] and muon[3] < 0.5 * adamw[3]
+
+
+def test_muon_moves_a_convolution_by_an_orthogonal_matrix_of_adamws_size():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(8, 6, 3)
+    stage = types.SimpleNamespace(optimized={"vae": conv})
+    opt = train.make_optimizers(stage, StageConfig(optimizer="muon", lr=0.1), "cpu")["vae"]
+    before, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    conv(torch.randn(2, 8, 20)).pow(2).sum().backward()
+    opt.step()
+    step = (before - conv.weight.detach()).flatten(1) / (0.1 * 0.2 * math.sqrt(24))
+    values = torch.linalg.svdvals(step)
+    assert 0.6 < values.min() and values.max() < 1.3           # Newton-Schulz: about 1
+    assert ((conv.bias - bias).abs() - 0.1).abs().max() < 1e-3  # AdamW's first step: lr
+
+
+def test_discriminators_are_not_given_to_muon():
+    stage = types.SimpleNamespace(optimized={"disc": torch.nn.Conv2d(1, 2, 3)})
+    found = train.make_optimizers(stage, StageConfig(optimizer="muon"), "cpu")["disc"]
+    assert isinstance(found, torch.optim.AdamW)
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():

@@ -9,21 +9,23 @@ from vae import (VAE, VAEGAN, Conv, ConvTranspose, InverseSpectrum, Spectrum, VA
 
 SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
              heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
-KINDS = [("conv", "conv"), ("stft", "istft"), ("conv", "istft"), ("stft", "conv")]
+KINDS = [("conv", "conv", "seanet"), ("stft", "istft", "seanet"), ("conv", "istft", "convnext"),
+         ("stft", "conv", "convnext"), ("stft", "istft", "convnext")]
 
 
-def vae(encoder, decoder, **changes):
+def vae(encoder, decoder, block="seanet", **changes):
     torch.manual_seed(0)
-    net = VAE(VAEConfig(**{**SMALL, "encoder": encoder, "decoder": decoder, **changes}))
+    net = VAE(VAEConfig(**{**SMALL, "encoder": encoder, "decoder": decoder, "block": block,
+                           **changes}))
     for p in net.parameters():                       # away from initialisation: every path matters
         p.data += 0.03 * torch.randn_like(p)
     return net.eval()
 
 
-@pytest.mark.parametrize("encoder, decoder", KINDS)
+@pytest.mark.parametrize("encoder, decoder, block", KINDS)
 @torch.no_grad()
-def test_latents_depend_on_earlier_samples_only_at_every_prefix(encoder, decoder):
-    net, wav = vae(encoder, decoder), 0.1 * torch.randn(1, 1, 160 * 7)
+def test_latents_depend_on_earlier_samples_only_at_every_prefix(encoder, decoder, block):
+    net, wav = vae(encoder, decoder, block), 0.1 * torch.randn(1, 1, 160 * 7)
     mean, logvar = net.encode(wav)
     for t in range(1, 8):
         short = net.encode(wav[..., :160 * t])
@@ -31,10 +33,10 @@ def test_latents_depend_on_earlier_samples_only_at_every_prefix(encoder, decoder
         torch.testing.assert_close(short[1], logvar[:, :t], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("encoder, decoder", KINDS)
+@pytest.mark.parametrize("encoder, decoder, block", KINDS)
 @torch.no_grad()
-def test_samples_depend_on_earlier_latents_only_up_to_the_stated_latency(encoder, decoder):
-    net, z = vae(encoder, decoder), torch.randn(1, 7, 6)
+def test_samples_depend_on_earlier_latents_only_up_to_the_stated_latency(encoder, decoder, block):
+    net, z = vae(encoder, decoder, block), torch.randn(1, 7, 6)
     wav = net.decode(z)
     for t in range(1, 8):
         known = 160 * t - net.latency
@@ -43,11 +45,11 @@ def test_samples_depend_on_earlier_latents_only_up_to_the_stated_latency(encoder
     assert net.latency == (120 if decoder == "istft" else 0)
 
 
-@pytest.mark.parametrize("encoder, decoder", KINDS)
+@pytest.mark.parametrize("encoder, decoder, block", KINDS)
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_streaming_equals_offline_for_random_chunks(encoder, decoder, seed):
-    net, g = vae(encoder, decoder), torch.Generator().manual_seed(seed)
+def test_streaming_equals_offline_for_random_chunks(encoder, decoder, block, seed):
+    net, g = vae(encoder, decoder, block), torch.Generator().manual_seed(seed)
     wav = 0.1 * torch.randn(2, 1, 160 * 11, generator=g)
     whole = net.encode(wav)[0]
     state, parts, at = {}, [], 0
@@ -118,9 +120,9 @@ def test_mel_filters_cover_the_band_and_keep_the_level_of_a_flat_spectrum():
     torch.testing.assert_close((filters @ torch.ones(513))[filled], torch.ones(int(filled.sum())))
 
 
-@pytest.mark.parametrize("encoder, decoder", KINDS)
-def test_normalised_latents_come_back(encoder, decoder):
-    net = vae(encoder, decoder)
+@pytest.mark.parametrize("encoder, decoder, block", KINDS)
+def test_normalised_latents_come_back(encoder, decoder, block):
+    net = vae(encoder, decoder, block)
     net.latent_mean.uniform_(-1, 1), net.latent_std.uniform_(0.5, 2)
     z = torch.randn(2, 3, 6)
     torch.testing.assert_close(net.denormalize(net.normalize(z)), z)
