@@ -7,13 +7,17 @@ quickstart: .venv/ready
 	$(BIN)/python train.py --config configs/quickstart.toml
 	$(BIN)/python evaluate.py --run out/quickstart --repeats 4 --limit 20 --wavs out/quickstart/samples --json out/quickstart/figures.json
 
-test: .venv/ready
+test: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 # One venv, made once; made again when the pins change. torch comes from wherever pip is set up to find it.
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test-ready: .venv/ready requirements-test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 clean:

@@ -43,12 +43,16 @@ class BackboneConfig:
     layers: int = 4
     heads: int = 4              # query heads; dim / heads is the head width, even because of RoPE
     kv_heads: int = 0           # key/value heads (GQA); 0 = as many as heads
-    mlp: str = "swiglu"         # swiglu (three matrices) | gelu (two)
+    mlp: str = "swiglu"         # swiglu (three matrices) | gelu, gelu_tanh (two)
     mlp_dim: int = 0            # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to 32 for swiglu
     # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
     qk_norm: bool = False
     window: int = 0             # positions a query sees, itself included; 0 = all earlier ones
     causal: bool = True
+    norm: str = "rms"           # rms | layer (with bias: Mimi)
+    # start of a learned factor a channel on what each sublayer adds (Mimi: 0.01); 0 = no factors
+    layer_scale: float = 0.0
+    final_norm: bool = True     # a norm after the last layer (Mimi has none)
     rope_base: float = 10000.0  # wavelength of the slowest rotation is 2π·rope_base positions
 
     def __post_init__(self):
@@ -57,8 +61,10 @@ class BackboneConfig:
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
         if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: must divide heads = {self.heads}, got {self.kv_heads}")
-        if self.mlp not in ("swiglu", "gelu"):
-            raise ValueError(f"mlp: unknown '{self.mlp}'; valid: swiglu, gelu")
+        for name, valid in (("mlp", ("swiglu", "gelu", "gelu_tanh")), ("norm", ("rms", "layer"))):
+            if getattr(self, name) not in valid:
+                raise ValueError(
+                    f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
         if self.layers < 0 or self.window < 0 or self.mlp_dim < 0:
             raise ValueError("layers, window, mlp_dim: must not be negative")
 
@@ -147,8 +153,9 @@ class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         hidden = cfg.mlp_dim or (
-            4 * cfg.dim if cfg.mlp == "gelu" else -(-8 * cfg.dim // 3 // 32) * 32)
+            -(-8 * cfg.dim // 3 // 32) * 32 if cfg.mlp == "swiglu" else 4 * cfg.dim)
         self.swiglu = cfg.mlp == "swiglu"
+        self.approximate = "tanh" if cfg.mlp == "gelu_tanh" else "none"
         self.up = nn.Linear(cfg.dim, (1 + self.swiglu) * hidden, bias=False)
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
 
@@ -157,18 +164,23 @@ class MLP(nn.Module):
         if self.swiglu:
             gate, h = h.chunk(2, dim=-1)
             return self.down(F.silu(gate) * h)
-        return self.down(F.gelu(h))
+        return self.down(F.gelu(h, approximate=self.approximate))
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attention = RMSNorm(cfg.dim), Attention(cfg)
-        self.norm2, self.mlp = RMSNorm(cfg.dim), MLP(cfg)
+        norm = RMSNorm if cfg.norm == "rms" else nn.LayerNorm
+        self.norm1, self.attention = norm(cfg.dim), Attention(cfg)
+        self.norm2, self.mlp = norm(cfg.dim), MLP(cfg)
+        self.scale1 = self.scale2 = 1.0
+        if cfg.layer_scale:
+            self.scale1, self.scale2 = (
+                nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) for _ in range(2))
 
     def forward(self, x, *where):
-        x = x + self.attention(self.norm1(x), *where)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.scale1 * self.attention(self.norm1(x), *where)
+        return x + self.scale2 * self.mlp(self.norm2(x))
 
 
 class Transformer(nn.Module):
@@ -182,7 +194,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = RMSNorm(cfg.dim)
+        self.norm = nn.Identity()
+        if cfg.final_norm:
+            self.norm = RMSNorm(cfg.dim) if cfg.norm == "rms" else nn.LayerNorm(cfg.dim)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 out = name.endswith(("wo.weight", "down.weight"))

@@ -107,7 +107,10 @@ class VAEStage:
 
     def __init__(self, cfg, runtime, clips, valid):
         self.cfg, self.runtime, self.clips, self.valid = cfg, runtime, clips, valid
-        self.model = VAEGAN(cfg.vae)
+        try:
+            self.model = VAEGAN(cfg.vae)
+        except ValueError as e:                      # the teacher cannot be loaded
+            raise BadInput(f"vae.{e}") from None
         self.averaged = self.model.vae
         self.optimized = {"vae": self.model.vae}
         if self.model.disc is not None:
@@ -148,15 +151,8 @@ class VAEStage:
 
     def finish(self, vae):
         """Mean and std over posterior samples of up to 400 clips -> buffers."""
-        means, variances = [], []
-        for clip in self.clips[:: max(1, len(self.clips) // 400)]:
-            mean, logvar = vae.encode(self.clip(clip, 10.0))
-            means.append(mean[0])
-            variances.append(logvar[0].exp())
-        means, variances = torch.cat(means), torch.cat(variances)
-        std = (means.var(0, correction=0) + variances.mean(0)).sqrt().clamp(min=1e-4)
-        vae.latent_mean.copy_(means.mean(0))
-        vae.latent_std.copy_(std)
+        vae.measure(self.clip(clip, 10.0)
+                    for clip in self.clips[:: max(1, len(self.clips) // 400)])
 
 
 class LMStage:

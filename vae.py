@@ -10,11 +10,16 @@
       ▼ (B, T, C)                                           ▲ (B, T, C)
     linear ─► mean, log-variance (B, T, D) ─► z = mean + std · eps ─► linear
 
+    inner > 1: the transformers see `inner` positions a latent; a strided convolution (Mimi) or one
+    [CLS] a patch (AudioCALM) makes the latent, a transposed convolution takes it apart again.
+    bottleneck = "rvq": z = a sum of K codebook entries, the discrete baseline.
+
     discriminators: one per STFT size, looking at real and imaginary parts   (training only)
 
     L = λ_t |x - x̂|  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL      (CALM eq. 2)
+        + λ_distill (1 - cos(W z, WavLM))          (speech, CALM 5.1)   + λ_commit L_commit  (rvq)
 
-T = ceil(S / hop), hop = product of `ratios`. Everything is causal: latent t is a function of the
+T = ceil(S / hop), hop = product of `ratios` times `inner`. Everything is causal: latent t is a function of the
 samples before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop) from the
 latents up to t; the iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until the next
 frames have been overlapped.
@@ -25,6 +30,10 @@ half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminato
 EnCodec section 3.4; multi-scale log-mel loss: DAC (Kumar et al. 2023).
 Where this differs from the paper:
 - λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
+- AudioCALM says which parts its autoencoder has (appendix A.1: residual convolutions, self-attention
+  on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order. Here the [CLS]
+  stands after its patch and goes through the encoder's transformer with it, so that everything
+  stays causal; configs/paper/vae_audiocalm.toml lists what we chose.
 - encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the
   phase at the door, and trains in minutes on a CPU. For a codec that is faithful to the waveform
   use encoder = "conv".
@@ -48,7 +57,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from backbone import BackboneConfig, KVCache, Transformer
 
-LOSSES = ("time", "mel", "stft", "adv", "feat", "kl")
+LOSSES = ("time", "mel", "stft", "adv", "feat", "kl", "commit", "distill")
 
 
 def default_weights():
@@ -78,6 +87,19 @@ class VAEConfig:
     stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
     # seanet (ELU, no norm: both papers) | convnext (LayerNorm, GELU, as Vocos: learns faster)
     block: str = "seanet"
+    # transformer positions a latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling comes
+    # after the encoder's transformer, the first upsampling before the decoder's
+    inner: int = 1
+    # how `inner` positions become one latent: conv (strided: Mimi) | cls (one learned [CLS] after
+    # each patch of them, seen through the transformer: AudioCALM)
+    aggregator: str = "conv"
+    # plain (RMSNorm) | mimi (LayerNorm, layer scale .01, no final norm) | pocket (Mimi with the
+    # tanh approximation of GELU, as in Pocket TTS)
+    transformer_style: str = "plain"
+    bottleneck: str = "gaussian"    # gaussian | rvq (the discrete baseline of Tables 1 and 3)
+    codebooks: int = 8              # rvq: K codebooks (8 at 12.5 Hz, Table 1; 32 at 25 Hz, Table 3)
+    codebook_size: int = 2048       # rvq: entries of a codebook (Mimi)
+    teacher: str = ""               # distill: WavLM, a folder or a name on the Hugging Face hub
     width: int = 64                 # channels next to the waveform; doubled at each ratio
     width_max: int = 512            # ... up to this
     res_layers: int = 1             # residual units a level, dilated 1, 2, 4, ...
@@ -102,14 +124,17 @@ class VAEConfig:
 
     def __post_init__(self):
         for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
-                            ("phase", ("direct", "accumulated")), ("block", ("seanet", "convnext"))):
+                            ("phase", ("direct", "accumulated")), ("block", ("seanet", "convnext")),
+                            ("aggregator", ("conv", "cls")),
+                            ("transformer_style", ("plain", "mimi", "pocket")),
+                            ("bottleneck", ("gaussian", "rvq"))):
             if getattr(self, name) not in valid:
                 raise ValueError(
                     f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
         if not self.ratios or min(self.ratios) < 1:
             raise ValueError("ratios: needs at least one whole number >= 1")
         for name in ("sample_rate", "channels", "latent_dim", "width", "dim", "heads", "width_max",
-                     "disc_width"):
+                     "disc_width", "inner", "codebooks", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.dim % self.heads or self.dim // self.heads % 2:
@@ -118,6 +143,9 @@ class VAEConfig:
         unknown = set(self.loss_weights) - set(LOSSES)
         if unknown:
             raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
+        if self.loss_weights.get("distill", 0) > 0 and not self.teacher:
+            raise ValueError("teacher: loss_weights.distill needs one, "
+                             "e.g. \"microsoft/wavlm-large\" or a folder")
         if "stft" in self.encoder + self.decoder:
             outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
             if self.stft_hop not in outer:
@@ -130,7 +158,7 @@ class VAEConfig:
     @property
     def hop(self):
         """Samples a latent."""
-        return math.prod(self.ratios)
+        return math.prod(self.ratios) * self.inner
 
     @property
     def frame_rate(self):
@@ -160,9 +188,14 @@ class VAEConfig:
         """What stands between the residual units and a convolution that changes the rate."""
         return Norm(width) if self.block == "convnext" else Elu()
 
-    def transformer(self, layers):
-        return BackboneConfig(dim=self.dim, layers=layers, heads=self.heads, mlp="gelu",
-                              window=max(1, round(self.context * self.frame_rate)))
+    def transformer(self, layers, cls=False):
+        rate = self.frame_rate * (self.inner + int(cls))                  # positions a second
+        plain = self.transformer_style == "plain"
+        return BackboneConfig(dim=self.dim, layers=layers, heads=self.heads,
+                              mlp="gelu_tanh" if self.transformer_style == "pocket" else "gelu",
+                              norm="rms" if plain else "layer", final_norm=plain,
+                              layer_scale=0.0 if plain else 0.01,
+                              window=max(1, round(self.context * rate)))
 
 
 # ---------------------------------------------------------------- causal layers
@@ -176,17 +209,20 @@ class Conv(nn.Module):
     (B, Cin, L) -> (B, Cout, L / stride).
     """
 
-    def __init__(self, cin, cout, kernel, stride=1, dilation=1, groups=1):
+    def __init__(self, cin, cout, kernel, stride=1, dilation=1, groups=1, replicate=False):
         super().__init__()
+        self.replicate = replicate         # before the signal: its first value instead of zeros
         self.past = (kernel - 1) * dilation + 1 - stride
         self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
-        if state is None:
-            return self.conv(F.pad(x, (self.past, 0)))
-        past = state.get(self)
-        x = torch.cat([x.new_zeros(*x.shape[:2], self.past) if past is None else past, x], -1)
-        state[self] = x[..., x.shape[-1] - self.past:]
+        past = None if state is None else state.get(self)
+        if past is None:
+            past = x[..., :1] if self.replicate else x.new_zeros(*x.shape[:2], 1)
+            past = past.expand(-1, -1, self.past)
+        x = torch.cat([past, x], -1)
+        if state is not None:
+            state[self] = x[..., x.shape[-1] - self.past:]
         return self.conv(x)
 
 
@@ -194,10 +230,10 @@ class ConvTranspose(nn.Module):
     """Causal upsampling by `stride`, kernel 2 · stride: input n reaches outputs from n · stride on.
     """
 
-    def __init__(self, cin, cout, stride):
+    def __init__(self, cin, cout, stride, groups=1):
         super().__init__()
         self.stride = stride
-        self.conv = nn.ConvTranspose1d(cin, cout, 2 * stride, stride)
+        self.conv = nn.ConvTranspose1d(cin, cout, 2 * stride, stride, groups=groups)
 
     def forward(self, x, state=None):
         n = x.shape[-1] * self.stride
@@ -355,6 +391,84 @@ class InverseSpectrum(nn.Module):
         return tail[..., owed:]
 
 
+# ---------------------------------------------------------------- the discrete baseline
+
+class ResidualVQ(nn.Module):
+    """Residual vector quantisation: x ≈ c_1[k_1] + c_2[k_2] + ... + c_K[k_K].
+
+    Level i picks the entry nearest to what the levels before left over. x (B, T, D) -> z (B, T, D).
+    Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
+    2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share is
+    replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries at
+    the first step. In training half of the rows use the first n levels only, n uniform (quantiser
+    dropout). Statistics and replacements are shared by all processes.
+    Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
+    """
+    decay, dead = 0.99, 0.1
+
+    def __init__(self, dim, levels, codes):
+        super().__init__()
+        self.register_buffer("codebooks", torch.randn(levels, codes, dim))
+        self.register_buffer("counts", torch.zeros(levels, codes))         # choices a step, running
+        self.register_buffer("sums", torch.zeros(levels, codes, dim))      # vectors a step, running
+
+    def nearest(self, x, level):
+        """x (N, D) -> index of the nearest entry (N,): least ‖c‖² - 2 x·c."""
+        c = self.codebooks[level]
+        return (c.pow(2).sum(1) - 2 * x @ c.T).argmin(1)
+
+    def encode(self, x):
+        """(B, T, D) -> codes (B, T, K), int64."""
+        left, codes = x.flatten(0, 1), []
+        for level in range(len(self.codebooks)):
+            codes.append(self.nearest(left, level))
+            left = left - self.codebooks[level][codes[-1]]
+        return torch.stack(codes, -1).view(*x.shape[:2], -1)
+
+    def decode(self, codes):
+        """codes (B, T, K') of the first K' <= K levels -> (B, T, D)."""
+        return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
+
+    @torch.no_grad()
+    def learn(self, level, x, k):
+        """One step of the running means; x (N, D) chose the entries k (N,)."""
+        hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype)                 # (N, codes)
+        spare = x[torch.randint(len(x), (self.codebooks.shape[1],), device=x.device)]
+        stats = torch.cat([hot.sum(0)[:, None], hot.T @ x, spare], 1)           # (codes, 1 + 2 D)
+        if torch.distributed.is_initialized():
+            stats[:, x.shape[1] + 1:] *= torch.distributed.get_rank() == 0
+            torch.distributed.all_reduce(stats)
+        count, total, spare = stats.split([1, x.shape[1], x.shape[1]], 1)
+        self.counts[level].lerp_(count[:, 0], 1 - self.decay)
+        self.sums[level].lerp_(total, 1 - self.decay)
+        fair = count.sum() / len(count)                                # choices if all were equal
+        dead = self.counts[level] < self.dead * fair
+        self.counts[level][dead], self.sums[level][dead] = fair, fair * spare[dead]
+        self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
+
+    def forward(self, x):
+        """x (B, T, D) -> z with the gradient of x, commitment loss mean ‖x_i - sg(c_i)‖² / D over
+        the levels in use.
+        """
+        B, levels = x.shape[0], len(self.codebooks)
+        used = torch.full((B,), levels, device=x.device)
+        if self.training:
+            some = torch.rand(B, device=x.device) < 0.5
+            used = torch.where(some, torch.randint(1, levels + 1, (B,), device=x.device), used)
+        left, z, loss, weight = x, torch.zeros_like(x), 0.0, 0.0
+        for level in range(levels):
+            on = (level < used).to(x.dtype)[:, None, None]                      # (B, 1, 1)
+            k = self.nearest(left.detach().flatten(0, 1), level)
+            if self.training and on.any():
+                rows = (on > 0).expand(-1, x.shape[1], 1).flatten()
+                self.learn(level, left.detach().flatten(0, 1)[rows], k[rows])
+            c = self.codebooks[level][k].view_as(x)
+            loss = loss + (on * (left - c.detach()).pow(2)).mean()
+            weight = weight + on.mean()
+            z, left = z + on * c, left - c
+        return x + (z - x).detach(), loss / weight
+
+
 # ---------------------------------------------------------------- encoder, decoder, VAE
 
 class Encoder(nn.Module):
@@ -378,16 +492,30 @@ class Encoder(nn.Module):
                        Conv(width, wider, ratios[i] * (1 if convnext else 2), stride=ratios[i])]
             width = wider
         self.conv = Chain(*layers, *([] if convnext else [Elu(), Conv(width, cfg.dim, 3)]))
-        self.transformer = Transformer(cfg.transformer(cfg.encoder_layers))
-        self.out = nn.Linear(cfg.dim, 2 * cfg.latent_dim)
+        self.cls = cfg.aggregator == "cls"
+        self.inner, outputs = cfg.inner, cfg.latent_dim * (2 if cfg.bottleneck == "gaussian" else 1)
+        self.transformer = Transformer(cfg.transformer(cfg.encoder_layers, self.cls))
+        if self.cls:
+            self.token = nn.Parameter(0.02 * torch.randn(cfg.dim))
+        strided = cfg.inner > 1 and not self.cls
+        self.out = (Conv(cfg.dim, outputs, 2 * cfg.inner, stride=cfg.inner, replicate=True)
+                    if strided else nn.Linear(cfg.dim, outputs))
         # begin with little posterior noise, std e^-2 = .14 (no gain measured by itself: LOG.md)
         with torch.no_grad():
-            self.out.bias[cfg.latent_dim:] = -4.0
+            (self.out.conv if strided else self.out).bias[cfg.latent_dim:] = -4.0
 
     def forward(self, wav, state=None):
-        x = self.conv(wav, state).transpose(1, 2)                               # (B, T, C)
-        return self.out(self.transformer(
-            x, None if state is None else state.setdefault(self, KVCache())))
+        x, cache = self.conv(wav, state).transpose(1, 2), None                  # (B, T · inner, C)
+        if state is not None:
+            cache = state.setdefault(self, KVCache())
+        if self.cls:                                        # p_1 .. p_inner [CLS] p_1 .. p_inner [CLS]
+            x = x.unflatten(1, (-1, self.inner))
+            x = torch.cat([x, self.token.to(x.dtype).expand(x.shape[0], x.shape[1], 1, -1)], 2)
+            return self.out(self.transformer(x.flatten(1, 2), cache)[:, self.inner::self.inner + 1])
+        x = self.transformer(x, cache)
+        if self.inner == 1:
+            return self.out(x)
+        return self.out(x.transpose(1, 2), state).transpose(1, 2)
 
 
 class Decoder(nn.Module):
@@ -398,6 +526,8 @@ class Decoder(nn.Module):
         ratios, narrow = cfg.levels(cfg.decoder == "istft")
         widths = [min(narrow * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
         self.input = nn.Linear(cfg.latent_dim, cfg.dim)
+        # each channel by itself, as in Mimi
+        self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim) if cfg.inner > 1 else None
         self.transformer = Transformer(cfg.transformer(cfg.decoder_layers))
         layers = [Conv(cfg.dim, widths[0], 7)]
         if cfg.block == "convnext":
@@ -415,8 +545,10 @@ class Decoder(nn.Module):
         self.latency = cfg.n_fft - cfg.stft_hop if cfg.decoder == "istft" else 0
 
     def forward(self, z, state=None):
-        x = self.transformer(self.input(z),
-                             None if state is None else state.setdefault(self, KVCache()))
+        x = self.input(z)
+        if self.up is not None:
+            x = self.up(x.transpose(1, 2), state).transpose(1, 2)               # (B, T · inner, C)
+        x = self.transformer(x, None if state is None else state.setdefault(self, KVCache()))
         return self.conv(x.transpose(1, 2), state)
 
 
@@ -433,12 +565,16 @@ class VAE(nn.Module):
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
         self.latency = self.decoder.latency              # samples that streaming decode lags behind
+        self.quantizer = None
+        if cfg.bottleneck == "rvq":
+            self.quantizer = ResidualVQ(cfg.latent_dim, cfg.codebooks, cfg.codebook_size)
         self.register_buffer("latent_mean", torch.zeros(cfg.latent_dim))
         self.register_buffer("latent_std", torch.ones(cfg.latent_dim))
 
     def encode(self, wav, state=None):
         """wav (B, ch, S) in [-1, 1] -> mean, log-variance, each (B, T, D), T = ceil(S / hop).
 
+        rvq: the sum of the codes, and a log-variance of -12 (next to no noise).
         Offline the end is padded with zeros to a whole frame; with a state T = whole frames so far,
         the remaining samples wait in the state.
         """
@@ -451,7 +587,10 @@ class VAE(nn.Module):
             state["wait"], wav = wav[..., whole:], wav[..., :whole]
         if wav.shape[-1] == 0:
             return (wav.new_zeros(wav.shape[0], 0, self.cfg.latent_dim),) * 2
-        mean, logvar = self.encoder(wav, state).float().chunk(2, -1)
+        h = self.encoder(wav, state).float()
+        if self.quantizer is not None:
+            return self.quantizer.decode(self.quantizer.encode(h)), torch.full_like(h, -12.0)
+        mean, logvar = h.chunk(2, -1)
         return mean, logvar.clamp(-12.0, 4.0)   # std in [.0025, 7.4]: no overflow, no division by 0
 
     def decode(self, z, state=None):
@@ -471,6 +610,18 @@ class VAE(nn.Module):
             return torch.zeros(1, self.cfg.channels, 0)
         return last.flush(state).float()
 
+    @torch.no_grad()
+    def measure(self, wavs):
+        """Set latent_mean and latent_std to those of posterior samples of wavs, (1, ch, S) each."""
+        means, variances = [], []
+        for wav in wavs:
+            mean, logvar = self.encode(wav)
+            means.append(mean[0])
+            variances.append(logvar[0].exp())
+        means, variances = torch.cat(means), torch.cat(variances)
+        self.latent_mean.copy_(means.mean(0))
+        self.latent_std.copy_((means.var(0, correction=0) + variances.mean(0)).sqrt().clamp(min=1e-4))
+
     def normalize(self, z):
         """Latents as the language model sees them: (z - latent_mean) / latent_std."""
         return (z - self.latent_mean) / self.latent_std
@@ -479,11 +630,15 @@ class VAE(nn.Module):
         return x * self.latent_std + self.latent_mean
 
     def forward(self, wav):
-        """wav (B, ch, S), S a multiple of hop -> reconstruction from a posterior sample, mean,
-        log-variance.
+        """wav (B, ch, S), S a multiple of hop -> reconstruction from z, z (B, T, D), {"kl"} or
+        {"commit"}; z is a posterior sample, or the sum of the codes with gradient straight through.
         """
+        if self.quantizer is not None:
+            z, commit = self.quantizer(self.encoder(wav).float())
+            return self.decode(z), z, {"commit": commit}
         mean, logvar = self.encode(wav)
-        return self.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)), mean, logvar
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        return self.decode(z), z, {"kl": kl_loss(mean, logvar)}
 
 
 # ---------------------------------------------------------------- losses
@@ -539,6 +694,46 @@ def spectral_losses(x, y, cfg, windows, names):
     return {name: value / len(windows) for name, value in out.items()}
 
 
+class Teacher:
+    """A frozen WavLM: wav (B, ch, S) -> its last hidden states, averaged to T frames, (B, T, dim).
+
+    Needs the `hf` extra. `teacher` is a folder saved by transformers or a name on the hub; audio is
+    brought to 16 kHz by cutting or extending its spectrum, and to zero mean and unit variance where
+    the model's feature extractor says so. WavLM's 50 frames a second become T by averaging over
+    equal spans (Mimi averages too). Which layer is not given in CALM; the last is Mimi's choice.
+    """
+    rate = 16000
+
+    def __init__(self, cfg):
+        try:
+            from transformers import AutoFeatureExtractor, WavLMModel
+        except ImportError:
+            raise ValueError("teacher: needs the hf extra: pip install -e .[hf]") from None
+        try:
+            self.model = WavLMModel.from_pretrained(cfg.teacher).eval().requires_grad_(False)
+            self.normalize = AutoFeatureExtractor.from_pretrained(cfg.teacher).do_normalize
+        except OSError as e:
+            raise ValueError(f"teacher: {cfg.teacher} cannot be loaded "
+                             f"({str(e).splitlines()[0]})") from None
+        self.cfg, self.dim = cfg, self.model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, wav, frames):
+        self.model.to(wav.device)
+        with torch.autocast(wav.device.type, enabled=False):
+            x = wav.float().mean(1)                                             # (B, S)
+            n = round(x.shape[1] * self.rate / self.cfg.sample_rate)
+            spectrum = torch.fft.rfft(x)
+            if n < x.shape[1]:
+                spectrum = spectrum[:, :n // 2 + 1]
+            x = torch.fft.irfft(spectrum, n=n) * (n / x.shape[1])               # zeros fill the rest
+            if self.normalize:
+                x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
+            # a frame sees 400 samples, every 320: 40 zeros on both sides give S / 320 frames
+            features = self.model(F.pad(x, (40, 40))).last_hidden_state
+            return F.adaptive_avg_pool1d(features.transpose(1, 2), frames).transpose(1, 2)
+
+
 class STFTDiscriminator(nn.Module):
     """Real and imaginary STFT as an image -> logits; 2-d convs dilated in time, strided in
     frequency (EnCodec).
@@ -591,6 +786,9 @@ class VAEGAN(nn.Module):
         self.cfg, self.vae = cfg, VAE(cfg)
         self.weights = {name: w for name, w in cfg.loss_weights.items() if w > 0}
         self.disc = Discriminators(cfg) if self.weights.keys() & {"adv", "feat"} else None
+        if "distill" in self.weights:
+            self.teacher = [Teacher(cfg)]                    # in a list: neither trained nor saved
+            self.to_teacher = nn.Linear(cfg.latent_dim, self.teacher[0].dim)
 
     def losses(self, wav, step):
         """wav (B, ch, S) -> yields (optimizer name, loss, metrics): first "vae", then "disc" if it
@@ -598,15 +796,19 @@ class VAEGAN(nn.Module):
 
         adv:  generator -mean D(x̂);
               discriminator mean relu(1 - D(x)) + mean relu(1 + D(x̂))            (hinge)
+        distill: 1 - cos(linear(z_t), WavLM_t), averaged over latents (CALM 5.1, after Mimi); we take
+              z as sampled, since the paper does not say
         feat: mean |D_l(x) - D_l(x̂)| / mean |D_l(x)| over layers and scales           (EnCodec)
         """
         cfg = self.cfg
-        rec, mean, logvar = self.vae(wav)
-        terms = {}
+        rec, z, terms = self.vae(wav)
+        terms = {name: value for name, value in terms.items() if name in self.weights}
         if "time" in self.weights:
             terms["time"] = (wav - rec).abs().mean()
-        if "kl" in self.weights:
-            terms["kl"] = kl_loss(mean, logvar)
+        if "distill" in self.weights:
+            target, = self.teacher
+            told = self.to_teacher(z)
+            terms["distill"] = 1 - F.cosine_similarity(told, target(wav, z.shape[1]), dim=-1).mean()
         spectral = [name for name in ("mel", "stft") if name in self.weights]
         if spectral:
             windows = cfg.loss_windows

@@ -17,6 +17,7 @@ import torch
 import train
 from config import Config, StageConfig, build, dump, load, load_checkpoint, open_run
 from data import BadInput
+from vae import Discriminators
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = """
@@ -351,7 +352,7 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
         f.write(dump(cfg))
     assert load(tmp_path / "again.toml") == cfg
     with torch.device("meta"):
-        train.VAEGAN(cfg.vae)
+        train.VAE(cfg.vae), Discriminators(cfg.vae)
         for stage in set(cfg.stages) - {"vae"}:
             train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim, train.VOCAB, train.KINDS)
 

@@ -1,11 +1,13 @@
 """The VAE is causal, streams exactly, and its losses are what their formulas say."""
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from vae import (VAE, VAEGAN, Conv, ConvTranspose, InverseSpectrum, Spectrum, VAEConfig, kl_loss,
-                 mel_filters, spectral_losses)
+from config import load
+from vae import (VAE, VAEGAN, Conv, ConvTranspose, InverseSpectrum, ResidualVQ, Spectrum, VAEConfig,
+                 kl_loss, mel_filters, spectral_losses)
 
 SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
              heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
@@ -65,6 +67,163 @@ def test_streaming_equals_offline_for_random_chunks(encoder, decoder, block, see
         at += n
     parts.append(net.flush(state).expand(2, -1, -1))
     torch.testing.assert_close(torch.cat(parts, -1), net.decode(whole), atol=1e-5, rtol=0)
+
+
+INNER = [dict(inner=4), dict(inner=4, transformer_style="mimi", decoder="istft"),
+         dict(inner=4, aggregator="cls", channels=2, encoder="stft", decoder="istft"),
+         dict(bottleneck="rvq", codebooks=3, codebook_size=16), dict(aggregator="cls", inner=1)]
+
+
+@pytest.mark.parametrize("changes", INNER, ids=str)
+@torch.no_grad()
+def test_every_layout_is_causal_and_streams_exactly(changes):
+    changes = {"encoder": "conv", "decoder": "conv", **changes}
+    net, g = vae(changes.pop("encoder"), changes.pop("decoder"), **changes), torch.Generator()
+    hop = net.cfg.hop
+    assert hop == 160 * net.cfg.inner
+    wav = 0.1 * torch.randn(2, net.cfg.channels, hop * 6, generator=g.manual_seed(0))
+    whole = net.encode(wav)[0]
+    assert whole.shape == (2, 6, 6)
+    torch.testing.assert_close(net.encode(wav[..., :hop * 4])[0], whole[:, :4], atol=1e-5, rtol=0)
+    state, parts = {}, []
+    for piece in wav.split([hop // 2, hop * 2, 7, hop * 3, hop // 2 - 7], -1):
+        parts.append(net.encode(piece, state)[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+    out, state = net.decode(whole), {}
+    parts = [net.decode(piece, state) for piece in whole.split([1, 3, 2], 1)]
+    parts.append(net.flush(state).expand(2, -1, -1))
+    torch.testing.assert_close(torch.cat(parts, -1), out, atol=1e-5, rtol=0)
+    known = hop * 3 - net.latency
+    torch.testing.assert_close(net.decode(whole[:, :3])[..., :known], out[..., :known],
+                               atol=1e-5, rtol=0)
+
+
+PAPER = {"speech": (12.5, 130.1, 0), "music": (25.0, 53.8, 0), "audiocalm": (44100 / 4096, 87.5, 768)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_autoencoders_have_their_frame_rates_and_our_sizes(name):
+    rate, millions, latency = PAPER[name]
+    cfg = load(f"configs/paper/vae_{name}.toml").vae
+    with torch.device("meta"):
+        net = VAE(cfg)
+    assert cfg.frame_rate == rate and net.latency == latency
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("decoder", ["conv", "istft"])
+@torch.no_grad()
+def test_the_papers_autoencoders_stream_exactly_at_reduced_width(name, decoder):
+    cfg = load(f"configs/paper/vae_{name}.toml").vae
+    hop = math.prod(cfg.ratios[-2:])
+    cfg = dataclasses.replace(cfg, width=4, width_max=16, dim=32, heads=2, encoder_layers=2,
+                              decoder_layers=2, context=0.5, decoder=decoder,
+                              stft_hop=hop if decoder == "istft" else 0)
+    torch.manual_seed(0)
+    net, g = VAE(cfg), torch.Generator().manual_seed(1)
+    for p in net.parameters():
+        p.data += 0.03 * torch.randn_like(p)
+    wav = 0.1 * torch.randn(1, cfg.channels, cfg.hop * 9 + 100, generator=g)
+    whole, state, parts = net.encode(wav)[0][:, :9], {}, []
+    while wav.shape[-1]:
+        n = int(torch.randint(1, 3 * cfg.hop, (), generator=g))
+        parts.append(net.encode(wav[..., :n], state)[0])
+        wav = wav[..., n:]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+    state, parts = {}, []
+    for piece in whole.split([2, 1, 4, 2], 1):
+        parts.append(net.decode(piece, state))
+    # algorithmic latency: nothing of the first two latents' samples is owed but this
+    assert parts[0].shape[-1] == 2 * cfg.hop - (3 * hop if decoder == "istft" else 0)
+    parts.append(net.flush(state))
+    torch.testing.assert_close(torch.cat(parts, -1), net.decode(whole), atol=1e-4, rtol=0)
+
+
+def test_wavlm_features_come_at_the_latents_rate_and_are_distilled(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WavLMConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    torch.manual_seed(0)
+    transformers.WavLMModel(config).save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)
+    cfg = VAEConfig(**{**SMALL, "sample_rate": 24000}, loss_weights={"mel": 1.0, "distill": 25.0},
+                    loss_windows=[256], teacher=str(tmp_path))
+    model = VAEGAN(cfg)
+    wav = 0.1 * torch.randn(2, 1, 24000)
+    teacher, = model.teacher
+    features = teacher(wav, 150)
+    assert features.shape == (2, 150, 12) and not features.requires_grad
+    # zero mean, unit variance: the level says nothing; and a later change leaves earlier frames
+    torch.testing.assert_close(teacher(3 * wav, 150), features, atol=1e-3, rtol=0)
+    torch.manual_seed(0)
+    (_, total, terms), = model.losses(wav[..., :160 * 150], 0)
+    torch.manual_seed(0)
+    z = model.vae(wav)[1]
+    want = 1 - torch.cosine_similarity(model.to_teacher(z), features, dim=-1).mean()
+    torch.testing.assert_close(terms["distill"], want)
+    torch.testing.assert_close(total, terms["mel"] + 25 * terms["distill"])
+    total.backward()
+    assert model.vae.encoder.out.weight.grad.abs().sum() > 0
+    assert not any("teacher" in name and "to_teacher" not in name for name in model.state_dict())
+
+
+def test_a_teacher_that_is_not_there_is_one_clear_line(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="teacher: .*nowhere cannot be loaded"):
+        VAEGAN(VAEConfig(**SMALL, loss_weights={"distill": 1.0}, teacher=f"{tmp_path}/nowhere"))
+    with pytest.raises(ValueError, match="teacher: loss_weights.distill needs one"):
+        VAEConfig(**SMALL, loss_weights={"distill": 1.0})
+
+
+def quantizer(levels=4, codes=32, dim=3):
+    torch.manual_seed(0)
+    return ResidualVQ(dim, levels, codes)
+
+
+def test_codes_are_the_nearest_entries_of_what_is_left():
+    q, x = quantizer(), torch.randn(2, 5, 3)
+    codes, left = q.encode(x), x
+    assert codes.shape == (2, 5, 4)
+    for level in range(4):
+        nearest = torch.cdist(left.flatten(0, 1), q.codebooks[level]).argmin(1).view(2, 5)
+        assert torch.equal(codes[..., level], nearest)
+        left = left - q.codebooks[level][nearest]
+    torch.testing.assert_close(x - q.decode(codes), left)
+
+
+def test_quantisation_passes_the_gradient_straight_and_pulls_towards_the_codes():
+    q, x = quantizer().eval(), torch.randn(2, 5, 3, requires_grad=True)
+    z, commit = q(x)
+    torch.testing.assert_close(z, q.decode(q.encode(x)))
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x, retain_graph=True)[0],
+                               torch.ones_like(x))
+    left, want = x.detach(), 0.0
+    for level in range(4):
+        left = left - q.codebooks[level][q.encode(x)[..., level]]
+        want = want + left.pow(2).mean() / 4
+    torch.testing.assert_close(commit, want)
+
+
+def test_a_codebook_finds_clusters_and_revives_entries_that_nobody_chooses():
+    q = quantizer(levels=1, codes=64, dim=2)
+    for shift in (0.0, 100.0):                      # the second time nearly all entries are far off
+        centres = shift + 5 * torch.randn(8, 2)
+        for _ in range(800):
+            q(centres[torch.randint(8, (4, 32))] + 0.01 * torch.randn(4, 32, 2))
+        found = torch.cdist(centres, q.codebooks[0])
+        assert found.min(1).values.max() < 0.05
+        assert found.min(0).values.max() < 15.0         # no entry was left behind
+
+
+def test_dropped_levels_neither_code_nor_learn():
+    q, x = quantizer(), torch.randn(400, 1, 3)
+    before = q.codebooks.clone()
+    z, _ = q.train()(x)
+    first = before[0][torch.cdist(x[:, 0], before[0]).argmin(1)]      # learn() follows the choice
+    used = (z[:, 0] - q.codebooks[0][torch.cdist(x[:, 0], before[0]).argmin(1)]).norm(dim=1) < 1e-6
+    assert first.shape == (400, 3) and 0.08 < used.float().mean() < 0.18    # 1/2 · 1/4 of the rows
 
 
 def test_a_clip_of_any_length_gives_ceil_of_its_hops_latents():

@@ -1,0 +1,170 @@
+"""Weights of Mimi in our modules give Mimi's latents and audio."""
+import math
+
+import pytest
+import torch
+
+import convert
+from backbone import BackboneConfig, Transformer
+from config import open_run
+from data import BadInput
+from vae import VAE, VAEConfig
+
+
+def attention(x, in_proj, out_proj, heads, window):
+    """Mimi's: one in_proj (3 C, C), rotations of neighbouring channels, the last `window` keys."""
+    B, T, C = x.shape
+    q, k, v = (x @ in_proj.T).view(B, T, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+    d = C // heads
+    angle = torch.arange(T)[:, None] * torch.exp(-math.log(10000) * 2 * torch.arange(d // 2) / d)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotate(a):
+        pairs = torch.view_as_complex(a.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
+
+    score = rotate(q) @ rotate(k).mT / math.sqrt(d)
+    ago = torch.arange(T)[:, None] - torch.arange(T)
+    score = score.masked_fill((ago < 0) | (ago >= window), -math.inf)
+    return (score.softmax(-1) @ v).transpose(1, 2).flatten(2) @ out_proj.T
+
+
+def test_a_fused_projection_with_neighbouring_rotations_becomes_ours():
+    torch.manual_seed(0)
+    net = Transformer(BackboneConfig(dim=24, layers=1, heads=3, window=5)).eval()
+    x, in_proj, out_proj = torch.randn(2, 9, 24), torch.randn(72, 24), torch.randn(24, 24)
+    q, k, v = in_proj.chunk(3)
+    layer = net.blocks[0].attention
+    layer.wq.weight.data = convert.halves(q, 3)
+    layer.wkv.weight.data = torch.cat([convert.halves(k, 3), v])
+    layer.wo.weight.data = out_proj
+    net.blocks[0].norm1, net.blocks[0].mlp, net.norm = (torch.nn.Identity(), Nothing(),
+                                                        torch.nn.Identity())
+    torch.testing.assert_close(net(x), x + attention(x, in_proj, out_proj, 3, 5),
+                               atol=1e-4, rtol=1e-4)
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x):
+        return 0 * x
+
+
+def published(pocket):
+    """A small VAE in Mimi's layout, and its tensors under the names of moshi or pocket-tts."""
+    torch.manual_seed(0)
+    cfg = VAEConfig(sample_rate=24000, latent_dim=6 if pocket else 16, ratios=[5, 4, 3], inner=4,
+                    width=4, width_max=32, dim=16, heads=2, encoder_layers=2, decoder_layers=1,
+                    transformer_style="pocket" if pocket else "mimi", context=10 * 60 / 24000)
+    net = VAE(cfg).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    D = cfg.latent_dim
+    net.encoder.out.conv.weight.data[D:], net.encoder.out.conv.bias.data[:D] = 0.0, 0.0
+    net.encoder.out.conv.bias.data[D:], net.decoder.up.conv.bias.data[:] = -12.0, 0.0
+    net.decoder.input.bias.data[:] = 0.0
+    if not pocket:
+        net.decoder.input.weight.data = torch.eye(D)
+    back = lambda w: w.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2)
+    out, double = {}, "" if pocket else ".conv"
+    for name, w in net.state_dict().items():
+        part, *rest = name.split(".")
+        if ".blocks." in name:
+            name = name.replace(".transformer.blocks", "_transformer.transformer.layers")
+            name = name.replace("mlp.up", "linear1").replace("mlp.down", "linear2")
+            name = name.replace("attention.wo", "self_attn.out_proj")
+            name = name.replace("scale1", "layer_scale_1.scale")
+            name = name.replace("scale2", "layer_scale_2.scale")
+            if "wq" in name:
+                kv = net.state_dict()[f"{part}.{'.'.join(rest)}".replace("wq", "wkv")]
+                k, v = kv.chunk(2)
+                w = torch.cat([back(w), back(k), v])
+                name = name.replace("attention.wq.weight", "self_attn.in_proj" + (
+                    ".weight" if pocket else "_weight"))
+            elif "wkv" in name:
+                continue
+        elif name == "encoder.out.conv.weight":
+            name, w = f"downsample.conv.conv{double}.weight", w[:D]
+        elif name == "decoder.up.conv.weight":
+            name = f"upsample.convtr{'' if pocket else '.convtr'}.convtr.weight"
+        elif name == "decoder.input.weight":
+            if not pocket:
+                continue
+            name, w = "quantizer.output_proj.weight", w[..., None]
+        elif name.endswith((".out.conv.bias", ".up.conv.bias", ".input.bias", "mean", "std")):
+            continue
+        else:
+            up = part == "decoder" and w.dim() == 3 and isinstance(
+                net.decoder.conv[int(rest[1])], type(net.decoder.up)) or (
+                part == "decoder" and rest[-2] == "conv" and isinstance(
+                    net.decoder.conv[int(rest[1])], type(net.decoder.up)))
+            name = name.replace(f"{part}.conv.", f"{part}.model.").replace(".body.", ".block.")
+            name = name.replace(".conv.", ".convtr." if up else ".conv.")
+            if not pocket:
+                name = name.replace(".convtr.", ".convtr.convtr.").replace(".conv.", ".conv.conv.")
+        out[name] = w
+    return net, out
+
+
+@pytest.mark.parametrize("pocket", [False, True])
+@torch.no_grad()
+def test_a_codec_under_its_published_names_gives_the_same_latents_and_audio(pocket):
+    net, tensors = published(pocket)
+    cfg, state = convert.mimi(tensors, heads=2, context=10)
+    assert cfg.ratios == [5, 4, 3] and cfg.inner == 4 and cfg.hop == 240
+    other = VAE(cfg).eval()
+    other.load_state_dict(state)
+    wav = 0.1 * torch.randn(1, 1, 240 * 9)
+    torch.testing.assert_close(other.encode(wav), net.encode(wav))
+    z = torch.randn(1, 9, cfg.latent_dim)
+    torch.testing.assert_close(other.decode(z), net.decode(z))
+
+
+def test_weight_norm_is_multiplied_out():
+    net, tensors = published(True)
+    w = tensors.pop("encoder.model.0.conv.weight")
+    tensors["encoder.model.0.conv.weight_g"] = 2 * w.norm(dim=(1, 2), keepdim=True)
+    tensors["encoder.model.0.conv.weight_v"] = 5 * w
+    _, state = convert.mimi(tensors, heads=2, context=10)
+    torch.testing.assert_close(state["encoder.conv.0.conv.weight"], 2 * w)
+
+
+def test_a_tensor_that_is_missing_or_unknown_is_named():
+    _, tensors = published(True)
+    lost = dict(tensors)
+    del lost["decoder_transformer.transformer.layers.0.norm1.bias"]
+    with pytest.raises(BadInput, match="decoder.transformer.blocks.0.norm1.bias is missing"):
+        convert.mimi(lost, heads=2, context=10)
+    with pytest.raises(BadInput, match="surplus is not understood"):
+        convert.mimi({**tensors, "surplus": torch.zeros(1)}, heads=2, context=10)
+    with pytest.raises(BadInput, match="not the tensors of a Mimi"):
+        convert.mimi({"lm_head.weight": torch.zeros(2, 2)})
+
+
+def test_a_converted_file_is_a_run_that_opens(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    net, tensors = published(True)
+    safetensors.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "m.safetensors")
+    monkeypatch.setattr("sys.argv", ["convert.py", "mimi", str(tmp_path / "m.safetensors"), "--out",
+                                     str(tmp_path / "run"), "--heads", "2", "--context", "10"])
+    convert.main()
+    cfg, vae, lm, _ = open_run(str(tmp_path / "run"))
+    wav = 0.1 * torch.randn(1, 1, 240 * 3)
+    torch.testing.assert_close(vae.encode(wav)[0], net.encode(wav)[0])
+    assert lm is None
+    with pytest.raises(BadInput, match="exists"):
+        convert.main()
+
+
+@torch.no_grad()
+def test_moshis_own_mimi_and_ours_agree():
+    loaders = pytest.importorskip("moshi.models.loaders")
+    torch.manual_seed(0)
+    peer = loaders.get_mimi(None, device="cpu").eval()
+    cfg, state = convert.mimi(peer.state_dict())
+    ours = VAE(cfg).eval()
+    ours.load_state_dict(state)
+    wav = 0.1 * torch.randn(1, 1, cfg.hop * 8)
+    z = peer.encode_to_latent(wav, quantize=False)
+    torch.testing.assert_close(ours.encode(wav)[0], z.mT, atol=1e-4, rtol=0)
+    up = peer.decoder_transformer(peer._to_encoder_framerate(z))[0]
+    torch.testing.assert_close(ours.decode(z.mT), peer.decoder(up), atol=1e-4, rtol=0)
