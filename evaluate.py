@@ -2,22 +2,30 @@
 says.
 
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
-                       [--json figures.json]
+                       [--json figures.json] [--metrics pesq,stoi,dnsmos,wer]
 
     held-out clips ─► VAE ─► reconstructions ─┬─► log-mel distance (any corpus)
     held-out texts ─► CALM ─► generations ────┴─► the toy corpus's oracle: digits, counts, pitch,
                                                   tempo right
 
 log-mel distance: mean |log10 mel(x) - log10 mel(x̂)|, 80 bands, n_fft 1024; divided by the same
-between a clip and another one: 0 = perfect, 1 = as far as any two clips. The oracle (toy.py)
+between a clip and another one: 0 = perfect, 1 = as far as any two clips.
+SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² (Le Roux et al. 2019): above 0 only for
+codecs that keep the waveform. STFT distance: spectral convergence + log magnitudes at 2048, 1024,
+512, 256 (vae.py). Rate: KL in nats a second, or K log2(entries) bits a second.
+--metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band) and stoi against the
+original; dnsmos (overall) and wer (Whisper, --whisper NAME or folder) of original and reconstruction.
+The oracle (toy.py)
 measures each fact that a text of the toy corpus states; "chance" is what guessing gives. On other
 corpora it is left out.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
 import json
+import math
 import os
 
+import soxr
 import torch
 from tqdm import tqdm
 
@@ -25,7 +33,7 @@ import toy
 from config import load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
                   load_clips, load_manifest, save_audio)
-from vae import mel_filters, stft
+from vae import kl_loss, mel_filters, spectral_losses, stft
 
 
 def log_mel(wav, rate):
@@ -44,22 +52,115 @@ def facts(wav, clip, rate):
     return found["right"], found["total"]
 
 
+def si_sdr(x, y):
+    """x, y (ch, S): original, estimate -> dB."""
+    x, y = (w.double() - w.double().mean() for w in (x, y))
+    target = (x * y).sum() / x.pow(2).sum() * x
+    return (10 * torch.log10(target.pow(2).sum() / (target - y).pow(2).sum())).item()
+
+
+def words(text):
+    return "".join(c if c.isalnum() else " " for c in text.lower().replace("'", "")).split()
+
+
+def word_errors(said, heard):
+    """Insertions + deletions + substitutions that turn one list of words into the other."""
+    row = list(range(len(heard) + 1))
+    for i, a in enumerate(said, 1):
+        last, row[0] = row[0], i
+        for j, b in enumerate(heard, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
+    return row[-1]
+
+
+METRICS = ("pesq", "stoi", "dnsmos", "wer")
+
+
+class Judges:
+    """Published judges of speech; each call adds one clip, figures() averages."""
+
+    def __init__(self, names, whisper="base"):
+        self.names, self.sums = names, {}
+        try:
+            if "pesq" in names:
+                import pesq
+                self.pesq, self.no_speech = pesq.pesq, (pesq.NoUtterancesError,
+                                                        pesq.BufferTooShortError)
+            if "stoi" in names:
+                from pystoi import stoi
+                self.stoi = stoi
+            if "dnsmos" in names:
+                from speechmos import dnsmos
+                self.dnsmos = dnsmos
+            if "wer" in names:
+                from faster_whisper import WhisperModel
+                self.whisper = WhisperModel(whisper, device="cpu", compute_type="int8")
+        except ImportError as e:
+            raise BadInput(
+                f"--metrics: {e.name} is not installed: pip install -e .[eval]") from None
+        except (RuntimeError, OSError, ValueError) as e:
+            raise BadInput(f"--whisper {whisper}: cannot be loaded "
+                           f"({str(e).splitlines()[0]})") from None
+
+    def add(self, name, value, weight=1):
+        total, count = self.sums.get(name, (0.0, 0))
+        self.sums[name] = (total + value, count + weight)
+
+    def __call__(self, original, rec, text, rate):
+        """original, rec (S,) numpy at `rate` Hz."""
+        x, y = (soxr.resample(w, rate, 16000).clip(-1, 1) for w in (original, rec))
+        if "pesq" in self.names:
+            try:
+                self.add("pesq", self.pesq(16000, x, y, "wb"))
+            except self.no_speech:                       # PESQ finds no speech in it: not counted
+                self.add("pesq", 0.0, 0)
+        if "stoi" in self.names:
+            self.add("stoi", self.stoi(x, y, 16000))
+        for name, w in (("original", x), ("reconstruction", y)):
+            if "dnsmos" in self.names:
+                self.add(f"dnsmos {name}", self.dnsmos.run(w, 16000)["ovrl_mos"])
+            if "wer" in self.names and text:
+                segments, _ = self.whisper.transcribe(w, language="en", beam_size=1,
+                                                      condition_on_previous_text=False)
+                heard = words(" ".join(s.text for s in segments))
+                self.add(f"wer {name}", word_errors(words(text), heard), len(words(text)))
+
+    def figures(self):
+        return {name: round(float(total / count), 4)
+                for name, (total, count) in self.sums.items() if count}
+
+
 def share(pairs):
     pairs = [p for p in pairs if p]
     return round(sum(r for r, _ in pairs) / max(1, sum(t for _, t in pairs)), 4) if pairs else None
 
 
+def mean_of(values):
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def information(vae, mean, logvar):
+    """What a second of latents holds: KL to N(0, 1) in nats, or bits of codes."""
+    if vae.quantizer is not None:
+        return vae.cfg.frame_rate * vae.cfg.codebooks * math.log2(vae.cfg.codebook_size)
+    return kl_loss(mean, logvar).item() * vae.cfg.latent_dim * vae.cfg.frame_rate
+
+
 @torch.no_grad()
-def judge_vae(vae, clips, limit, folder):
-    """{kind: {log_mel, original, reconstruction}} over the first `limit` clips of each kind."""
+def judge_vae(vae, clips, limit, folder, judges=None):
+    """{kind: {log_mel, stft, si_sdr, rate, original, reconstruction}} over the first `limit` clips of
+    each kind; `judges` hears the speech.
+    """
     out, rate = {}, vae.cfg.sample_rate
     for kind in KINDS:
         own = [c for c in clips if c.kind == kind][:limit]
         near, far, before, after, last = [], [], [], [], None
+        spectra, waves, rates = [], [], []
         for clip in tqdm(own, desc=f"reconstruct {kind}", leave=False):
             wav = torch.tensor(load_audio(clip.audio, rate, vae.cfg.channels, seconds=20.0,
                                           allow_silence=True))
-            rec = vae.decode(vae.encode(wav[None])[0])[0, :, :wav.shape[-1]]
+            mean, logvar = vae.encode(wav[None])
+            rec = vae.decode(mean)[0, :, :wav.shape[-1]]
             if folder:
                 save_audio(
                     f"{folder}/reconstruction/"
@@ -71,6 +172,13 @@ def judge_vae(vae, clips, limit, folder):
                 continue
             mel = log_mel(wav, rate)
             near.append((mel - log_mel(rec, rate)).abs().mean().item())
+            rates.append(information(vae, mean, logvar))
+            if wav.shape[-1] >= 2048 and wav.abs().max() > 1e-3:
+                spectra.append(spectral_losses(wav[None], rec[None], vae.cfg,
+                                               [2048, 1024, 512, 256], ["stft"])["stft"].item())
+                waves.append(si_sdr(wav, rec))
+            if judges is not None and kind == "speech":
+                judges(wav[0].numpy(), rec[0].numpy(), clip.text, rate)
             if last is not None:
                 n = min(last.shape[1], mel.shape[1])
                 far.append((mel[:, :n] - last[:, :n]).abs().mean().item())
@@ -78,7 +186,8 @@ def judge_vae(vae, clips, limit, folder):
         if far:
             out[kind] = {"clips": len(own),
                          "log_mel": round(sum(near) / len(near) / (sum(far) / len(far)), 4),
-                         "original": share(before), "reconstruction": share(after)}
+                         "stft": mean_of(spectra), "si_sdr": mean_of(waves),
+                         "rate": mean_of(rates), "original": share(before), "reconstruction": share(after)}
     return out
 
 
@@ -146,6 +255,8 @@ def main():
     p.add_argument("--wavs", help="folder for all reconstructions, three generations of each kind "
                                   "and model, overview.png")
     p.add_argument("--json", help="write the figures here")
+    p.add_argument("--metrics", default="", help=f"any of {','.join(METRICS)}: needs the eval extra")
+    p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()
     if a.repeats < 1 or a.limit < 1:
@@ -157,14 +268,25 @@ def main():
             raise BadInput(f"--wavs {a.wavs}: cannot be made ({e.strerror})") from None
     if a.threads:
         torch.set_num_threads(a.threads)
+    metrics = [m for m in a.metrics.split(",") if m]
+    for name in set(metrics) - set(METRICS):
+        raise BadInput(f"--metrics: unknown '{name}'; valid: {', '.join(METRICS)}")
+    judges = Judges(metrics, a.whisper) if metrics else None
     cfg, vae, _, _ = open_run(a.run)
     manifest = a.manifest or ("" if cfg.data.manifest else f"{a.run}/toy/valid.jsonl")
     clips = load_manifest(manifest) if manifest else load_clips(cfg.data)[1]
     figures, rows, models = {"run": a.run, "clips": len(clips)}, [], {}
     if a.what in ("all", "vae"):
-        figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs)
+        figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs, judges)
+        if judges is not None:
+            figures["speech"] = judges.figures()
         rows += [("log-mel distance (0 perfect, 1 another clip)",
                   {k: v["log_mel"] for k, v in figures["vae"].items()})]
+        unit = "nats" if vae.quantizer is None else "bits"
+        rows += [(name, {k: v[key] for k, v in figures["vae"].items()})
+                 for name, key in (("STFT distance", "stft"), ("SI-SDR, dB", "si_sdr"),
+                                   (f"rate, {unit} a second", "rate"))]
+        rows += [(name, {"speech": value}) for name, value in figures.get("speech", {}).items()]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
     stages = [s for s in ("lm", "consistency")
