@@ -449,6 +449,14 @@ def train(stage, name, cfg, runtime):
         if ema:
             ema.state = state["ema"] or ema.state
         first = state["step"]
+    elif c.init:
+        state = load_checkpoint(c.init, runtime.device)
+        weights = state["ema"] or {k.removeprefix("vae."): v for k, v in state["model"].items()
+                                   if name != "vae" or k.startswith("vae.")}
+        load_weights(stage.averaged, weights, c.init)
+        if ema:
+            ema = EMA(stage.averaged, c.ema)
+        runtime.say(f"{name}: starts from {c.init} ({state['step']} steps)")
     if runtime.compile:
         stage.compile()
     size = sum(p.numel() for p in stage.model.parameters())

@@ -70,7 +70,8 @@ def test_evaluation_prints_a_table_and_writes_figures(trained):
     assert os.listdir(f"{trained}/wavs/lm")
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "toy.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "toy.py",
+                                    "bench.py", "convert.py"])
 def test_every_command_explains_itself(script):
     done = run(script, "-h")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8

@@ -357,6 +357,20 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
             train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim, train.VOCAB, train.KINDS)
 
 
+def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished, tmp_path):
+    start = f"{finished[0]}/run/vae.pt"
+    done = run("train.py", "--config", write(str(tmp_path)), "--stages", '["vae"]',
+               "--train.vae.init", start, "--vae.loss_weights.adv", "0",
+               "--vae.loss_weights.feat", "0", "--train.vae.steps", "1", "--train.vae.lr", "1e-9")
+    assert done.returncode == 0 and f"starts from {start}" in done.stdout, done.stderr
+    old, new = load_checkpoint(start), load_checkpoint(f"{tmp_path}/run/vae.pt")
+    for k in new["ema"].keys() - {"latent_mean", "latent_std"}:
+        torch.testing.assert_close(new["ema"][k], old["ema"][k], atol=1e-6, rtol=0)
+    wrong = run("train.py", "--config", f"{tmp_path}/tiny.toml", "--fresh", "--train.vae.init", start,
+                "--vae.latent_dim", "6")
+    assert wrong.returncode == 2 and start in wrong.stderr
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
     done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
     assert (done.returncode == 2

@@ -1,0 +1,93 @@
+"""Figures have their definitions; benchmarks take turns and print what they measured."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import evaluate
+from data import BadInput
+from test_train import run, write
+from vae import VAE, VAEConfig
+
+
+def test_si_sdr_ignores_gain_and_offset_and_is_the_ratio_of_powers():
+    t = torch.arange(1600.0)[None] / 1600
+    x, n = torch.sin(2 * math.pi * 5 * t), torch.cos(2 * math.pi * 9 * t)       # orthogonal
+    assert evaluate.si_sdr(x, x + 0.1 * n) == pytest.approx(20.0, abs=1e-6)
+    assert evaluate.si_sdr(x, 3 * (x + 0.1 * n) + 0.5) == pytest.approx(20.0, abs=1e-6)
+    assert evaluate.si_sdr(x, n) < -100
+
+
+@pytest.mark.parametrize("said, heard, errors", [
+    ("a b c", "a b c", 0), ("a b c", "", 3), ("", "a b", 2), ("a b c", "a c", 1),
+    ("a b c d", "b c x d", 2), ("Don't stop!", "dont stop", 0)])
+def test_word_errors_are_the_fewest_edits_between_words(said, heard, errors):
+    assert evaluate.word_errors(evaluate.words(said), evaluate.words(heard)) == errors
+
+
+def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
+    small = dict(sample_rate=24000, latent_dim=4, ratios=[6, 5, 4, 4, 4], width=2, width_max=4, dim=8,
+                 heads=2, encoder_layers=0, decoder_layers=0)
+    rvq = VAE(VAEConfig(**small, bottleneck="rvq", codebooks=8, codebook_size=2048))
+    assert evaluate.information(rvq, None, None) == 12.5 * 8 * 11               # Mimi: 1.1 kbit/s
+    mean, logvar = torch.zeros(1, 3, 4), torch.full((1, 3, 4), -2.0)
+    nats = 0.5 * (math.exp(-2) - 1 + 2)
+    assert evaluate.information(VAE(VAEConfig(**small)), mean, logvar) == pytest.approx(
+        nats * 4 * 12.5)
+
+
+class Silence:
+    """Stands for PESQ where it finds no speech, and for its siblings."""
+    names = ("pesq", "stoi", "dnsmos", "wer")
+
+
+def judges():
+    j = evaluate.Judges(())
+    j.names, j.no_speech = evaluate.METRICS, (KeyError,)
+    j.stoi, j.dnsmos, j.whisper = lambda x, y, rate: 0.5, Silence(), Silence()
+    j.dnsmos.run = lambda w, rate: {"ovrl_mos": float(len(w) == 16000) + 1}
+    j.whisper.transcribe = lambda w, **o: ([type("S", (), {"text": "one three"})], None)
+    return j
+
+
+def test_judges_average_over_clips_and_leave_out_what_they_cannot_hear():
+    j, w = judges(), np.zeros(24000, dtype=np.float32)
+
+    def pesq(rate, x, y, band):
+        j.calls = getattr(j, "calls", 0) + 1
+        if j.calls == 1:
+            raise KeyError
+        return 3.0
+    j.pesq = pesq
+    j(w, w, "one two three", 24000)
+    j(w, w, "one", 24000)
+    found = j.figures()
+    assert found["pesq"] == 3.0 and found["stoi"] == 0.5 and found["dnsmos original"] == 2.0
+    assert found["wer original"] == found["wer reconstruction"] == 0.5          # (1 + 1) / 4 words
+
+
+def test_contestants_take_turns_after_an_unmeasured_round():
+    order = []
+    times = bench.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, "cpu")
+    assert "".join(order) == "abababab" and [len(t) for t in times.values()] == [3, 3]
+
+
+def test_a_benchmark_prints_and_writes_every_part(tmp_path):
+    done = run("bench.py", "--config", write(str(tmp_path)), "--seconds", "0.4", "--repeats", "1",
+               "--json", f"{tmp_path}/b.json")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "b.json") as f:
+        figures = json.load(f)
+    assert set(figures) == {"encode", "decode", "stream decode", "training step"}
+    assert set(figures["decode"]) == {"istft decoder", "conv decoder"}
+    assert figures["decode"]["istft decoder"]["ratio"] == 1.0
+    assert all(v["ms"] > 0 for part in figures.values() for v in part.values())
+
+
+def test_a_judge_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pystoi", None)
+    with pytest.raises(BadInput, match=r"pystoi is not installed: pip install -e .\[eval\]"):
+        evaluate.Judges(["stoi"])
