@@ -177,14 +177,14 @@ def main():
         raise BadInput("--repeats, --seconds: must be positive")
     if a.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is none here")
-    if a.threads:
-        torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     if a.peer:
         parts, length = peer_race(a.peer, a.seconds)
     else:
         parts, length = own(load(a.config).vae, a.seconds, a.device, a.compile)
+    if a.threads:                                # last: pocket-tts sets one thread when imported
+        torch.set_num_threads(a.threads)
     where = torch.cuda.get_device_name() if a.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{a.peer or a.config}: ms a second of audio, torch {torch.__version__}, {where}")
     figures = {}
