@@ -73,7 +73,8 @@ def training_step(cfg, device, autocast):
 
 
 def other_decoder(cfg):
-    """The same VAE with the other decoder, or None. iSTFT: hop nearest to 10 ms that the ratios give.
+    """The same VAE with the other decoder, or None. iSTFT: the hop that the ratios give nearest to
+    10 ms.
     """
     if cfg.decoder == "istft":
         return dataclasses.replace(cfg, decoder="conv")
@@ -155,9 +156,10 @@ def peer_race(name, seconds):
             with torch.no_grad():
                 run()
         return call
-    return {"encode": {"nanoCALM": timed(lambda: ours.encode(wav)), name: timed(lambda: encode(wav))},
-            "decode": {"nanoCALM": timed(lambda: ours.decode(z)), name: timed(lambda: decode(z))}
-            }, {"encode": seconds, "decode": seconds}
+    parts = {"encode": {"nanoCALM": timed(lambda: ours.encode(wav)),
+                        name: timed(lambda: encode(wav))},
+             "decode": {"nanoCALM": timed(lambda: ours.decode(z)), name: timed(lambda: decode(z))}}
+    return parts, dict.fromkeys(parts, seconds)
 
 
 def main():
@@ -185,7 +187,8 @@ def main():
         parts, length = own(load(a.config).vae, a.seconds, a.device, a.compile)
     if a.threads:                                # last: pocket-tts sets one thread when imported
         torch.set_num_threads(a.threads)
-    where = torch.cuda.get_device_name() if a.device == "cuda" else f"{torch.get_num_threads()} threads"
+    where = (torch.cuda.get_device_name() if a.device == "cuda"
+             else f"{torch.get_num_threads()} threads")
     print(f"{a.peer or a.config}: ms a second of audio, torch {torch.__version__}, {where}")
     figures = {}
     for part, contestants in parts.items():

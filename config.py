@@ -32,7 +32,7 @@ STAGES = ("vae", "lm", "consistency")
 class StageConfig:
     """[train.vae], [train.lm], [train.consistency]: one stage of training."""
     steps: int = 1000           # optimizer steps
-    # checkpoint of the same sizes to start from (vae.pt of a run or of convert.py); losses may differ
+    # checkpoint of the same sizes to start from (vae.pt of a run or of convert.py); "" = none
     init: str = ""
     batch: int = 16             # rows an optimizer step, over all processes
     # rows a forward; 0 = batch / processes; less memory, the same gradient

@@ -11,8 +11,8 @@ Changes to the weights, all exact:
   channels (i, i + d/2): the rows of q and k are put in that order within each head.
 - a convolution without bias gets a bias of zeros; weight norm (weight_g, weight_v) is multiplied
   out.
-- the bottleneck: latents are what comes out of the downsampling convolution. pocket-tts maps them to
-  the decoder's width (output_proj), moshi does not (512 latent channels before its quantiser). The
+- the bottleneck: latents are what comes out of the downsampling convolution. pocket-tts maps them
+  to the decoder's width (output_proj), moshi does not (512 channels before its quantiser). The
   log-variance is the constant -12: these codecs publish no posterior. Codebooks are left out.
 
 --data MANIFEST measures the latents' mean and standard deviation on up to 400 clips, which a
@@ -70,8 +70,7 @@ def mimi(tensors, heads=8, context=250, sample_rate=24000):
         convs = sorted(int(m[1]) for m in (re.match(r"encoder\.model\.(\d+)\.conv\.weight", n)
                                            for n in t) if m)
         first, *strided, last = (t[f"encoder.model.{i}.conv.weight"].shape for i in convs)
-        units = sum(bool(re.match(rf"encoder\.model\.[1-{convs[1] - 2}]\.block\.1\.conv\.weight", n))
-                    for n in t)
+        units = sum(f"encoder.model.{i}.block.1.conv.weight" in t for i in range(convs[1]))
         down, up = t["downsample.conv.weight"], t["upsample.convtr.weight"]
         layers = [1 + max(int(m[1]) for m in (re.match(
             rf"{part}_transformer\.transformer\.layers\.(\d+)\.", n) for n in t) if m)
@@ -117,8 +116,8 @@ def mimi(tensors, heads=8, context=250, sample_rate=24000):
     except (KeyError, IndexError, ValueError) as e:
         raise BadInput(f"these are not the tensors of a Mimi codec: {e}") from None
     for name in state.keys() ^ new.keys():
-        raise BadInput(f"Mimi: tensor {name} is {'missing' if name in state else 'not understood'}; "
-                       "is this another version of the codec?")
+        what = "missing" if name in state else "not understood"
+        raise BadInput(f"Mimi: tensor {name} is {what}; is this another version of the codec?")
     for name, want in state.items():
         if want.shape != new[name].shape:
             raise BadInput(f"Mimi: {name} is {tuple(new[name].shape)}, "

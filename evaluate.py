@@ -14,8 +14,8 @@ SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² 
 codecs that keep the waveform. STFT distance: spectral convergence + log magnitudes at 2048, 1024,
 512, 256 (vae.py). Rate: KL in nats a second, or K log2(entries) bits a second.
 --metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band) and stoi against the
-original; dnsmos (overall) and wer (Whisper, --whisper NAME or folder) of original and reconstruction.
-The oracle (toy.py)
+original; dnsmos (overall) and wer (Whisper, --whisper NAME or folder) of original and
+reconstruction. The oracle (toy.py)
 measures each fact that a text of the toy corpus states; "chance" is what guessing gives. On other
 corpora it is left out.
 Exit status: 0 done, 2 your mistake (one line says which).
@@ -148,8 +148,8 @@ def information(vae, mean, logvar):
 
 @torch.no_grad()
 def judge_vae(vae, clips, limit, folder, judges=None):
-    """{kind: {log_mel, stft, si_sdr, rate, original, reconstruction}} over the first `limit` clips of
-    each kind; `judges` hears the speech.
+    """{kind: {log_mel, stft, si_sdr, rate, original, reconstruction}} over the first `limit` clips
+    of each kind; `judges` hears the speech.
     """
     out, rate = {}, vae.cfg.sample_rate
     for kind in KINDS:
@@ -187,7 +187,8 @@ def judge_vae(vae, clips, limit, folder, judges=None):
             out[kind] = {"clips": len(own),
                          "log_mel": round(sum(near) / len(near) / (sum(far) / len(far)), 4),
                          "stft": mean_of(spectra), "si_sdr": mean_of(waves),
-                         "rate": mean_of(rates), "original": share(before), "reconstruction": share(after)}
+                         "rate": mean_of(rates), "original": share(before),
+                         "reconstruction": share(after)}
     return out
 
 
@@ -255,7 +256,8 @@ def main():
     p.add_argument("--wavs", help="folder for all reconstructions, three generations of each kind "
                                   "and model, overview.png")
     p.add_argument("--json", help="write the figures here")
-    p.add_argument("--metrics", default="", help=f"any of {','.join(METRICS)}: needs the eval extra")
+    p.add_argument("--metrics", default="",
+                   help=f"any of {','.join(METRICS)}: needs the eval extra")
     p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()

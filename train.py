@@ -62,8 +62,9 @@ class Runtime:
         device = cfg.device if cfg.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
         if device == "cuda" and not cuda or device == "mps" and not mps:
             raise BadInput(f"device: '{device}' is not available here; use auto or cpu")
-        # Gradients of near-silent audio are full of denormal numbers, which x86 handles in microcode:
-        # a VAE step on recordings took .82 s, and .32 s without them. Before any worker starts.
+        # Gradients of near-silent audio are full of denormal numbers, which x86 handles in
+        # microcode: a VAE step on recordings took .82 s, and .32 s without them. Before any worker
+        # starts.
         torch.set_flush_denormal(True)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -266,7 +267,7 @@ class LMStage:
 
 
 def draw_losses(out):
-    """loss.png: every logged figure of every stage against the step; held-out ones as dots on it."""
+    """loss.png: every logged figure of every stage against the step; held-out ones are dots."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -19,10 +19,10 @@
     L = λ_t |x - x̂|  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL      (CALM eq. 2)
         + λ_distill (1 - cos(W z, WavLM))          (speech, CALM 5.1)   + λ_commit L_commit  (rvq)
 
-T = ceil(S / hop), hop = product of `ratios` times `inner`. Everything is causal: latent t is a function of the
-samples before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop) from the
-latents up to t; the iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until the next
-frames have been overlapped.
+T = ceil(S / hop), hop = product of `ratios` times `inner`. Everything is causal: latent t is a
+function of the samples before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop)
+from the latents up to t; the iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until
+the next frames have been overlapped.
 
 Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; the convolutions are SEANet's as in
 EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden width
@@ -30,16 +30,17 @@ half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminato
 EnCodec section 3.4; multi-scale log-mel loss: DAC (Kumar et al. 2023).
 Where this differs from the paper:
 - λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
-- AudioCALM says which parts its autoencoder has (appendix A.1: residual convolutions, self-attention
-  on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order. Here the [CLS]
-  stands after its patch and goes through the encoder's transformer with it, so that everything
-  stays causal; configs/paper/vae_audiocalm.toml lists what we chose.
+- AudioCALM says which parts its autoencoder has (appendix A.1: residual convolutions,
+  self-attention on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order.
+  Here the [CLS] stands after its patch and goes through the encoder's transformer with it, so that
+  everything stays causal; configs/paper/vae_audiocalm.toml lists what we chose.
 - encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the
   phase at the door, and trains in minutes on a CPU. For a codec that is faithful to the waveform
   use encoder = "conv".
 - block = "convnext" (Liu et al. 2022, causal; LayerNorm, GELU) instead of SEANet's units is ours
-  too: with it and Muon (train.py) a VAE of recordings learns in minutes what it otherwise does not
-  (LOG.md).
+  too: strided convolutions reach no further than their stride, and the last one leads straight to
+  the transformer. With it and Muon (train.py) a VAE of recordings learns in minutes what it
+  otherwise does not (LOG.md).
 - Generator and discriminator see the same weights of each other and step together, which lets
   gradients accumulate over micro-batches exactly; EnCodec and DAC step one after the other.
 
@@ -398,9 +399,9 @@ class ResidualVQ(nn.Module):
 
     Level i picks the entry nearest to what the levels before left over. x (B, T, D) -> z (B, T, D).
     Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
-    2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share is
-    replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries at
-    the first step. In training half of the rows use the first n levels only, n uniform (quantiser
+    2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share
+    is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries
+    at the first step. In training half of the rows use the first n levels only, n uniform (quantiser
     dropout). Statistics and replacements are shared by all processes.
     Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
     """
@@ -508,7 +509,7 @@ class Encoder(nn.Module):
         x, cache = self.conv(wav, state).transpose(1, 2), None                  # (B, T · inner, C)
         if state is not None:
             cache = state.setdefault(self, KVCache())
-        if self.cls:                                        # p_1 .. p_inner [CLS] p_1 .. p_inner [CLS]
+        if self.cls:                                  # p_1 .. p_inner [CLS] p_1 .. p_inner [CLS]
             x = x.unflatten(1, (-1, self.inner))
             x = torch.cat([x, self.token.to(x.dtype).expand(x.shape[0], x.shape[1], 1, -1)], 2)
             return self.out(self.transformer(x.flatten(1, 2), cache)[:, self.inner::self.inner + 1])
@@ -526,8 +527,9 @@ class Decoder(nn.Module):
         ratios, narrow = cfg.levels(cfg.decoder == "istft")
         widths = [min(narrow * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
         self.input = nn.Linear(cfg.latent_dim, cfg.dim)
-        # each channel by itself, as in Mimi
-        self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim) if cfg.inner > 1 else None
+        self.up = None
+        if cfg.inner > 1:                                            # each channel by itself: Mimi
+            self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim)
         self.transformer = Transformer(cfg.transformer(cfg.decoder_layers))
         layers = [Conv(cfg.dim, widths[0], 7)]
         if cfg.block == "convnext":
@@ -620,7 +622,8 @@ class VAE(nn.Module):
             variances.append(logvar[0].exp())
         means, variances = torch.cat(means), torch.cat(variances)
         self.latent_mean.copy_(means.mean(0))
-        self.latent_std.copy_((means.var(0, correction=0) + variances.mean(0)).sqrt().clamp(min=1e-4))
+        self.latent_std.copy_(
+            (means.var(0, correction=0) + variances.mean(0)).sqrt().clamp(min=1e-4))
 
     def normalize(self, z):
         """Latents as the language model sees them: (z - latent_mean) / latent_std."""
@@ -726,7 +729,7 @@ class Teacher:
             spectrum = torch.fft.rfft(x)
             if n < x.shape[1]:
                 spectrum = spectrum[:, :n // 2 + 1]
-            x = torch.fft.irfft(spectrum, n=n) * (n / x.shape[1])               # zeros fill the rest
+            x = torch.fft.irfft(spectrum, n=n) * (n / x.shape[1])              # zeros fill the rest
             if self.normalize:
                 x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
             # a frame sees 400 samples, every 320: 40 zeros on both sides give S / 320 frames
@@ -796,8 +799,8 @@ class VAEGAN(nn.Module):
 
         adv:  generator -mean D(x̂);
               discriminator mean relu(1 - D(x)) + mean relu(1 + D(x̂))            (hinge)
-        distill: 1 - cos(linear(z_t), WavLM_t), averaged over latents (CALM 5.1, after Mimi); we take
-              z as sampled, since the paper does not say
+        distill: 1 - cos(linear(z_t), WavLM_t), averaged over latents (CALM 5.1, after Mimi); we
+              take z as sampled, since the paper does not say
         feat: mean |D_l(x) - D_l(x̂)| / mean |D_l(x)| over layers and scales           (EnCodec)
         """
         cfg = self.cfg

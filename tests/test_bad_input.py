@@ -109,8 +109,8 @@ CASES = [  # command line, what the line must say
     ("bench.py --config {0}/tiny.toml --repeats 0", "must be positive"),
     ("bench.py --config {0}/none.toml", "no such file"),
     ("train.py --config {0}/tiny.toml --fresh --train.vae.optimizer sgd", "unknown 'sgd'; valid"),
-    ("train.py --config {0}/tiny.toml --out {0}/d --vae.teacher {0}/none --vae.loss_weights.distill 1",
-     "cannot be loaded"),
+    ("train.py --config {0}/tiny.toml --out {0}/d --vae.teacher {0}/none "
+     "--vae.loss_weights.distill 1", "cannot be loaded"),
     ("data.py scan {0}/none --out {0}/m.jsonl", "none"),
     ("toy.py --say bonjour --out {0}/x.wav", "bonjour"),
     ("toy.py --out {0}/t --voices 99", "voices"),

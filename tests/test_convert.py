@@ -8,7 +8,7 @@ import convert
 from backbone import BackboneConfig, Transformer
 from config import open_run
 from data import BadInput
-from vae import VAE, VAEConfig
+from vae import VAE, ConvTranspose, VAEConfig
 
 
 def attention(x, in_proj, out_proj, heads, window):
@@ -93,10 +93,7 @@ def published(pocket):
         elif name.endswith((".out.conv.bias", ".up.conv.bias", ".input.bias", "mean", "std")):
             continue
         else:
-            up = part == "decoder" and w.dim() == 3 and isinstance(
-                net.decoder.conv[int(rest[1])], type(net.decoder.up)) or (
-                part == "decoder" and rest[-2] == "conv" and isinstance(
-                    net.decoder.conv[int(rest[1])], type(net.decoder.up)))
+            up = part == "decoder" and isinstance(net.decoder.conv[int(rest[1])], ConvTranspose)
             name = name.replace(f"{part}.conv.", f"{part}.model.").replace(".body.", ".block.")
             name = name.replace(".conv.", ".convtr." if up else ".conv.")
             if not pocket:
@@ -143,7 +140,8 @@ def test_a_tensor_that_is_missing_or_unknown_is_named():
 def test_a_converted_file_is_a_run_that_opens(tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch")
     net, tensors = published(True)
-    safetensors.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "m.safetensors")
+    safetensors.save_file({k: v.contiguous() for k, v in tensors.items()},
+                          tmp_path / "m.safetensors")
     monkeypatch.setattr("sys.argv", ["convert.py", "mimi", str(tmp_path / "m.safetensors"), "--out",
                                      str(tmp_path / "run"), "--heads", "2", "--context", "10"])
     convert.main()

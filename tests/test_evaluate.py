@@ -29,8 +29,8 @@ def test_word_errors_are_the_fewest_edits_between_words(said, heard, errors):
 
 
 def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
-    small = dict(sample_rate=24000, latent_dim=4, ratios=[6, 5, 4, 4, 4], width=2, width_max=4, dim=8,
-                 heads=2, encoder_layers=0, decoder_layers=0)
+    small = dict(sample_rate=24000, latent_dim=4, ratios=[6, 5, 4, 4, 4], width=2, width_max=4,
+                 dim=8, heads=2, encoder_layers=0, decoder_layers=0)
     rvq = VAE(VAEConfig(**small, bottleneck="rvq", codebooks=8, codebook_size=2048))
     assert evaluate.information(rvq, None, None) == 12.5 * 8 * 11               # Mimi: 1.1 kbit/s
     mean, logvar = torch.zeros(1, 3, 4), torch.full((1, 3, 4), -2.0)

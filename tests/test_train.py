@@ -366,8 +366,8 @@ def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished,
     old, new = load_checkpoint(start), load_checkpoint(f"{tmp_path}/run/vae.pt")
     for k in new["ema"].keys() - {"latent_mean", "latent_std"}:
         torch.testing.assert_close(new["ema"][k], old["ema"][k], atol=1e-6, rtol=0)
-    wrong = run("train.py", "--config", f"{tmp_path}/tiny.toml", "--fresh", "--train.vae.init", start,
-                "--vae.latent_dim", "6")
+    wrong = run("train.py", "--config", f"{tmp_path}/tiny.toml", "--fresh",
+                "--train.vae.init", start, "--vae.latent_dim", "6")
     assert wrong.returncode == 2 and start in wrong.stderr
 
 

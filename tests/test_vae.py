@@ -98,7 +98,8 @@ def test_every_layout_is_causal_and_streams_exactly(changes):
                                atol=1e-5, rtol=0)
 
 
-PAPER = {"speech": (12.5, 130.1, 0), "music": (25.0, 53.8, 0), "audiocalm": (44100 / 4096, 87.5, 768)}
+PAPER = {"speech": (12.5, 130.1, 0), "music": (25.0, 53.8, 0),
+         "audiocalm": (44100 / 4096, 87.5, 768)}
 
 
 @pytest.mark.parametrize("name", PAPER)
