@@ -317,7 +317,7 @@ class Muon:
     Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that
     directions with small gradients are learned as fast as those with large ones: what a VAE on
     log-spectra needs, where a frame's level drowns its shape (LOG.md). A convolution (out, in, k)
-    is a matrix (out, in · k), through a view of the same memory. Steps are scaled to AdamW's size
+    is a matrix (out, in · k), a transposed one (in, out · k), by a view. Steps have AdamW's size
     (Liu et al. 2025), so that one learning rate serves both. Depthwise kernels, embeddings, norms
     and biases are AdamW's.
     """

@@ -431,18 +431,23 @@ class ResidualVQ(nn.Module):
         return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
 
     @torch.no_grad()
-    def learn(self, level, x, k):
-        """One step of the running means; x (N, D) chose the entries k (N,)."""
-        hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype)                 # (N, codes)
+    def learn(self, level, x, k, rows):
+        """One step of the running means; where rows (N,) is true x (N, D) chose the entries k (N,).
+
+        Every process calls it for every level, even without such rows: all_reduce waits for all.
+        """
+        hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype) * rows[:, None]  # (N, codes)
         spare = x[torch.randint(len(x), (self.codebooks.shape[1],), device=x.device)]
         stats = torch.cat([hot.sum(0)[:, None], hot.T @ x, spare], 1)           # (codes, 1 + 2 D)
         if torch.distributed.is_initialized():
             stats[:, x.shape[1] + 1:] *= torch.distributed.get_rank() == 0
             torch.distributed.all_reduce(stats)
         count, total, spare = stats.split([1, x.shape[1], x.shape[1]], 1)
+        fair = count.sum() / len(count)                                # choices if all were equal
+        if fair == 0:
+            return
         self.counts[level].lerp_(count[:, 0], 1 - self.decay)
         self.sums[level].lerp_(total, 1 - self.decay)
-        fair = count.sum() / len(count)                                # choices if all were equal
         dead = self.counts[level] < self.dead * fair
         self.counts[level][dead], self.sums[level][dead] = fair, fair * spare[dead]
         self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
@@ -460,9 +465,9 @@ class ResidualVQ(nn.Module):
         for level in range(levels):
             on = (level < used).to(x.dtype)[:, None, None]                      # (B, 1, 1)
             k = self.nearest(left.detach().flatten(0, 1), level)
-            if self.training and on.any():
+            if self.training:
                 rows = (on > 0).expand(-1, x.shape[1], 1).flatten()
-                self.learn(level, left.detach().flatten(0, 1)[rows], k[rows])
+                self.learn(level, left.detach().flatten(0, 1), k, rows)
             c = self.codebooks[level][k].view_as(x)
             loss = loss + (on * (left - c.detach()).pow(2)).mean()
             weight = weight + on.mean()

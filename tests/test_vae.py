@@ -227,6 +227,17 @@ def test_dropped_levels_neither_code_nor_learn():
     assert first.shape == (400, 3) and 0.08 < used.float().mean() < 0.18    # 1/2 · 1/4 of the rows
 
 
+def test_a_level_that_no_row_uses_stays_as_it_is():
+    """Guards a hang (a process without rows skipped all_reduce) and 0 / 0 in an unused codebook."""
+    q, x = quantizer(), torch.randn(6, 3)
+    before = [b.clone() for b in (q.codebooks, q.counts, q.sums)]
+    q.learn(1, x, q.nearest(x, 1), torch.zeros(6, dtype=torch.bool))
+    assert all(torch.equal(a, b) for a, b in zip(before, (q.codebooks, q.counts, q.sums)))
+    for _ in range(40):
+        z, commit = q.train()(torch.randn(1, 5, 3))
+        assert z.isfinite().all() and commit.isfinite() and q.codebooks.isfinite().all()
+
+
 def test_a_clip_of_any_length_gives_ceil_of_its_hops_latents():
     net = vae("conv", "conv")
     for samples, frames in ((1, 1), (159, 1), (160, 1), (161, 2), (480, 3)):
