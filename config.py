@@ -34,6 +34,9 @@ class StageConfig:
     steps: int = 1000           # optimizer steps
     # checkpoint of the same sizes to start from (vae.pt of a run or of convert.py); "" = none
     init: str = ""
+    # parts of the model that keep their weights, e.g. ["encoder"] of a VAE: latents, and with them
+    # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
+    freeze: list[str] = field(default_factory=list)
     batch: int = 16             # rows an optimizer step, over all processes
     # rows a forward; 0 = batch / processes; less memory, the same gradient
     micro_batch: int = 0

@@ -441,6 +441,11 @@ def train(stage, name, cfg, runtime):
         raise BadInput(
             f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
     stage.model.to(runtime.device).train()
+    parts = dict(stage.averaged.named_children())
+    for part in c.freeze:
+        if part not in parts:
+            raise BadInput(f"train.{name}.freeze: unknown '{part}'; valid: {', '.join(parts)}")
+        parts[part].requires_grad_(False)
     optimizers = make_optimizers(stage, c, runtime.device)
     ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
     if os.path.exists(path):
