@@ -172,7 +172,7 @@ class CALM(nn.Module):
         """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen
         x¹ ... xˢ.
 
-        With words (B, T): z_long (B, 1 + d + T, C); row s has seen words 1 ... s and x¹ ... x^{s-d}.
+        With words (B, T): z_long (B, 1 + d + T, C); row s has seen words 1 ... s, x¹ ... x^{s-d}.
         """
         audio = self.latent(x)                                              # (B, T, C)
         if words is not None:
@@ -219,8 +219,8 @@ class CALM(nn.Module):
             head = per.mean()
         over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
         known = torch.cat([real, torch.zeros_like(real[:, :1])], 1) | over
-        bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(), over.float(),
-                                                 reduction="none")
+        bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),
+                                                 over.float(), reduction="none")
         eos = (bce * known).sum() / known.sum()
         loss = head + cfg.eos_weight * eos
         if cfg.monologue:

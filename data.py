@@ -737,7 +737,7 @@ class LatentBatches:
         kind    (b,)  int64             number in KINDS
         prompt  (b, prompt_frames, 2D)  float32, prompt_len (b,) int64
         with word_rate (frames a second; the inner monologue of calm.py):
-        words   (b, frames) int64       bytes beside the frames, see word_stream; then text is [kind]
+        words   (b, frames) int64       bytes beside the frames (word_stream); text is then [kind]
         aligned (b,)  bool              the manifest has words for the clip
 
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
