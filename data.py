@@ -389,6 +389,20 @@ def rng(purpose, *numbers):
     return np.random.default_rng([int.from_bytes(purpose.encode(), "little"), *numbers])
 
 
+def word_stream(words, frames, rate):
+    """[[word, start, end], ...] in seconds -> (frames,) int64: the bytes of each word and a space
+    in consecutive frames from the one where it starts (or where the word before is through), PAD
+    elsewhere; what does not fit before the end is cut. rate: frames a second.
+    """
+    stream, free = np.full(frames, PAD), 0
+    for word, start, _ in words:
+        ids = [*word.encode("utf-8"), 32]
+        at = max(int(start * rate), free)
+        free = at + len(ids)
+        stream[at:free] = ids[:max(0, frames - at)]
+    return stream
+
+
 class Order:
     """The endless order of clips: .index(row) -> clip number, row = step * global batch + i.
 
@@ -722,6 +736,9 @@ class LatentBatches:
         text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, bytes...], valid tokens
         kind    (b,)  int64             number in KINDS
         prompt  (b, prompt_frames, 2D)  float32, prompt_len (b,) int64
+        with word_rate (frames a second; the inner monologue of calm.py):
+        words   (b, frames) int64       bytes beside the frames, see word_stream; then text is [kind]
+        aligned (b,)  bool              the manifest has words for the clip
 
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
     later has no text (it is not aligned), nor has speech whose text exceeds text_len; captions
@@ -730,11 +747,12 @@ class LatentBatches:
     .. prompt_frames, from another clip of the speaker; else from the same clip outside the row;
     else none."""
 
-    def __init__(self, clips, cache, cfg, batch, dim):
+    def __init__(self, clips, cache, cfg, batch, dim, word_rate=0.0):
         if cache.dim != dim or len(cache) != len(clips):
             raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
                              f"{len(clips)} of {dim}; build it for these clips")
         self.clips, self.cache, self.cfg, self.batch, self.dim = clips, cache, cfg, batch, dim
+        self.word_rate = word_rate
         self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
         self.half = -(-cfg.prompt_frames // 2)            # fewest frames of a prompt
         self.voices = {}                                  # speaker -> clips long enough for one
@@ -746,9 +764,9 @@ class LatentBatches:
         rows, c = global_rows(step, rows, self.batch), self.cfg
         b, D2 = len(rows), 2 * self.dim
         x, prompt = torch.zeros(b, c.frames, D2), torch.zeros(b, c.prompt_frames, D2)
-        text = torch.full((b, 1 + c.text_len), PAD)
+        text, words = torch.full((b, 1 + c.text_len), PAD), torch.full((b, c.frames), PAD)
         small = {k: torch.zeros(b, dtype=torch.int64)
-                 for k in ("frames", "ended", "text_len", "kind", "prompt_len")}
+                 for k in ("frames", "ended", "text_len", "kind", "prompt_len", "aligned")}
         for r, row in enumerate(rows):
             i, g = self.order.index(row), rng("row", c.seed, row)
             clip, latents = self.clips[i], self.cache.get(i)
@@ -756,15 +774,20 @@ class LatentBatches:
             late, place = g.random() >= 0.5, g.random()
             start = 1 + int(place * (T - n)) if late and T > n else 0
             ids = self.tokens(clip, start)
+            if self.word_rate and clip.words:
+                ids = ids[:1]
+                stream = word_stream(clip.words, T, self.word_rate)
+                words[r, :n] = torch.from_numpy(stream[start:start + n])
             voice = self.prompt(i, start, start + n, g)
             x[r, :n] = torch.from_numpy(latents[start:start + n].astype(np.float32))
             prompt[r, :len(voice)] = torch.from_numpy(voice.astype(np.float32))
             text[r, :len(ids)] = torch.tensor(ids)
             for k, v in (("frames", n), ("ended", start + n == T), ("text_len", len(ids)),
-                         ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice))):
+                         ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice)),
+                         ("aligned", bool(self.word_rate and clip.words))):
                 small[k][r] = int(v)
-        small["ended"] = small["ended"].bool()
-        return {"x": x, "text": text, "prompt": prompt, **small}
+        small["ended"], small["aligned"] = small["ended"].bool(), small["aligned"].bool()
+        return {"x": x, "text": text, "words": words, "prompt": prompt, **small}
 
     def tokens(self, clip, start):
         ids = encode_text(clip.text, clip.kind)

@@ -176,9 +176,10 @@ class LMStage:
         train, held = (self.cache(clips, self.key),
                        self.cache(valid, digest(weights, [c.audio for c in valid])))
         stage = getattr(cfg.train, name)
-        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim)
+        rate = cfg.vae.frame_rate if cfg.lm.monologue else 0.0
+        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim, rate)
         self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
-                                  len(valid), cfg.vae.latent_dim)
+                                  len(valid), cfg.vae.latent_dim, rate)
         self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim, VOCAB, KINDS)
         if name == "consistency":
             state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
