@@ -22,6 +22,7 @@ import torch
 
 from calm import CALM, CALMConfig
 from data import KINDS, VOCAB, BadInput, DataConfig
+from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
@@ -113,6 +114,9 @@ class Config:
                                                                            "consistency"):
             raise ValueError("stages: consistency goes on from TrigFlow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
+        if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
+            raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
+                             "set vae.bottleneck = \"rvq\"")
         for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
                             ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):
@@ -275,7 +279,7 @@ def open_run(run, stage="", device="cpu"):
         return cfg, vae.to(device).eval(), None, "vae"
     state = load_checkpoint(f"{run}/{names[0]}.pt", device)
     cfg = build(Config, state["config"])
-    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, VOCAB, KINDS)
+    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, VOCAB, KINDS, cfg.vae.codes)
     load_weights(lm, state["ema"] or state["model"], f"{run}/{names[0]}.pt")
     return cfg, vae.to(device).eval(), lm.to(device).eval(), names[0]
 

@@ -50,7 +50,7 @@ MISSING = -1                                    # no code here: before a delayed
 
 # ------------------------------------------------------------------------------------------- codes
 
-def delay(codes):
+def delay_codes(codes):
     """(B, T, K) -> (B, T + K-1, K): level k (from 0) of frame t goes to step t + k."""
     B, T, K = codes.shape
     steps = codes.new_full((B, T + K - 1, K), MISSING)
@@ -59,11 +59,41 @@ def delay(codes):
     return steps
 
 
-def undelay(steps):
+def undelay_codes(steps):
     """(B, T + K-1, K) -> (B, T, K): the inverse."""
     K = steps.shape[2]
     T = steps.shape[1] - (K - 1)
     return torch.stack([steps[:, k:k + T, k] for k in range(K)], -1)
+
+
+class DelayLine:
+    """The delay pattern step by step: what a step of a sequence being drawn holds, and the frames
+    that are complete. history (B, n, K): frames to continue, n may be 0.
+    """
+
+    def __init__(self, history):
+        B, self.first, self.levels = history.shape
+        steps = delay_codes(history)
+        self.past = steps[:, :self.first]               # (B, n, K), as drawn before
+        self.owed = steps[:, self.first:]               # (B, K-1, K): levels of history yet to come
+        self.steps, self.end = [], torch.full((B,), 1 << 40, device=history.device)
+
+    def put(self, x, ended):
+        """Codes as drawn (B, K), which rows have no frame at this step (B,) -> the step (B, K)."""
+        i, level = len(self.steps), torch.arange(self.levels, device=x.device)
+        self.end = torch.where(ended & (self.end > i), i, self.end)
+        frame = i - level                               # (K,), counted from the end of history
+        exists = (frame >= -self.first) & (frame < self.end[:, None])           # (B, K)
+        x = x.masked_fill(~exists, MISSING)
+        if i < self.levels - 1:
+            x = torch.where(frame < 0, self.owed[:, i], x)
+        self.steps.append(x)
+        return x
+
+    def frame(self):
+        """The frame whose last level the last step held (B, K); 0 where its row had ended."""
+        last = self.steps[-self.levels:]
+        return torch.stack([x[:, k] for k, x in enumerate(last)], -1).clamp(min=0)
 
 
 class CodeEmbedding(nn.Module):

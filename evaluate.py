@@ -33,6 +33,7 @@ import toy
 from config import load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
                   load_clips, load_manifest, save_audio)
+from discrete import DISCRETE
 from vae import kl_loss, mel_filters, spectral_losses, stft
 
 
@@ -302,7 +303,8 @@ def main():
         steps = lm.cfg.head.sample_steps
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
         found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, steps, folder)
-        models[f"{objective}, {steps} step{'s' * (steps > 1)}"] = lm
+        models[objective if objective in DISCRETE
+               else f"{objective}, {steps} step{'s' * (steps > 1)}"] = lm
         figures[stage] = {"objective": objective, "steps": steps, "facts": found, "chance": chance}
         rows.append((f"generation, {list(models)[-1]}: facts right", found))
         if stage == stages[-1]:

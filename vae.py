@@ -170,6 +170,11 @@ class VAEConfig:
     def n_fft(self):
         return self.stft_size or 4 * self.stft_hop
 
+    @property
+    def codes(self):
+        """rvq: levels K and entries of a codebook."""
+        return self.codebooks, self.codebook_size
+
     def levels(self, spectral):
         """Ratios left to the convolutions, decoder order, and the channels at their wave-side end.
         """
@@ -427,7 +432,7 @@ class ResidualVQ(nn.Module):
         return torch.stack(codes, -1).view(*x.shape[:2], -1)
 
     def decode(self, codes):
-        """codes (B, T, K') of the first K' <= K levels -> (B, T, D)."""
+        """codes (.., K') of the first K' <= K levels -> (.., D)."""
         return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
 
     @torch.no_grad()
@@ -600,6 +605,12 @@ class VAE(nn.Module):
         mean, logvar = h.chunk(2, -1)
         return mean, logvar.clamp(-12.0, 4.0)   # std in [.0025, 7.4]: no overflow, no division by 0
 
+    def encode_codes(self, wav):
+        """rvq: wav (B, ch, S) -> codes (B, T, K), int64; denormalize(codes) is what encode gives.
+        """
+        wav = F.pad(wav, (0, -wav.shape[-1] % self.cfg.hop))
+        return self.quantizer.encode(self.encoder(wav).float())
+
     def decode(self, z, state=None):
         """z (B, T, D) -> wav (B, ch, T · hop).
 
@@ -635,6 +646,9 @@ class VAE(nn.Module):
         return (z - self.latent_mean) / self.latent_std
 
     def denormalize(self, x):
+        """The inverse; codes (.., K) become the sums of their entries."""
+        if not x.is_floating_point():
+            return self.quantizer.decode(x)
         return x * self.latent_std + self.latent_mean
 
     def forward(self, wav):

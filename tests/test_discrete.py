@@ -8,8 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy, delay,
-                      pick, undelay)
+from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy, delay_codes,
+                      pick, undelay_codes)
 from heads import HeadConfig
 
 
@@ -191,18 +191,18 @@ def test_missing_codes_neither_count_nor_teach():
 
 def test_delaying_shifts_each_level_by_its_number_and_comes_back():
     x = torch.arange(24).view(2, 4, 3)
-    steps = delay(x)
-    assert steps.shape == (2, 6, 3) and torch.equal(undelay(steps), x)
+    steps = delay_codes(x)
+    assert steps.shape == (2, 6, 3) and torch.equal(undelay_codes(steps), x)
     for s, k in itertools.product(range(6), range(3)):
         expected = x[0, s - k, k].item() if 0 <= s - k < 4 else MISSING
         assert steps[0, s, k].item() == expected
-    assert torch.equal(delay(x[..., :1]), x[..., :1])                   # one level: no delay
+    assert torch.equal(delay_codes(x[..., :1]), x[..., :1])                   # one level: no delay
 
 
 def test_a_step_holds_no_code_of_a_later_frame_and_of_its_first_levels_frame_no_other_level():
     """Predicting step s from the steps before it, level k knows levels 0 .. k-1 of its frame."""
     frame = torch.arange(10)[None, :, None].expand(1, 10, 4)
-    steps = delay(frame)
+    steps = delay_codes(frame)
     for s in range(13):
         before = steps[0, :s]
         for k in range(4):
