@@ -31,6 +31,10 @@ it, as bytes at the frame where each word begins, and the audio lags d = acousti
 Given a text, generate() lets the model choose when the next word begins and puts its bytes there;
 without one the model writes its own.
 
+The discrete baseline (3.1) is the same model with a head of discrete.py: xˢ are then the K codes of
+an RVQ frame, embedded as the sum of K embeddings, and nothing is noised. With the "delay" head the
+codes are shifted by level on their way in and back on their way out, over K-1 more positions.
+
 Sources: CALM (arXiv 2509.06926) section 4.2 (z_long + z_short, eq. 3), 4.3 (noise:
 x̃ = √k ε + √(1-k) x with k ~ U(0, 1) drawn for each latent), 4.4 (head batch multiplier), Table 9;
 prefix layout, EOS and latent guidance Z = Z_null + a (Z_cond - Z_null) from its third version, as
@@ -56,6 +60,7 @@ import torch.nn.functional as F
 
 from backbone import BackboneConfig, KVCache, Transformer
 from data import PAD
+from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, delay_codes
 from heads import HEADS, HeadConfig
 
 
@@ -138,31 +143,37 @@ class Monologue:
 
 class CALM(nn.Module):
     """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], e.g. (speech,
-    sound, music).
+    sound, music); codes: levels K and entries of the RVQ, for the discrete heads.
     """
 
-    def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds):
+    def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None):
         super().__init__()
         C = cfg.backbone.dim
         unknown = set(cfg.short_kinds) - set(kinds)
         if unknown:
             raise ValueError(f"short_kinds: unknown '{min(unknown)}'; valid: {', '.join(kinds)}")
         self.cfg = cfg
+        self.codes = codes if cfg.head.objective in DISCRETE else None    # x are (B, T, K) int64
+
+        def embedding():
+            return CodeEmbedding(*codes, C) if self.codes else nn.Linear(latent_dim, C)
         self.text = nn.Embedding(vocab, C)
-        self.prompt = nn.Linear(latent_dim, C)
-        self.latent = nn.Linear(latent_dim, C)
+        self.prompt = embedding()
+        self.latent = embedding()
         self.bos = nn.Parameter(torch.randn(C) * 0.5)
         self.backbone = Transformer(cfg.backbone)
         self.eos = nn.Linear(C, 1)
         self.delay = cfg.acoustic_delay if cfg.monologue else 0
         if cfg.monologue:
             self.word = nn.Linear(C, vocab)
-        self.head = HEADS[cfg.head.objective](latent_dim, C, cfg.head)
+        self.head = (DISCRETE[cfg.head.objective](*codes, C, cfg.head) if self.codes
+                     else HEADS[cfg.head.objective](latent_dim, C, cfg.head))
+        self.lag = self.head.lag if self.codes else 0   # K-1 for "delay"
         nn.init.normal_(self.text.weight, std=0.5)   # the scale that the linear layers give latents
         if cfg.short_layers:
             short = BackboneConfig(**{**vars(cfg.backbone), "layers": cfg.short_layers,
                                       "window": cfg.short_context})
-            self.short_latent = nn.Linear(latent_dim, C)
+            self.short_latent = embedding()
             self.short_bos = nn.Parameter(torch.randn(C) * 0.5)
             self.short = Transformer(short)
         has_short = torch.tensor([k in cfg.short_kinds for k in kinds])
@@ -190,16 +201,24 @@ class CALM(nn.Module):
     def loss(self, batch):
         """One training loss and its parts.
 
-        batch: x (B, T, D) normalised latents, zeros after frames (B,); ended (B,) the clip ends in
-        this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len (B,); kind (B,);
+        batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
+        (B,) the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
+        (B,); kind (B,);
         monologue: words (B, T) tokens beside the latents, aligned (B,) rows that have them.
         """
         cfg, x, frames = self.cfg, batch["x"], batch["frames"]
-        B, T, _ = x.shape
+        if self.codes:
+            there = torch.arange(x.shape[1], device=x.device) < frames[:, None]
+            x = x.masked_fill(~there[..., None], MISSING)
+            x = delay_codes(x) if self.lag else x                           # (B, T + lag, K)
+        B, T, _ = x.shape                                                   # from here T + lag
         keep = torch.rand(B, device=x.device) >= cfg.prefix_dropout
-        k = cfg.noise * torch.rand(B, T, 1, device=x.device)                # per latent
-        noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
-        words = torch.where(keep[:, None], batch["words"], PAD) if cfg.monologue else None
+        noised, words = x, None
+        if not self.codes:
+            k = cfg.noise * torch.rand(B, T, 1, device=x.device)            # per latent
+            noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
+        if cfg.monologue:
+            words = F.pad(torch.where(keep[:, None], batch["words"], PAD), (0, self.lag), value=PAD)
         z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         Z = z_audio = z_long[:, self.delay:]                                # (B, 1+T, C)
@@ -210,7 +229,7 @@ class CALM(nn.Module):
             Z = Z + self.short(clean) * on[:, None, None]
 
         s = torch.arange(1 + T, device=x.device)
-        real = s[:T] < frames[:, None]                                      # x^{s+1} exists
+        real = s[:T] < frames[:, None] + self.lag                           # x^{s+1} exists
         if x.is_cuda:                               # static shapes: compute padding too, weigh it 0
             per, metrics = self.head.loss(Z[:, :T], x)
             head = (per * real).sum() / real.sum().clamp(min=1)
@@ -218,7 +237,7 @@ class CALM(nn.Module):
             per, metrics = self.head.loss(Z[:, :T][real], x[real])
             head = per.mean()
         over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
-        known = torch.cat([real, torch.zeros_like(real[:, :1])], 1) | over
+        known = (s < frames[:, None]) | over
         bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),
                                                  over.float(), reduction="none")
         eos = (bce * known).sum() / known.sum()
@@ -236,15 +255,18 @@ class CALM(nn.Module):
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
                  temperature=1.0, guidance=1.0, generator=None):
-        """Yields normalised latents (B, D) and which rows have ended (B,) until all have, or
-        max_frames.
+        """Yields normalised latents (B, D), or codes (B, K), and which rows have ended (B,) until
+        all have, or max_frames.
 
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
-        (B, n, D): clean latents to continue (both normalised). A row that has ended goes on
-        yielding: cut it there. Monologue: the text's bytes run beside the latents, beside a history
-        nothing does; a row ends when all its words have been said.
+        (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
+        on yielding: cut it there. Monologue: the text's bytes run beside the latents, beside a
+        history nothing does; a row ends when all its words have been said.
         """
         B, device, d = text.shape[0], text.device, self.delay
+        if self.lag:
+            line = DelayLine(text.new_zeros(B, 0, self.lag + 1) if history is None else history)
+            history = line.past
         n = 0 if history is None else history.shape[1]
         bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
         words = Monologue(text[:, 1:].tolist()) if self.cfg.monologue else None
@@ -263,8 +285,8 @@ class CALM(nn.Module):
             x_short = self.short_bos.expand(B, 1, -1)
             if n:
                 x_short = torch.cat([x_short, self.short_latent(history)], 1)
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
-        for i in range(d + max_frames):
+        ended, ends = torch.zeros(B, dtype=torch.bool, device=device), []
+        for i in range(d + max_frames + self.lag):
             Z = self.backbone(x_long, long)[:, -1]                          # (B, C)
             token = nothing
             if words is not None:
@@ -272,7 +294,8 @@ class CALM(nn.Module):
             if i > d:                               # at least one latent
                 over = self.eos(Z).squeeze(-1) > 0
                 ended = ended | (over if words is None else over & words.said(device))
-            if ended.all():
+            ends.append(ended)
+            if ends[max(0, i - self.lag)].all():
                 return
             if guidance != 1:
                 Z_null = self.backbone(x_null, null)[:, -1]
@@ -284,18 +307,29 @@ class CALM(nn.Module):
                     Z = Z + self.short(x_short, short)[:, -1]
                 x = self.head.sample(Z, steps=steps, temperature=temperature,
                                      generator=generator)                   # (B, D)
-                yield x, ended
+                if self.lag:
+                    x = line.put(x, ended)                                  # (B, K) of K frames
+                if i >= d + self.lag:
+                    yield line.frame() if self.lag else x, ends[i - self.lag]
                 heard = self.latent(x)
                 if use_short:
                     x_short = self.short_latent(x)[:, None]
             x_long, x_null = (heard + token)[:, None], (heard + nothing)[:, None]
 
     @torch.no_grad()
+    def listen(self, vae, wav):
+        """wav (B, ch, S) -> x as this model sees it: normalised latents (B, T, D) or codes
+        (B, T, K); vae.denormalize takes either back.
+        """
+        return vae.encode_codes(wav) if self.codes else vae.normalize(vae.encode(wav)[0])
+
+    @torch.no_grad()
     def render(self, vae, text, *, seconds, history=None, **options):
         """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
         ended.
 
-        history (B, n, D), normalised: what is continued stands at the front of each waveform.
+        history (B, n, D), as `listen` gives it, is continued and stands at the front of each
+        waveform.
         """
         max_frames = max(1, round(seconds * vae.cfg.frame_rate))
         drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))

@@ -22,6 +22,7 @@ import torch
 
 from calm import CALM, CALMConfig
 from data import KINDS, VOCAB, BadInput, DataConfig
+from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
@@ -79,7 +80,7 @@ class Stages:
 @dataclass
 class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
-    # head steps a latent; 0 = the objective's own (1 consistency, 20 flow)
+    # head steps a latent; 0 = the objective's own (1 consistency and lsd, 20 flow)
     steps: int = 0
     # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
     temperature: float = 0.8
@@ -112,6 +113,13 @@ class Config:
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")
+        if "consistency" in self.stages and self.lm.head.objective not in ("trigflow",
+                                                                           "consistency"):
+            raise ValueError("stages: consistency goes on from TrigFlow's weights, not from "
+                             f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
+        if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
+            raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
+                             "set vae.bottleneck = \"rvq\"")
         for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
                             ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):
@@ -274,7 +282,7 @@ def open_run(run, stage="", device="cpu"):
         return cfg, vae.to(device).eval(), None, "vae"
     state = load_checkpoint(f"{run}/{names[0]}.pt", device)
     cfg = build(Config, state["config"])
-    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, VOCAB, KINDS)
+    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, VOCAB, KINDS, cfg.vae.codes)
     load_weights(lm, state["ema"] or state["model"], f"{run}/{names[0]}.pt")
     return cfg, vae.to(device).eval(), lm.to(device).eval(), names[0]
 

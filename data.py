@@ -600,9 +600,11 @@ class LatentCache:
     """The latents of every clip of a manifest, read by memory map.
 
     folder/key/index.json        which clips lie in which shard, and their frames
-    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance]
+    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance], or
+                                 (sum of T, K) int16, codes of an RVQ with K levels
 
-    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D); cache.dim = D."""
+    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D or K);
+    cache.dim = D; cache.levels = K, 0 for latents."""
 
     def __init__(self, path):
         """Opens a finished cache, folder/key. Errors: BadInput when it is missing or unfinished."""
@@ -611,6 +613,7 @@ class LatentCache:
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
             raise BadInput(f"{path}: the latent cache is unfinished; build it first")
         self.dim, self.frames = index["dim"], np.zeros(index["n"], np.int64)
+        self.levels = index.get("levels", 0)
         self.place = np.zeros((index["n"], 2), np.int64)                # shard, first frame
         self.clips_of, self.shards = [], []
         for k, shard in enumerate(index["shards"]):
@@ -624,7 +627,8 @@ class LatentCache:
         return len(self.frames)
 
     def get(self, i):
-        """Latents of clip i, np.memmap float16 (T, 2D): [mean | log-variance]."""
+        """Clip i, np.memmap: latents float16 (T, 2D), [mean | log-variance], or codes int16 (T, K).
+        """
         k, first = self.place[i]
         return self.shards[k][first:first + self.frames[i]]
 
@@ -652,10 +656,11 @@ class LatentCache:
 
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
-              batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
+              levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
         """Encodes every clip once -> LatentCache. Run again after an interruption: it goes on.
 
-        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var].
+        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
+        with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
         Clips of like length share a batch of about batch_seconds of audio, longest first, padded
         with zeros at the end; of each, ceil(S / hop) frames are kept. A clip longer than that is a
         batch of its own. key names encoder and data (see digest); another list of clips under
@@ -664,10 +669,10 @@ class LatentCache:
         than dim says or are not finite in float16."""
         path = Path(folder) / key
         names = digest([[c.audio, os.path.getsize(c.audio)] for c in clips], sample_rate, channels,
-                       hop, dim)
-        index = read_index(path)
+                       hop, dim, *([levels] if levels else []))
+        index, width = read_index(path), levels or 2 * dim
         if index is None or index["names"] != names:
-            index = {"names": names, "n": len(clips), "dim": dim, "shards": []}
+            index = {"names": names, "n": len(clips), "dim": dim, "levels": levels, "shards": []}
         seconds = [seconds_of(c) for c in clips]
         done = {i for shard in index["shards"] for i in shard["clips"]}
         todo = sorted(set(range(len(clips))) - done, key=lambda i: (-seconds[i], i))
@@ -692,11 +697,14 @@ class LatentCache:
                    unit=" s of audio", disable=not (show and todo))
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
             for b, (audio, frames) in enumerate(loaded):
-                latents = encode(audio).detach().float().cpu()              # (B, T, 2D)
-                if latents.shape != (len(frames), audio.shape[-1] // hop, 2 * dim):
+                latents = encode(audio).detach().cpu()                      # (B, T, 2D or K)
+                if latents.shape != (len(frames), audio.shape[-1] // hop, width):
                     raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                                     f" not (B, S / {hop}, {2 * dim})")
-                parts += [x[:T].half().numpy() for x, T in zip(latents, frames)]
+                                     f" not (B, S / {hop}, {width})")
+                if levels and latents.max() >= 1 << 15:
+                    raise ValueError("encode: codes do not fit into int16")
+                latents = latents.short() if levels else latents.half()
+                parts += [x[:T].numpy() for x, T in zip(latents, frames)]
                 for i, x in zip(batches[b], parts[-len(frames):]):
                     if not np.isfinite(x).all():
                         raise ValueError(f"encode: latents of {clips[i].audio} are not finite")
@@ -730,12 +738,12 @@ def read_index(path):
 class LatentBatches:
     """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text) at the end:
 
-        x       (b, frames, 2D)         float32, [mean | log-variance]
+        x       (b, frames, 2D)         float32, [mean | log-variance]; codes: (b, frames, K) int64
         frames  (b,)  int64             valid frames of x
         ended   (b,)  bool              the clip's last frame is in the row: it has an end
         text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, bytes...], valid tokens
         kind    (b,)  int64             number in KINDS
-        prompt  (b, prompt_frames, 2D)  float32, prompt_len (b,) int64
+        prompt  (b, prompt_frames, 2D)  as x, prompt_len (b,) int64
         with word_rate (frames a second; the inner monologue of calm.py):
         words   (b, frames) int64       bytes beside the frames (word_stream); text is then [kind]
         aligned (b,)  bool              the manifest has words for the clip
@@ -762,8 +770,10 @@ class LatentBatches:
 
     def __call__(self, step, rows=None):
         rows, c = global_rows(step, rows, self.batch), self.cfg
-        b, D2 = len(rows), 2 * self.dim
-        x, prompt = torch.zeros(b, c.frames, D2), torch.zeros(b, c.prompt_frames, D2)
+        b, levels = len(rows), self.cache.levels
+        width, kind = (levels, np.int64) if levels else (2 * self.dim, np.float32)
+        x, prompt = (torch.from_numpy(np.zeros((b, n, width), kind))
+                     for n in (c.frames, c.prompt_frames))
         text, words = torch.full((b, 1 + c.text_len), PAD), torch.full((b, c.frames), PAD)
         small = {k: torch.zeros(b, dtype=torch.int64)
                  for k in ("frames", "ended", "text_len", "kind", "prompt_len", "aligned")}
@@ -779,8 +789,8 @@ class LatentBatches:
                 stream = word_stream(clip.words, T, self.word_rate)
                 words[r, :n] = torch.from_numpy(stream[start:start + n])
             voice = self.prompt(i, start, start + n, g)
-            x[r, :n] = torch.from_numpy(latents[start:start + n].astype(np.float32))
-            prompt[r, :len(voice)] = torch.from_numpy(voice.astype(np.float32))
+            x[r, :n] = torch.from_numpy(latents[start:start + n].astype(kind))
+            prompt[r, :len(voice)] = torch.from_numpy(voice.astype(kind))
             text[r, :len(ids)] = torch.tensor(ids)
             for k, v in (("frames", n), ("ended", start + n == T), ("text_len", len(ids)),
                          ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice)),
@@ -799,7 +809,7 @@ class LatentBatches:
     def prompt(self, i, start, end, g):
         """Frames (n, 2D) of the voice of clip i, never those of its row [start, end)."""
         clip, P = self.clips[i], self.cfg.prompt_frames
-        none = np.zeros((0, 2 * self.dim), np.float16)
+        none = np.zeros((0, self.cache.levels or 2 * self.dim), np.float16)
         wanted, n, who, where = g.random(), g.integers(self.half, P + 1), g.random(), g.random()
         if clip.kind != "speech" or P == 0 or wanted >= self.cfg.prompt_prob:
             return none

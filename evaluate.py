@@ -38,6 +38,7 @@ import toy
 from config import load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
                   load_clips, load_manifest, save_audio, seconds_of)
+from discrete import DISCRETE
 from vae import kl_loss, mel_filters, spectral_losses, stft
 
 
@@ -215,7 +216,7 @@ def spread(items, limit):
 
 
 @torch.no_grad()
-def voice_of(clip, clips, vae, cfg):
+def voice_of(clip, clips, lm, vae, cfg):
     """(latents (1, P, D), wav (ch, S)) of another held-out clip of the speaker, or None: a voice
     prompt.
     """
@@ -225,7 +226,7 @@ def voice_of(clip, clips, vae, cfg):
     if clip.kind != "speech" or not cfg.data.prompt_frames or not other:
         return None
     wav = torch.tensor(load_audio(other[0].audio, vae.cfg.sample_rate, vae.cfg.channels))
-    latents = vae.normalize(vae.encode(wav[None])[0])
+    latents = lm.listen(vae, wav[None])
     first = (latents.shape[1] - cfg.data.prompt_frames) // 2         # its middle: no silence
     return latents[:, first:first + cfg.data.prompt_frames], wav
 
@@ -241,7 +242,7 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
     for kind in KINDS:
         held = {c.text: c for c in clips if c.kind == kind and c.text}
         texts, heard, groups, manifest = spread(sorted(held), limit), [], {}, []
-        voices = {t: voice_of(held[t], clips, vae, cfg) for t in texts}
+        voices = {t: voice_of(held[t], clips, lm, vae, cfg) for t in texts}
         for text in texts:
             n = 0 if getattr(lm.cfg, "monologue", False) else len(encode_text(text, kind))
             groups.setdefault((n, voices[text] is not None), []).append(text)
@@ -399,7 +400,7 @@ def main():
                            "run train.py again, it goes on")
         _, _, lm, _ = open_run(a.run, stage)
         objective = lm.cfg.head.objective
-        steps = a.steps or lm.cfg.head.steps or (1 if objective == "consistency" else 20)
+        steps = a.steps or lm.cfg.head.sample_steps
         options = {"steps": steps,
                    "temperature": (cfg.sample.temperature if a.temperature is None
                                    else a.temperature),
@@ -417,7 +418,8 @@ def main():
         heard = Judges(metrics, a.whisper) if metrics else None
         found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit,
                                  f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
-        name = f"{objective}, {steps} step{'s' * (steps > 1)}"
+        name = objective if objective in DISCRETE else (
+            f"{objective}, {steps} step{'s' * (steps > 1)}")
         models[name] = lm
         figures[stage] = {"objective": objective, **options, "facts": found, "chance": chance}
         rows.append((f"generation, {name}: facts right", found))

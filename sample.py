@@ -40,7 +40,7 @@ def parse():
     p.add_argument("--prompt-seconds", type=float,
                    help="of a prompt to continue, its last so many seconds")
     p.add_argument("--steps", type=int,
-                   help="head steps a latent; default: 1 for consistency, 20 for flows")
+                   help="head steps a latent; default: 1 for consistency and lsd, 20 for flows")
     p.add_argument("--temperature", type=float,
                    help="variance of the noise, 0 .. 1; default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
@@ -94,7 +94,7 @@ def main():
         wav = torch.tensor(load_audio(a.prompt, rate, cfg.vae.channels)).to(a.device)
         wav = wav[:, -round(seconds * rate):] if seconds else wav
         with torch.no_grad():
-            latents = vae.normalize(vae.encode(wav[None])[0])                            # (1, T, D)
+            latents = lm.listen(vae, wav[None])                              # (1, T, D) or codes
         if a.text is not None and not a.prompt_text:
             if not cfg.data.prompt_frames:
                 raise BadInput(f"--prompt: {a.run} was trained without voice prompts "

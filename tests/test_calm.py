@@ -187,7 +187,7 @@ def test_rendered_clips_are_cut_where_their_row_ended():
     assert [w.shape[-1] // 8 for w in wavs] == [3, 6]         # the first latent always exists
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency"])
+@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency", "lsd"])
 def test_every_part_learns_from_every_objective(objective):
     net, b = model(objective=objective), batch()
     net.cfg.prefix_dropout = 0.0
@@ -250,9 +250,9 @@ def test_generation_with_a_monologue_equals_the_training_pass_over_what_was_gene
         x = torch.stack(xs, 1) if past is None else torch.cat([past, torch.stack(xs, 1)], 1)
         steps = [ids for ids in said if ids.shape == (2,)][1:]       # the first is PAD's embedding
         words = torch.cat([torch.full((2, n), 256), torch.stack(steps, 1)], 1)[:, :n + 9]
-        z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]), net.bos.expand(2, 1, -1),
-                                    torch.nn.functional.pad(net.latent(x), (0, 0, 2, 0))
-                                    + embed(words)], 1))[:, 4:]
+        audio = torch.nn.functional.pad(net.latent(x), (0, 0, 2, 0)) + embed(words)
+        z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]),
+                                    net.bos.expand(2, 1, -1), audio], 1))[:, 4:]
         torch.testing.assert_close(torch.stack(seen, 1), z[:, n + 2:n + 9], atol=1e-5, rtol=0)
 
 

@@ -51,7 +51,7 @@ class Numbered:
     """A cache whose every frame says which clip and which frame it is: [clip, frame, 0 | ...]."""
 
     def __init__(self, lengths):
-        self.frames, self.dim = np.array(lengths), D
+        self.frames, self.dim, self.levels = np.array(lengths), D, 0
 
     def __len__(self):
         return len(self.frames)
