@@ -17,7 +17,8 @@ codecs that keep the waveform. STFT distance: spectral convergence + log magnitu
 original; dnsmos (overall) and wer (Whisper, --whisper NAME or folder) of original and
 reconstruction. The oracle (toy.py)
 measures each fact that a text of the toy corpus states; "chance" is what guessing gives. On other
-corpora it is left out.
+corpora it is left out. Length: share of generations that end within two latent frames of the
+held-out clip's end (two clips of one text differ too).
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -30,9 +31,9 @@ import torch
 from tqdm import tqdm
 
 import toy
-from config import load_checkpoint, open_run
+from config import MODELS, load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
-                  load_clips, load_manifest, save_audio)
+                  load_clips, load_manifest, save_audio, seconds_of)
 from vae import kl_loss, mel_filters, spectral_losses, stft
 
 
@@ -193,14 +194,15 @@ def judge_vae(vae, clips, limit, folder, judges=None):
 
 
 def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
-    """{kind: share of facts right} over every distinct held-out text, `repeats` draws of each.
+    """{kind: share of facts right}, guessing's, {kind: share of clips that end within two frames of
+    the true end} over every distinct held-out text, `repeats` draws of each.
 
     Texts of equal length share a batch: the model takes no padding when it generates.
     """
-    out, chance = {}, {}
+    out, chance, on_time = {}, {}, {}
     for kind in KINDS:
         held = {c.text: c for c in clips if c.kind == kind and c.text}
-        texts, heard, shown = sorted(held)[:limit], [], 0
+        texts, heard, late, shown = sorted(held)[:limit], [], [], 0
         lengths = {}
         for text in texts:
             lengths.setdefault(len(encode_text(text, kind)), []).append(text)
@@ -212,6 +214,8 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
                              guidance=cfg.sample.cfg,
                              generator=torch.Generator().manual_seed(length))
             heard += [facts(w, held[t], cfg.vae.sample_rate) for w, t in zip(wavs, group)]
+            late += [abs(w.shape[-1] / cfg.vae.sample_rate - seconds_of(held[t]))
+                     for w, t in zip(wavs, group)]
             if folder and shown < 3:
                 shown += 1
                 name = group[0].replace(" ", "_").replace(",", "")
@@ -219,7 +223,9 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
         if share(heard) is not None:
             out[kind] = share(heard)
             chance[kind] = round(sum(toy.chance(t, kind) for t in texts) / len(texts), 4)
-    return out, chance
+        if late:
+            on_time[kind] = mean_of([s <= 2 / vae.cfg.frame_rate for s in late])
+    return out, chance, on_time
 
 
 @torch.no_grad()
@@ -291,7 +297,7 @@ def main():
         rows += [(name, {"speech": value}) for name, value in figures.get("speech", {}).items()]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
-    stages = [s for s in ("lm", "consistency")
+    stages = [s for s in reversed(MODELS)
               if os.path.exists(f"{a.run}/{s}.pt")] if a.what in ("all", "lm") else []
     for stage in stages:
         if not load_checkpoint(f"{a.run}/{stage}.pt")["done"]:
@@ -301,10 +307,12 @@ def main():
         objective = lm.cfg.head.objective
         steps = lm.cfg.head.steps or (1 if objective == "consistency" else 20)
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
-        found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, steps, folder)
+        found, chance, on_time = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, steps, folder)
         models[f"{objective}, {steps} step{'s' * (steps > 1)}"] = lm
-        figures[stage] = {"objective": objective, "steps": steps, "facts": found, "chance": chance}
+        figures[stage] = {"objective": objective, "steps": steps, "facts": found, "chance": chance,
+                          "length": on_time}
         rows.append((f"generation, {list(models)[-1]}: facts right", found))
+        rows.append((f"generation, {list(models)[-1]}: length right", on_time))
         if stage == stages[-1]:
             rows.append(("chance", chance))
     print(f"{'':52s}" + "".join(f"{k:>9s}" for k in KINDS))
