@@ -3,8 +3,8 @@
     text (B, L)   voice prompt (B, P, D)   clean latents (B, T, D)      noisy latents (M, B, T, D)
       └─ embed ─┐    └─ linear ─┐            └─ + noise s, linear ─┐      └─ linear + time(t) ─┐
                 ▼               ▼                                  ▼                           ▼
-              [ text          | prompt | x¹⁻⁴ | x⁵⁻⁸ | x⁹⁻¹² ...   | x_t¹⁻⁴ | x_t⁵⁻⁸ | x_t⁹⁻¹² ...  ]
-    position    0 1 2 ...       l ...    l+p ...                     l+p ...            the same again
+              [ text          | prompt | x¹⁻⁴ | x⁵⁻⁸ | x⁹⁻¹² ...   | x_t¹⁻⁴ | x_t⁵⁻⁸ | x_t⁹⁻¹² .. ]
+    position    0 1 2 ...       l ...    l+p ...                     l+p ...           the same again
                                   │  one pass of the backbone, one mask
                                   ▼
                  hidden, clean (B, T, C)          hidden, noisy (B, M·T, C)
@@ -23,7 +23,7 @@
 Generation: text and prompt go into a KV cache; then, block after block, N evaluations of F read the
 cache with the noisy block behind it and leave no trace, and one clean pass of the finished block
 appends its keys and values. The mask is the same as in training, so the numbers are too
-(tests/test_audiocalm.py: 1e-5).
+(tests/test_audiocalm.py: 1e-5). `python audiocalm.py mask.png` draws it.
 
 Source: AudioCALM (arXiv 2606.23080): block-causal AR-Flow, flow head and stop head on the hidden
 states, exposure-bias noise on the history, clean-prefix noise on the prompt, one description
@@ -32,10 +32,10 @@ ACDiT's (Hu et al. 2024). Objective and solver are those of heads.py; what share
 
 Not given in the paper; we chose:
 - Time enters where the noise does: an embedding of t is added to the noisy positions' input, and
-  the read-out (heads.AdaLNMLP, thin) gets t and x_t once more. Text, prompt and history never depend
-  on t, so their keys and values are computed once for all steps, and the layers stay those of a
-  plain language model, so that one can be loaded. The read-out's x_t spares the residual stream
-  from carrying ε to the output.
+  the read-out (heads.AdaLNMLP, thin) gets t and x_t once more. Text, prompt and history never
+  depend on t, so their keys and values are computed once for all steps, and the layers stay those
+  of a plain language model, so that one can be loaded. The read-out's x_t spares the residual
+  stream from carrying ε to the output.
 - The true length inside the last block: latents behind the end are zeros (the mean latent), which
   the flow learns to draw like everything else, and a stop logit a frame says "the clip is over with
   this frame". Its value at a block's last frame is the paper's stop head, "this is the last block";
@@ -51,6 +51,7 @@ Not given in the paper; we chose:
 - multiplier M: M draws of (t, ε) share one clean half: [text | prompt | clean | noisy x M].
 Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
 """
+import argparse
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -83,14 +84,15 @@ class AudioCALMConfig:
     """The [audiocalm] table."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal, window: not used
     head: FlowConfig = field(default_factory=FlowConfig)
-    # latents drawn together, which see each other (the paper sweeps it and does not say); 1 = CALM's
-    # frame by frame. First audio after one block
+    # latents drawn together, which see each other (the paper sweeps it, the value is not public); 1
+    # = frame by frame, as CALM. The first audio comes after one block
     block: int = 4
     # largest share s of noise in the history that training shows; at generation there is none
     history_noise: float = 0.3
     # the same for the voice prompt: a prompt is a recording, not our own errors, so less
     prompt_noise: float = 0.1
-    text_dropout: float = 0.1   # share of training rows without text and prompt: what guidance needs
+    # share of training rows without text and prompt: what guidance needs
+    text_dropout: float = 0.1
     experts: str = "speech"     # none | speech (A-MoME) | all (one for each kind: the control)
     expert_dim: int = 256       # hidden width of an expert
     stop_weight: float = 0.1    # weight of the end-of-clip loss
@@ -361,3 +363,39 @@ class AudioCALM(nn.Module):
         wav = vae.decode(vae.denormalize(x))                                # (B, ch, (n + T) · hop)
         frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
         return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
+
+
+def draw_mask(path, prefix=4, blocks=3, block=4):
+    """The mask as a picture: a row is what looks, a column what is seen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    T = blocks * block
+    order = torch.cat([torch.arange(-prefix, 0)] + [torch.arange(T) // block] * 2)
+    copy = torch.cat([torch.zeros(prefix + T), torch.ones(T)])
+    S = len(order)
+    mask = make_mask(rule(order, copy, torch.ones(1, S, dtype=torch.bool)), 1, S, copy.device)[0, 0]
+    part = 1 + (torch.arange(S) >= prefix).long() + (torch.arange(S) >= prefix + T)    # of the key
+    fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+    colors = matplotlib.colors.ListedColormap(["#f4f4f4", "#7a7a7a", "#3b6fb6", "#c8553d"])
+    ax.imshow(mask * part, cmap=colors, vmin=0, vmax=3)
+    edges = [0, prefix, *range(prefix + block, S, block)]
+    for at in edges:
+        ax.axhline(at - 0.5, color="white", lw=1)
+        ax.axvline(at - 0.5, color="white", lw=1)
+    middle = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:] + [S])]
+    names = ["text,\nprompt"] + [f"{half}\n{i + 1}" for half in ("clean", "noisy")
+                                 for i in range(blocks)]
+    ax.set_xticks(middle, names, fontsize=8)
+    ax.set_yticks(middle, names, fontsize=8)
+    ax.set_xlabel("is seen")
+    ax.set_ylabel("looks")
+    ax.tick_params(length=0)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=draw_mask.__doc__)
+    parser.add_argument("out", help="picture to write, e.g. mask.png")
+    draw_mask(parser.parse_args().out)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, rule
+from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, draw_mask, rule
 from backbone import BackboneConfig, Transformer
 from vae import VAE, VAEConfig
 
@@ -119,7 +119,8 @@ def test_every_position_sees_what_is_clean_and_earlier_and_its_own_block_and_not
                 if of == "prefix":
                     wanted = at != "prefix" or j <= i
                 elif of == "clean" and at != "prefix":
-                    wanted = j < i and (not window or i - j <= window // block) or at == of and i == j
+                    near = not window or i - j <= window // block
+                    wanted = j < i and near or at == of and i == j
                 else:
                     wanted = at == of and i == j
                 assert bool(seen[k]) == wanted, (block, window, at, i, of, j)
@@ -405,3 +406,8 @@ def test_qwen3_sizes_give_qwen3s_parameter_count():
 def test_impossible_values_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         AudioCALMConfig(**changes)
+
+
+def test_the_mask_can_be_drawn(tmp_path):
+    draw_mask(tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").stat().st_size > 1000
