@@ -25,6 +25,7 @@ Precision: audio float32 (int16 in memory), latents float16 on disk, float32 in 
     python data.py scan  DIR --layout libritts --out train.jsonl     make a manifest
     python data.py check train.jsonl --out clean.jsonl               read every file, drop bad ones
     python data.py info  train.jsonl                                 hours, speakers, durations
+    python data.py describe train.jsonl --out described.jsonl        texts as descriptions
 """
 import argparse
 import csv
@@ -380,6 +381,57 @@ def encode_text(text, kind):
 def decode_text(ids):
     """The text of token ids (list or tensor); specials are dropped, broken bytes become U+FFFD."""
     return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------- descriptions
+
+# One interface for the three kinds (AudioCALM, data reformulation): what is heard, in a sentence;
+# for speech with who speaks, how, and the transcript word for word. Templates are ours.
+DESCRIPTIONS = {
+    "speech": ('{who} says{how}: "{text}"', 'Speech by {who}{how}. The words are: "{text}"',
+               'A recording of {who} speaking{how}: "{text}"', '{who}, speaking{how}: "{text}"',
+               'One hears {who} say{how}: "{text}"'),
+    "sound": ("{text}", "The sound of {text}", "{text} can be heard", "A recording of {text}",
+              "One hears {text}"),
+    "music": ("Music: {text}", "A piece of music, {text}", "The music is {text}",
+              "A recording of music: {text}", "One hears music: {text}")}
+PACES = ((11.0, ("slowly", "at a slow pace")), (18.0, ("",)),       # below so many characters a
+         (math.inf, ("quickly", "at a fast pace")))                 # second; read English: 14 to 15
+
+
+def describe(clip, seed=0):
+    """The clip's text as a description, "" stays "". A function of (seed, clip.id) and the clip.
+
+    Who: the speaker's name, or a paraphrase of "someone". How: the pace, measured as characters of
+    transcript a second, named only where it is unusual."""
+    if not clip.text:
+        return ""
+    g = rng("describe", seed, int.from_bytes(hashlib.sha256(clip.id.encode()).digest()[:8], "little"))
+    def pick(options):
+        return options[int(g.integers(len(options)))]
+    who, how = pick(("someone", "a voice", "a person")), ""
+    if clip.kind == "speech":
+        who = f"speaker {clip.speaker}" if clip.speaker else who
+        pace = len(clip.text) / max(seconds_of(clip), 0.1)
+        how = pick(next(names for limit, names in PACES if pace < limit))
+    text = pick(DESCRIPTIONS[clip.kind]).format(who=who, how=" " + how if how else "",
+                                                text=clip.text.strip())
+    return text[0].upper() + text[1:]
+
+
+def read_rewritten(path):
+    """{"id": ..., "text": ...} a line, from any external tool -> {id: text}."""
+    rewritten = {}
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            row = json.loads(line or "{}")
+        except json.JSONDecodeError as e:
+            raise BadInput(f"{path}, line {n}: not JSON ({e.msg}); correct it") from e
+        if line.strip() and not (isinstance(row, dict) and isinstance(row.get("id"), str)
+                                 and isinstance(row.get("text"), str)):
+            raise BadInput(f'{path}, line {n}: needs {{"id": "...", "text": "..."}}')
+        rewritten |= {row["id"]: row["text"]} if line.strip() else {}
+    return rewritten
 
 
 # ---------------------------------------------------------------------------- order and prefetch
@@ -851,9 +903,26 @@ def main(argv=None):
     s.add_argument("--out", help="write the good clips here, with their durations")
     s = command("info", "Clips, hours, speakers and durations, by kind.")
     s.add_argument("manifest", help=".jsonl or a folder of audio")
+    s = command("describe", "Write a manifest whose texts are descriptions, for all kinds alike: "
+                "templates with paraphrases, or sentences from another tool. Train on it, and "
+                "write such sentences to sample.py.")
+    s.add_argument("manifest", help=".jsonl or a folder of audio")
+    s.add_argument("--out", required=True, help="the manifest to write, .jsonl")
+    s.add_argument("--seed", type=int, default=0, help="of the paraphrases, default: 0")
+    s.add_argument("--rewritten", help='.jsonl of {"id", "text"}: used in place of the templates')
     a = p.parse_args(argv)
 
-    if a.command == "scan":
+    if a.command == "describe":
+        clips = load_manifest(a.manifest)
+        given = read_rewritten(a.rewritten) if a.rewritten else {}
+        if a.rewritten and not set(given) & {c.id for c in clips}:
+            raise BadInput(f"{a.rewritten}: no id of it is in {a.manifest}")
+        if a.seed < 0:
+            raise BadInput("--seed: cannot be negative; set 0 or more")
+        write_manifest(a.out, [replace(c, text=given.get(c.id) or describe(c, a.seed))
+                               for c in clips])
+        print(f"{len(clips)} clips -> {a.out}")
+    elif a.command == "scan":
         clips = scan(a.dir, a.layout, a.kind)
         write_manifest(a.out, clips)
         print(f"{len(clips)} clips -> {a.out}")

@@ -18,7 +18,8 @@ codecs that keep the waveform. STFT distance: spectral convergence + log magnitu
 original; dnsmos (overall), wer (Whisper, --whisper NAME or folder) of original, reconstruction and
 generations; sim, the cosine of d-vectors (Resemblyzer) of a generation and the clip that lent its
 voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
-guessing gives. On other corpora it is left out.
+guessing gives. On other corpora it is left out. Length: share of generations that end within two
+latent frames of the held-out clip's end (two clips of one text differ too).
 Generations: every held-out text, in the voice of another held-out clip of its speaker where the run
 was trained with voice prompts.
 --sweep generates with one setting at several values (the last stage, or --stage): steps of the head
@@ -35,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from config import load_checkpoint, open_run
+from config import MODELS, load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
                   load_clips, load_manifest, save_audio, seconds_of)
 from discrete import DISCRETE
@@ -232,16 +233,17 @@ def voice_of(clip, clips, lm, vae, cfg):
 
 
 def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **options):
-    """{kind: share of facts right}, chance: over every distinct held-out text, `repeats` draws of
-    each; `judges` hears the speech. options: steps, temperature, guidance.
+    """{kind: share of facts right}, guessing's, {kind: share of clips that end within two frames of
+    the true end} over every distinct held-out text, `repeats` draws of each; `judges` hears the
+    speech. options: steps, temperature, guidance.
 
     Texts of equal length share a batch, with an inner monologue all texts: the model takes no
     padding when it generates.
     """
-    out, chance, rate = {}, {}, cfg.vae.sample_rate
+    out, chance, on_time, rate = {}, {}, {}, cfg.vae.sample_rate
     for kind in KINDS:
         held = {c.text: c for c in clips if c.kind == kind and c.text}
-        texts, heard, groups, manifest = spread(sorted(held), limit), [], {}, []
+        texts, heard, late, groups, manifest = spread(sorted(held), limit), [], [], {}, []
         voices = {t: voice_of(held[t], clips, lm, vae, cfg) for t in texts}
         for text in texts:
             n = 0 if getattr(lm.cfg, "monologue", False) else len(encode_text(text, kind))
@@ -260,6 +262,8 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
                 wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                                  prompt=prompt, generator=seed, **options)
                 heard += [facts(w, held[t], rate) for w, t in zip(wavs, group)]
+                late += [abs(w.shape[-1] / rate - seconds_of(held[t]))
+                         for w, t in zip(wavs, group)]
                 for text, wav in zip(group, wavs):
                     if judges is not None and kind == "speech":
                         voice = voices[text]
@@ -279,7 +283,9 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
         if share(heard) is not None:
             out[kind] = share(heard)
             chance[kind] = round(sum(toy.chance(t, kind) for t in texts) / len(texts), 4)
-    return out, chance
+        if late:
+            on_time[kind] = mean_of([s <= 2 / vae.cfg.frame_rate for s in late])
+    return out, chance, on_time
 
 
 def sweep(name, values, judged, folder):
@@ -386,7 +392,7 @@ def main():
         rows += [(name, {"speech": value}) for name, value in figures.get("speech", {}).items()]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
-    stages = [s for s in ("lm", "consistency")
+    stages = [s for s in reversed(MODELS)
               if os.path.exists(f"{a.run}/{s}.pt")] if a.what in ("all", "lm") else []
     if a.stage:
         if a.stage not in stages:
@@ -409,20 +415,23 @@ def main():
             def judged(value):
                 heard = Judges(metrics, a.whisper) if metrics else None
                 name = {"cfg": "guidance"}.get(a.sweep, a.sweep)
-                found, _ = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, judges=heard,
-                                    **options | {name: value})
-                return {f"facts {k}": v for k, v in found.items()} | (
+                found, _, late = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, judges=heard,
+                                          **options | {name: value})
+                return {f"facts {k}": v for k, v in found.items()} | {
+                    f"length {k}": v for k, v in late.items()} | (
                     heard.figures() if heard else {})
             figures[f"sweep {a.sweep}"] = sweep(a.sweep, values, judged, a.wavs)
             continue
         heard = Judges(metrics, a.whisper) if metrics else None
-        found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit,
-                                 f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
+        found, chance, on_time = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit,
+                                          f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
         name = objective if objective in DISCRETE else (
             f"{objective}, {steps} step{'s' * (steps > 1)}")
         models[name] = lm
-        figures[stage] = {"objective": objective, **options, "facts": found, "chance": chance}
+        figures[stage] = {"objective": objective, **options, "facts": found, "chance": chance,
+                          "length": on_time}
         rows.append((f"generation, {name}: facts right", found))
+        rows.append((f"generation, {name}: length right", on_time))
         if heard is not None:
             figures[stage]["speech"] = heard.figures()
             rows += [(f"{key}, {name}", {"speech": v}) for key, v in heard.figures().items()]

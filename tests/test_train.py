@@ -68,6 +68,14 @@ heads = 2
 width = 16
 blocks = 1
 multiplier = 2
+[audiocalm]
+expert_dim = 16
+[audiocalm.backbone]
+dim = 16
+layers = 1
+heads = 2
+[audiocalm.head]
+width = 16
 [train.vae]
 optimizer = "muon"
 steps = 12
@@ -84,6 +92,10 @@ log_every = 1
 ema = 0.9
 [train.consistency]
 steps = 4
+batch = 4
+log_every = 1
+[train.audiocalm]
+steps = 2
 batch = 4
 log_every = 1
 [sample]
@@ -354,8 +366,7 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
     with torch.device("meta"):
         train.VAE(cfg.vae), Discriminators(cfg.vae)
         for stage in set(cfg.stages) - {"vae"}:
-            train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim, train.VOCAB, train.KINDS,
-                       cfg.vae.codes)
+            train.make_model(cfg, stage)
 
 
 def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished, tmp_path):
