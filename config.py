@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from calm import CALM, CALMConfig
-from data import KINDS, VOCAB, BadInput, DataConfig
+from data import KINDS, BadInput, DataConfig, vocabulary
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
@@ -271,7 +271,7 @@ def open_run(run, stage="", device="cpu"):
         return cfg, vae.to(device).eval(), None, "vae"
     state = load_checkpoint(f"{run}/{names[0]}.pt", device)
     cfg = build(Config, state["config"])
-    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, VOCAB, KINDS)
+    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, vocabulary(cfg.data), KINDS)
     load_weights(lm, state["ema"] or state["model"], f"{run}/{names[0]}.pt")
     return cfg, vae.to(device).eval(), lm.to(device).eval(), names[0]
 

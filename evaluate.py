@@ -203,10 +203,10 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
         texts, heard, shown = sorted(held)[:limit], [], 0
         lengths = {}
         for text in texts:
-            lengths.setdefault(len(encode_text(text, kind)), []).append(text)
+            lengths.setdefault(len(encode_text(text, kind, cfg.data)), []).append(text)
         for length, group in tqdm(sorted(lengths.items()), desc=f"generate {kind}", leave=False):
             group = [text for text in group for _ in range(repeats)]
-            tokens = torch.tensor([encode_text(text, kind) for text in group])
+            tokens = torch.tensor([encode_text(text, kind, cfg.data) for text in group])
             wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                              steps=steps, temperature=cfg.sample.temperature,
                              guidance=cfg.sample.cfg,
@@ -237,7 +237,7 @@ def overview(path, vae, models, cfg, clips):
         rows[0].append((f"{kind}: {clip.text}", wav))
         rows[1].append(("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]))
         for row, (name, lm) in zip(rows[2:], models.items()):
-            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind)]),
+            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind, cfg.data)]),
                               kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                               temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
                               generator=torch.Generator().manual_seed(0))

@@ -47,9 +47,9 @@ import toy
 from calm import CALM
 from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model,
                     Config)
-from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
+from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
-                  load_manifest, save_audio, seconds_of)
+                  load_manifest, save_audio, seconds_of, vocabulary)
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -179,7 +179,8 @@ class LMStage:
         self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim)
         self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
                                   len(valid), cfg.vae.latent_dim)
-        self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim, VOCAB, KINDS)
+        self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim,
+                                           vocabulary(cfg.data), KINDS)
         if name == "consistency":
             state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
             weights = state["ema"] or state["model"]
@@ -236,8 +237,8 @@ class LMStage:
         for kind in KINDS:
             clips = [c for c in self.valid if c.kind == kind]
             texts = cfg.sample.texts.get(kind) or sorted(
-                {c.text for c in clips
-                 if c.text and len(c.text.encode()) <= cfg.data.text_len})
+                {c.text for c in clips if c.text
+                 and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
             for i, text in enumerate(
                     texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
                 self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
@@ -253,8 +254,8 @@ class LMStage:
 
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
-        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device),
-                            kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+        tokens = torch.tensor([encode_text(text, kind, cfg.data)], device=device)
+        wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                             steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
                             guidance=cfg.sample.cfg,
                             generator=torch.Generator(device).manual_seed(seed), **options)

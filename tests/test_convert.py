@@ -6,8 +6,10 @@ import torch
 
 import convert
 from backbone import BackboneConfig, Transformer
-from config import open_run
-from data import BadInput
+from calm import CALM
+from config import load, load_checkpoint, load_weights, open_run
+from data import (KINDS, BadInput, DataConfig, decode_text, encode_text, first_special,
+                  vocabulary)
 from vae import VAE, ConvTranspose, VAEConfig
 
 
@@ -166,3 +168,88 @@ def test_moshis_own_mimi_and_ours_agree():
     torch.testing.assert_close(ours.encode(wav)[0], z.mT, atol=1e-4, rtol=0)
     up = peer.decoder_transformer(peer._to_encoder_framerate(z))[0]
     torch.testing.assert_close(ours.decode(z.mT), peer.decoder(up), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------- text models
+
+def words(path, count):
+    """A tokenizer.json whose tokens are the words w0 .. w{count - 1}."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(count)}, "w0"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    t.save(str(path))
+
+
+def text_folder(folder, kind, **changes):
+    """A small random text model, saved by transformers in shards."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shared = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **changes)
+    if kind == "qwen3":
+        net = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+            head_dim=10, tie_word_embeddings=True, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e3}, **shared))
+    else:
+        net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            tie_word_embeddings=False, rms_norm_eps=1e-5, **shared))
+    for p in net.parameters():                       # norms away from 1, attention away from flat
+        p.data += 0.3 * torch.randn_like(p)
+    net.eval().save_pretrained(folder, max_shard_size="10KB")
+    words(folder / "tokenizer.json", 60)             # fewer tokens than rows, as Qwen3 has it
+    return net
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@torch.no_grad()
+def test_a_text_models_weights_in_calm_give_its_hidden_states_and_logits(
+        kind, tmp_path, monkeypatch):
+    net = text_folder(tmp_path / "text", kind)
+    assert len(list((tmp_path / "text").glob("*.safetensors"))) > 1
+    run = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["convert.py", kind, str(tmp_path / "text"),
+                                     "--out", str(run)])
+    convert.main()
+    cfg = load(run / "config.toml")
+    lm = CALM(cfg.lm, cfg.vae.latent_dim, vocabulary(cfg.data), KINDS).eval()
+    load_weights(lm, load_checkpoint(cfg.train.lm.init)["model"], "text.pt")
+    text = torch.randint(0, 60, (2, 17))
+    wanted = net.model(text).last_hidden_state
+    found = lm.backbone(lm.text(text))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert wanted.abs().max() > 0.5
+    table = net.lm_head.weight if kind == "llama" else torch.cat(
+        [lm.text.weight[:60], net.lm_head.weight[60:]])      # tied: the embedding is the output
+    torch.testing.assert_close(found @ table.T, net(text).logits, atol=1e-4, rtol=0)
+    assert encode_text("w5  w7", "music", cfg.data) == [63, 5, 7] and lm.text.num_embeddings == 64
+    with pytest.raises(BadInput, match="exists"):
+        convert.main()
+
+
+def test_what_a_backbone_cannot_do_and_a_missing_shard_are_refused_by_name(tmp_path):
+    text_folder(tmp_path / "a", "llama", attention_bias=True)
+    with pytest.raises(BadInput, match="backbone.py has no biases in attention"):
+        convert.text_model(tmp_path / "a")
+    text_folder(tmp_path / "b", "llama", rope_parameters={
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(BadInput, match="no rotations of type linear"):
+        convert.text_model(tmp_path / "b")
+    text_folder(tmp_path / "c", "qwen3")
+    lost = sorted((tmp_path / "c").glob("*.safetensors"))[0]
+    lost.unlink()
+    with pytest.raises(BadInput, match=f"{lost.name}: missing"):
+        convert.text_model(tmp_path / "c")
+
+
+def test_a_tokenizer_gives_ids_and_puts_the_kinds_behind_its_vocabulary(tmp_path):
+    words(tmp_path / "tokenizer.json", 9)
+    for where in (tmp_path, tmp_path / "tokenizer.json"):
+        cfg = DataConfig(tokenizer=str(where))
+        assert (first_special(cfg), vocabulary(cfg)) == (9, 13)
+        assert encode_text(" w3\n w8", "sound", cfg) == [11, 3, 8]
+        assert decode_text([11, 3, 8, 9], cfg) == "w3 w8"
+    plain = DataConfig(tokenizer=str(tmp_path), kind_token=False)
+    assert encode_text("w3", "speech", plain) == [3]
+    with pytest.raises(BadInput, match="data.tokenizer = .*: neither a tokenizer.json"):
+        (tmp_path / "bad.json").write_text("{}")
+        encode_text("w3", "speech", DataConfig(tokenizer=str(tmp_path / "bad.json")))

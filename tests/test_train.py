@@ -354,7 +354,8 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
     with torch.device("meta"):
         train.VAE(cfg.vae), Discriminators(cfg.vae)
         for stage in set(cfg.stages) - {"vae"}:
-            train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim, train.VOCAB, train.KINDS)
+            train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim,
+                       train.vocabulary(cfg.data), train.KINDS)
 
 
 def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished, tmp_path):
