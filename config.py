@@ -76,7 +76,7 @@ class Stages:
 @dataclass
 class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
-    # head steps a latent; 0 = the objective's own (1 consistency, 20 flow)
+    # head steps a latent; 0 = the objective's own (1 consistency and lsd, 20 flow)
     steps: int = 0
     # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
     temperature: float = 0.8
@@ -109,6 +109,10 @@ class Config:
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")
+        if "consistency" in self.stages and self.lm.head.objective not in ("trigflow",
+                                                                           "consistency"):
+            raise ValueError("stages: consistency goes on from TrigFlow's weights, not from "
+                             f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
         for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
                             ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):

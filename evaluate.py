@@ -299,7 +299,7 @@ def main():
                            "run train.py again, it goes on")
         _, _, lm, _ = open_run(a.run, stage)
         objective = lm.cfg.head.objective
-        steps = lm.cfg.head.steps or (1 if objective == "consistency" else 20)
+        steps = lm.cfg.head.sample_steps
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
         found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, steps, folder)
         models[f"{objective}, {steps} step{'s' * (steps > 1)}"] = lm

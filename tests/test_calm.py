@@ -187,7 +187,7 @@ def test_rendered_clips_are_cut_where_their_row_ended():
     assert [w.shape[-1] // 8 for w in wavs] == [3, 6]         # the first latent always exists
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency"])
+@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency", "lsd"])
 def test_every_part_learns_from_every_objective(objective):
     net, b = model(objective=objective), batch()
     net.cfg.prefix_dropout = 0.0
