@@ -57,6 +57,8 @@ class CALMConfig:
     short_dropout: float = 0.0  # share of training sequences without it
     # share of training sequences without prompt and text: what guidance needs
     prefix_dropout: float = 0.1
+    # a learned vector stands before the voice prompt, where there is one (Pocket TTS)
+    prompt_bos: bool = False
     eos_weight: float = 0.1     # weight of the end-of-clip loss
 
     def __post_init__(self):
@@ -96,6 +98,8 @@ class CALM(nn.Module):
         self.prompt = nn.Linear(latent_dim, C)
         self.latent = nn.Linear(latent_dim, C)
         self.bos = nn.Parameter(torch.randn(C) * 0.5)
+        if cfg.prompt_bos:
+            self.prompt_bos = nn.Parameter(torch.randn(C) * 0.5)
         self.backbone = Transformer(cfg.backbone)
         self.eos = nn.Linear(C, 1)
         self.head = HEADS[cfg.head.objective](latent_dim, C, cfg.head)
@@ -109,6 +113,14 @@ class CALM(nn.Module):
         has_short = torch.tensor([k in cfg.short_kinds for k in kinds])
         self.register_buffer("has_short", has_short, persistent=False)
 
+    def voice(self, prompt, length):
+        """Voice prompt (B, P, D), valid (B,) -> (B, P or 1 + P, C) and how many of them are valid."""
+        y = self.prompt(prompt)
+        if not self.cfg.prompt_bos:
+            return y, length
+        y = torch.cat([self.prompt_bos.expand(y.shape[0], 1, -1), y], 1)
+        return y, length + (length > 0)
+
     def condition(self, x, text, text_len, prompt, prompt_len):
         """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen
         x¹ ... xˢ.
@@ -117,8 +129,8 @@ class CALM(nn.Module):
         bos = self.bos.expand(B, 1, -1)
         audio = torch.cat([bos, self.latent(x)], 1)                         # (B, 1+T, C)
         whole = torch.full((B,), 1 + T, device=x.device)
-        packed = pack([(self.prompt(prompt), prompt_len), (self.text(text), text_len),
-                       (audio, whole)])
+        prompt, prompt_len = self.voice(prompt, prompt_len)
+        packed = pack([(prompt, prompt_len), (self.text(text), text_len), (audio, whole)])
         y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+T, C)
         at = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
         return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))        # (B, 1+T, C)
@@ -171,7 +183,9 @@ class CALM(nn.Module):
         B, device = text.shape[0], text.device
         bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
         past = [] if history is None else [self.latent(history)]
-        prefix = ([] if prompt is None else [self.prompt(prompt)]) + [self.text(text)]
+        prefix = [self.text(text)]
+        if prompt is not None and prompt.shape[1]:
+            prefix.insert(0, self.voice(prompt, torch.tensor(prompt.shape[1]))[0])
         x_long, x_null = torch.cat([*prefix, bos, *past], 1), torch.cat([bos, *past], 1)
         use_short = self.cfg.short_layers and bool(self.has_short[kind])
         if use_short:
