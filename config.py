@@ -24,7 +24,7 @@ import torch
 
 from audiocalm import AudioCALM, AudioCALMConfig
 from calm import CALM, CALMConfig
-from data import KINDS, VOCAB, BadInput, DataConfig
+from data import KINDS, BadInput, DataConfig, vocabulary
 from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
@@ -127,6 +127,9 @@ class Config:
         if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
             raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
                              "set vae.bottleneck = \"rvq\"")
+        if self.lm.monologue and (self.data.tokenizer or not self.data.kind_token):
+            raise ValueError("lm.monologue: is made of bytes behind the kind's token; it needs "
+                             "data.tokenizer = \"\" and data.kind_token = true")
         for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
                             ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):
@@ -300,7 +303,8 @@ def make_model(cfg, stage, **options):
     """The language model of a stage."""
     model, _ = MODELS[stage]
     codes = {"codes": cfg.vae.codes} if model is CALM else {}
-    return model(stage_model(cfg, stage), cfg.vae.latent_dim, VOCAB, KINDS, **codes, **options)
+    return model(stage_model(cfg, stage), cfg.vae.latent_dim, vocabulary(cfg.data),
+                 KINDS, **codes, **options)
 
 
 def stage_model(cfg, stage):

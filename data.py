@@ -40,6 +40,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ from tqdm import tqdm
 
 KINDS = ("speech", "sound", "music")
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
-VOCAB = 260
+VOCAB = 260                                         # ... of the default; see DataConfig.tokenizer
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
@@ -101,8 +102,13 @@ class DataConfig:
     #   Why: corpora differ a hundredfold in size, and the small kinds would hardly be seen.
     crop_seconds: float = 1.0   # s, a VAE training crop. 1 s holds what the discriminators look at;
     #                             more rows teach more than longer ones
-    text_len: int = 64          # bytes of text in a row. A longer transcript is left out (it would
-    #                             not match the audio), a longer caption is cut
+    # "" = UTF-8 bytes. Else the vocabulary of a published text model: a tokenizer.json, a folder
+    # that holds one, or a name on the Hugging Face hub (hf extra); for a pretrained backbone
+    tokenizer: str = ""
+    kind_token: bool = True     # text begins with its kind; false for weights that know none
+    #                             (Pocket TTS: speech only)
+    text_len: int = 64          # bytes (or tokens) of text in a row. A longer transcript is left
+    #                             out (it would not match the audio), a longer caption is cut
     frames: int = 64            # latent frames in a row: 5.1 s at 12.5 Hz. Speech with text should
     #                             fit whole: only then is its end seen together with its text
     prompt_frames: int = 0      # latent frames kept for the voice prompt, 0 = no voice prompts
@@ -372,15 +378,53 @@ def scan(folder, layout="folder", kind="speech"):
 
 # ---------------------------------------------------------------------------- text
 
-def encode_text(text, kind):
-    """[kind's special] + UTF-8 bytes of the text (NFKC, white space made single spaces)."""
+@cache
+def load_tokenizer(name):
+    """A tokenizers.Tokenizer from a tokenizer.json, a folder that holds one, or the hub."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise BadInput(f"data.tokenizer = \"{name}\": needs the hf extra: "
+                       "pip install -e .[hf]") from None
+    path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
+    try:
+        if os.path.isfile(path):
+            return tokenizers.Tokenizer.from_file(path)
+        return tokenizers.Tokenizer.from_pretrained(name)
+    except Exception as e:                       # the library raises bare Exceptions
+        raise BadInput(f"data.tokenizer = \"{name}\": neither a tokenizer.json, a folder with one, "
+                       f"nor found on the hub ({' '.join(str(e).split())[:100]})") from None
+
+
+def first_special(cfg=None):
+    """The id of PAD; the kinds follow it. 256 for bytes, else the size of the vocabulary."""
+    return load_tokenizer(cfg.tokenizer).get_vocab_size() if cfg and cfg.tokenizer else PAD
+
+
+def vocabulary(cfg=None):
+    """How many ids the text embedding needs: text, PAD and the kinds."""
+    return first_special(cfg) + 1 + len(KINDS)
+
+
+def encode_text(text, kind, cfg=None):
+    """[kind's special] + ids of the text (NFKC, white space made single spaces).
+
+    cfg: DataConfig, whose tokenizer gives the ids (with the specials that it adds by itself, e.g.
+    Llama's begin-of-text); None = UTF-8 bytes.
+    """
     text = " ".join(unicodedata.normalize("NFKC", text).split())
-    return [SPEECH + KINDS.index(kind), *text.encode("utf-8")]
+    ids = (load_tokenizer(cfg.tokenizer).encode(text).ids if cfg and cfg.tokenizer
+           else text.encode("utf-8"))
+    special = [first_special(cfg) + 1 + KINDS.index(kind)]
+    return [*(special if cfg is None or cfg.kind_token else []), *ids]
 
 
-def decode_text(ids):
+def decode_text(ids, cfg=None):
     """The text of token ids (list or tensor); specials are dropped, broken bytes become U+FFFD."""
-    return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+    ids = [i for i in map(int, ids) if i < first_special(cfg)]
+    if cfg and cfg.tokenizer:
+        return load_tokenizer(cfg.tokenizer).decode(ids)
+    return bytes(ids).decode("utf-8", "replace")
 
 
 # ---------------------------------------------------------------------------- descriptions
@@ -793,7 +837,7 @@ class LatentBatches:
         x       (b, frames, 2D)         float32, [mean | log-variance]; codes: (b, frames, K) int64
         frames  (b,)  int64             valid frames of x
         ended   (b,)  bool              the clip's last frame is in the row: it has an end
-        text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, bytes...], valid tokens
+        text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, ids...], valid tokens
         kind    (b,)  int64             number in KINDS
         prompt  (b, prompt_frames, 2D)  as x, prompt_len (b,) int64
         with word_rate (frames a second; the inner monologue of calm.py):
@@ -826,7 +870,8 @@ class LatentBatches:
         width, kind = (levels, np.int64) if levels else (2 * self.dim, np.float32)
         x, prompt = (torch.from_numpy(np.zeros((b, n, width), kind))
                      for n in (c.frames, c.prompt_frames))
-        text, words = torch.full((b, 1 + c.text_len), PAD), torch.full((b, c.frames), PAD)
+        text = torch.full((b, 1 + c.text_len), first_special(c))
+        words = torch.full((b, c.frames), PAD)
         small = {k: torch.zeros(b, dtype=torch.int64)
                  for k in ("frames", "ended", "text_len", "kind", "prompt_len", "aligned")}
         for r, row in enumerate(rows):
@@ -852,11 +897,15 @@ class LatentBatches:
         return {"x": x, "text": text, "words": words, "prompt": prompt, **small}
 
     def tokens(self, clip, start):
-        ids = encode_text(clip.text, clip.kind)
+        cfg, special = self.cfg, int(self.cfg.kind_token)
+        ids = encode_text(clip.text, clip.kind, cfg)
         if clip.kind == "speech":
-            return ids if start == 0 and len(ids) <= 1 + self.cfg.text_len else ids[:1]
-        whole = bytes(ids[1:1 + self.cfg.text_len]).decode("utf-8", "ignore")
-        return [ids[0], *whole.encode("utf-8")]
+            return ids if start == 0 and len(ids) <= special + cfg.text_len else ids[:special]
+        ids = ids[:special + cfg.text_len]
+        if cfg.tokenizer:
+            return ids
+        whole = bytes(ids[special:]).decode("utf-8", "ignore")              # no half character
+        return [*ids[:special], *whole.encode("utf-8")]
 
     def prompt(self, i, start, end, g):
         """Frames (n, 2D) of the voice of clip i, never those of its row [start, end)."""

@@ -246,12 +246,12 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
         texts, heard, late, groups, manifest = spread(sorted(held), limit), [], [], {}, []
         voices = {t: voice_of(held[t], clips, lm, vae, cfg) for t in texts}
         for text in texts:
-            n = 0 if getattr(lm.cfg, "monologue", False) else len(encode_text(text, kind))
+            n = 0 if getattr(lm.cfg, "monologue", False) else len(encode_text(text, kind, cfg.data))
             groups.setdefault((n, voices[text] is not None), []).append(text)
         batches = [group[i:i + 32] for _, group in sorted(groups.items())
                    for i in range(0, len(group), 32)]
         for at, group in enumerate(tqdm(batches, desc=f"generate {kind}", leave=False)):
-            ids = [encode_text(t, kind) for t in group]
+            ids = [encode_text(t, kind, cfg.data) for t in group]
             longest = max(map(len, ids))             # spaces: nothing for a monologue to say
             tokens = torch.tensor([i + [32] * (longest - len(i)) for i in ids])
             prompt = None
@@ -326,7 +326,7 @@ def overview(path, vae, models, cfg, clips):
         rows[0].append((f"{kind}: {clip.text}", wav))
         rows[1].append(("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]))
         for row, (name, lm) in zip(rows[2:], models.items()):
-            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind)]),
+            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind, cfg.data)]),
                               kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                               temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
                               generator=torch.Generator().manual_seed(0))

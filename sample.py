@@ -81,9 +81,10 @@ def main():
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
     text = " ".join(t for t in (a.prompt_text, a.text) if t)
-    tokens = encode_text(text, a.kind)
+    tokens = encode_text(text, a.kind, cfg.data)
     if len(tokens) > 1 + limit:
-        raise BadInput(f"--text: {len(tokens) - 1} bytes are more than this run was trained on "
+        unit = "tokens" if cfg.data.tokenizer else "bytes"
+        raise BadInput(f"--text: {len(tokens) - 1} {unit} are more than this run was trained on "
                        f"(data.text_len = {limit})")
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,

@@ -250,8 +250,8 @@ class LMStage:
         for kind in KINDS:
             clips = [c for c in self.valid if c.kind == kind]
             texts = cfg.sample.texts.get(kind) or sorted(
-                {c.text for c in clips
-                 if c.text and len(c.text.encode()) <= cfg.data.text_len})
+                {c.text for c in clips if c.text
+                 and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
             for i, text in enumerate(
                     texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
                 self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
@@ -267,8 +267,8 @@ class LMStage:
 
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
-        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device),
-                            kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+        tokens = torch.tensor([encode_text(text, kind, cfg.data)], device=device)
+        wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                             steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
                             guidance=cfg.sample.cfg,
                             generator=torch.Generator(device).manual_seed(seed), **options)
