@@ -51,7 +51,6 @@ from tqdm import tqdm
 
 KINDS = ("speech", "sound", "music")
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
-VOCAB = 260                                         # ... of the default; see DataConfig.tokenizer
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it

@@ -139,7 +139,7 @@ def test_audiocalm_is_judged_like_the_others(universal):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "toy.py",
-                                    "bench.py", "convert.py", "flite.py"])
+                                    "bench.py", "convert.py", "flite.py", "ablate.py"])
 def test_every_command_explains_itself(script):
     done = run(script, "-h")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8
