@@ -59,8 +59,9 @@ def stream(vae, z):
 
 def training_step(cfg, device, autocast):
     """A function that runs one forward and backward of all losses over 1-second crops, batch 4."""
-    model = VAEGAN(dataclasses.replace(cfg, disc_start=0, loss_weights={
-        k: v for k, v in cfg.loss_weights.items() if k != "distill"})).to(device)
+    weights = {k: v for k, v in cfg.loss_weights.items() if k != "distill"}
+    model = VAEGAN(dataclasses.replace(cfg, disc_start=0, disc_warmup=0,
+                                       loss_weights=weights)).to(device)
     samples = max(1, round(cfg.frame_rate)) * cfg.hop
     wav = 0.1 * torch.randn(4, cfg.channels, samples, device=device)
 

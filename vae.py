@@ -121,7 +121,10 @@ class VAEConfig:
     # samples (EnCodec)
     disc_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     disc_width: int = 32            # channels of the discriminators
-    disc_start: int = 0             # step at which the adversarial losses join
+    disc_start: int = 0             # step at which the discriminators begin to learn
+    # steps that they learn alone before the generator hears them: one that has learnt nothing yet
+    # only shakes a decoder that is already good
+    disc_warmup: int = 0
 
     def __post_init__(self):
         for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
@@ -839,8 +842,8 @@ class VAEGAN(nn.Module):
                            for i in torch.randperm(len(windows))[:cfg.loss_scales].tolist()]
             with torch.autocast(wav.device.type, enabled=False):
                 terms |= spectral_losses(wav, rec, cfg, windows, spectral)
-        adversarial = self.disc is not None and step >= cfg.disc_start
-        if adversarial:
+        playing = self.disc is not None and step >= cfg.disc_start
+        if playing and step >= cfg.disc_start + cfg.disc_warmup:
             self.disc.requires_grad_(False)                  # gradients pass through it, none stay
             with torch.no_grad():
                 real = self.disc(wav)
@@ -852,7 +855,7 @@ class VAEGAN(nn.Module):
             self.disc.requires_grad_(True)
         total = sum(self.weights.get(name, 0.0) * value for name, value in terms.items())
         yield "vae", total, {name: value.detach() for name, value in terms.items()}
-        if adversarial:
+        if playing:
             real, fake = self.disc(wav), self.disc(rec.detach())
             loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean()
                        for (r, _), (f, _) in zip(real, fake)) / len(real)

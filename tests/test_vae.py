@@ -349,6 +349,17 @@ def test_adversarial_losses_wait_for_their_step():
     assert names(4) == ["vae"] and names(5) == ["vae", "disc"]
 
 
+def test_the_generator_hears_the_discriminators_only_after_their_warm_up():
+    model = gan(mel=1.0, adv=1.0, feat=1.0)
+    model.cfg.disc_start, model.cfg.disc_warmup = 2, 3
+
+    def metrics(step):
+        return {k for _, _, found in model.losses(torch.randn(1, 1, 800), step) for k in found}
+    assert "disc" not in metrics(1)
+    assert "disc" in metrics(2) and not metrics(4) & {"adv", "feat"}
+    assert {"adv", "feat", "disc"} <= metrics(5)
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(encoder="fft"), "encoder"), (dict(ratios=[]), "ratios"),
     (dict(stft_hop=7, decoder="istft"), "stft_hop"),
