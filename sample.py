@@ -12,12 +12,15 @@
        prompt ─► VAE encoder ─► latents ─► CALM, one latent at a time ─► VAE decoder ─► wav
                                                   └── --stream: written as it comes ──┘
 
+A text longer than the run was trained on is spoken sentence by sentence (then at commas, then
+between words), all in one voice: --prompt's, or that of the first sentence.
 --prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its
 voice; with --prompt-text too, the clip is continued with the new words and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
 import math
+import re
 import time
 
 import soundfile as sf
@@ -36,7 +39,8 @@ def parse():
     p.add_argument("--kind", default="speech", choices=KINDS)
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
     p.add_argument("--prompt-text", help="what the prompt says")
-    p.add_argument("--seconds", type=float, help="longest new audio; default: the config's")
+    p.add_argument("--seconds", type=float, help="longest new audio, of a long text that of each sentence; "
+                        "default: the config's")
     p.add_argument("--prompt-seconds", type=float,
                    help="of a prompt to continue, its last so many seconds")
     p.add_argument("--steps", type=int,
@@ -72,6 +76,23 @@ def parse():
     return a
 
 
+def sentences(text, fits):
+    """Pieces of text that fit, in order: cut behind sentences, else behind commas, else in halves.
+    """
+    if fits(text):
+        return [text]
+    parts = next((parts for cut in (r"(?<=[.!?;:])\s+", r"(?<=,)\s+")
+                  if len(parts := re.split(cut, text)) > 1), None)
+    if parts is None:
+        words = text.split()
+        if len(words) == 1:
+            raise BadInput(f"--text: '{text[:40]}' is longer than this run was trained on "
+                           "(data.text_len)")
+        half = len(words) // 2
+        parts = [" ".join(words[:half]), " ".join(words[half:])]
+    return [piece for part in parts for piece in sentences(part, fits)]
+
+
 def main():
     a = parse()
     if a.threads:
@@ -80,12 +101,17 @@ def main():
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
-    text = " ".join(t for t in (a.prompt_text, a.text) if t)
-    tokens = encode_text(text, a.kind, cfg.data)
-    if len(tokens) > 1 + limit:
+    said = f"{a.prompt_text} " if a.prompt_text else ""
+
+    def encode(text):
+        return encode_text(text, a.kind, cfg.data)
+
+    if a.kind != "speech" and len(encode(a.text or "")) > 1 + limit:
         unit = "tokens" if cfg.data.tokenizer else "bytes"
-        raise BadInput(f"--text: {len(tokens) - 1} {unit} are more than this run was trained on "
-                       f"(data.text_len = {limit})")
+        raise BadInput(f"--text: {len(encode(a.text)) - 1} {unit} are more than this run was "
+                       f"trained on (data.text_len = {limit})")
+    texts = sentences(a.text or "", lambda text: len(encode(said + text)) <= 1 + limit)
+    texts[0] = said + texts[0]
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
                "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
@@ -112,7 +138,6 @@ def main():
     begin, first, state, pieces, new = time.perf_counter(), None, {}, [], 0
     # the decoder hears the history first: the new audio then joins it without a seam
     lead = vae.decode(vae.denormalize(history), state).detach() if history is not None else None
-    tokens = torch.tensor([tokens], device=a.device)
     sink = None
     if a.stream:
         try:
@@ -134,12 +159,20 @@ def main():
     if keep_prompt:
         emit(lead)
     with torch.no_grad():
-        for x, ended in lm.generate(tokens, max_frames=frames, history=history, **options):
-            emit(vae.decode(vae.denormalize(x)[:, None], state))
-            new += 1
-            first = first or time.perf_counter() - begin
-            if not a.stream and new % 25 == 0:
-                print(f"{new * hop / rate:.1f} of at most {seconds:.1f} s", flush=True)
+        for text in texts:
+            tokens, heard = torch.tensor([encode(text)], device=a.device), []
+            for x, ended in lm.generate(tokens, max_frames=frames, history=history, **options):
+                emit(vae.decode(vae.denormalize(x)[:, None], state))
+                heard.append(x)
+                first = first or time.perf_counter() - begin
+                if not a.stream and (new + len(heard)) % 25 == 0:
+                    print(f"{(new + len(heard)) * hop / rate:.1f} of at most "
+                          f"{seconds * len(texts):.1f} s", flush=True)
+            new += len(heard)
+            voice = torch.stack(heard, 1) if history is None else history
+            if cfg.data.prompt_frames and "prompt" not in options:
+                options["prompt"] = voice[:, :cfg.data.prompt_frames]
+            history = None
         emit(vae.flush(state))
     wav = torch.cat(pieces, -1)
     took = time.perf_counter() - begin

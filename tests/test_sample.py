@@ -11,6 +11,8 @@ import soundfile as sf
 import sample as sample_script
 import train
 from config import open_run
+from data import BadInput
+from sample import sentences
 from test_train import run, write
 
 
@@ -43,6 +45,22 @@ def test_streaming_writes_the_same_samples(trained):
     plain = sample(trained, "--text", "two", "--seed", "3")
     stream = sample(trained, "--text", "two", "--seed", "3", "--stream", out="stream.wav")
     np.testing.assert_allclose(stream, plain, atol=2 / 32768)
+
+
+def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():
+    fits = lambda text: len(text) <= 12
+    pieces = sentences("One two. Three, four five, six. seven eight nine", fits)
+    assert pieces == ["One two.", "Three,", "four five,", "six.", "seven", "eight nine"]
+    assert sentences("short", fits) == ["short"] and sentences("", fits) == [""]
+    with pytest.raises(BadInput, match="data.text_len"):
+        sentences("incomprehensibilities", fits)
+
+
+def test_a_long_text_is_spoken_sentence_by_sentence(trained):
+    one = sample(trained, "--text", "two", out="one.wav")
+    long = sample(trained, "--text", "two. one two one two, one two one two one two one two. one",
+                  out="long.wav")
+    assert len(one) < len(long)
 
 
 def test_a_prompt_is_continued_and_stands_at_the_front(trained):
