@@ -79,7 +79,8 @@ class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
     # head steps a latent; 0 = the objective's own (1 consistency and lsd, 20 flow)
     steps: int = 0
-    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
+    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech); of the softmax for
+    # codes
     temperature: float = 0.8
     cfg: float = 1.0            # latent guidance a in Z = Z_null + a (Z_cond - Z_null); 1 = off
     seconds: float = 5.0        # longest clip
