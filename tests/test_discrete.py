@@ -8,8 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy, delay_codes,
-                      pick, undelay_codes)
+from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy,
+                      delay_codes, pick, undelay_codes)
 from heads import HeadConfig
 
 
