@@ -16,6 +16,7 @@ Which positions a query sees:
     causal              keys at or before it                          (default)
     window = W          only the last W of them, itself included      (VAE layers, short context)
     causal = False      all of them
+    mask given          what the mask says                            (AudioCALM's blocks)
 With a cache the same rule holds over (cached ++ new) positions, so that feeding a sequence in
 chunks of any size gives what one call over the whole sequence gives (tests/test_backbone.py).
 
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 @dataclass
@@ -41,8 +43,10 @@ class BackboneConfig:
     """Sizes of a transformer. Table 9: music 1536 / 48 layers / 24 heads, speech 2560 / 24 / 20."""
     dim: int = 256              # model width C
     layers: int = 4
-    heads: int = 4              # query heads; dim / heads is the head width, even because of RoPE
+    heads: int = 4              # query heads
     kv_heads: int = 0           # key/value heads (GQA); 0 = as many as heads
+    # channels of a head, even because of RoPE; 0 = dim / heads (Qwen3: 128 at every width)
+    head_dim: int = 0
     mlp: str = "swiglu"         # swiglu (three matrices) | gelu, gelu_tanh (two)
     mlp_dim: int = 0            # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to 32 for swiglu
     # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
@@ -50,13 +54,18 @@ class BackboneConfig:
     window: int = 0             # positions a query sees, itself included; 0 = all earlier ones
     causal: bool = True
     norm: str = "rms"           # rms | layer (with bias: Mimi)
+    # added to the variance; 0 = 1e-6 for rms (Qwen3; Llama has 1e-5), 1e-5 for layer (Mimi)
+    norm_eps: float = 0.0
     # start of a learned factor a channel on what each sublayer adds (Mimi: 0.01); 0 = no factors
     layer_scale: float = 0.0
     final_norm: bool = True     # a norm after the last layer (Mimi has none)
     rope_base: float = 10000.0  # wavelength of the slowest rotation is 2π·rope_base positions
 
     def __post_init__(self):
-        if self.dim < 1 or self.heads < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
+        if self.head_dim < 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim: must be even, or 0, got {self.head_dim}")
+        if self.dim < 1 or self.heads < 1 or not self.head_dim and (
+                self.dim % self.heads or (self.dim // self.heads) % 2):
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
         if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
@@ -65,8 +74,17 @@ class BackboneConfig:
             if getattr(self, name) not in valid:
                 raise ValueError(
                     f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
-        if self.layers < 0 or self.window < 0 or self.mlp_dim < 0:
-            raise ValueError("layers, window, mlp_dim: must not be negative")
+        if self.layers < 0 or self.window < 0 or self.mlp_dim < 0 or self.norm_eps < 0:
+            raise ValueError("layers, window, mlp_dim, norm_eps: must not be negative")
+
+    @property
+    def head_width(self):
+        return self.head_dim or self.dim // self.heads
+
+    def make_norm(self):
+        if self.norm == "rms":
+            return RMSNorm(self.dim, self.norm_eps or 1e-6)
+        return nn.LayerNorm(self.dim, self.norm_eps or 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -84,11 +102,14 @@ class RMSNorm(nn.Module):
 
 
 def rotations(first, length, dim, base, like):
-    """cos and sin (T, d/2) of the angles (first + t) · base^(-2i/d), fp32 (fp64 for fp64 input)."""
+    """cos and sin (T, d/2) of the angles (first + t) · base^(-2i/d), fp32 (fp64 for fp64 input).
+
+    first: a number, or all positions (.., T) as a tensor: then (.., T, d/2).
+    """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     i = torch.arange(dim // 2, device=like.device, dtype=dtype)
-    t = first + torch.arange(length, device=like.device, dtype=dtype)
-    angle = t[:, None] * torch.exp(i * (-2 * math.log(base) / dim))                 # (T, d/2)
+    t = first if torch.is_tensor(first) else first + torch.arange(length, device=like.device)
+    angle = t.to(dtype)[..., None] * torch.exp(i * (-2 * math.log(base) / dim))     # (.., T, d/2)
     return angle.cos(), angle.sin()
 
 
@@ -122,17 +143,31 @@ class KVCache:
         """
         self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
 
+    def copy(self):
+        """A cache to read with: what a call appends to the copy, this one never sees."""
+        other = KVCache()
+        other.kv, other.pos = dict(self.kv), self.pos
+        return other
+
+    def trim(self, first, last):
+        """Forget all positions but the `first` and the `last` ones; `pos` counts on."""
+        for i, (k, v) in self.kv.items():
+            if k.shape[2] > first + last:
+                self.kv[i] = tuple(torch.cat([a[:, :, :first], a[:, :, a.shape[2] - last:]], 2)
+                                   for a in (k, v))
+
 
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.head_dim = cfg, cfg.dim // cfg.heads
+        self.cfg, self.head_dim = cfg, cfg.head_width
         self.kv_heads = cfg.kv_heads or cfg.heads
         self.wq = nn.Linear(cfg.dim, cfg.heads * self.head_dim, bias=False)
         self.wkv = nn.Linear(cfg.dim, 2 * self.kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(cfg.heads * self.head_dim, cfg.dim, bias=False)
         if cfg.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+            eps = cfg.norm_eps or 1e-6
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim, eps), RMSNorm(self.head_dim, eps)
 
     def forward(self, x, turn, mask, is_causal, cache, layer):
         B, T, _ = x.shape
@@ -144,8 +179,12 @@ class Attention(nn.Module):
         q, k = rope(q, *turn), rope(k, *turn)
         if cache is not None:
             k, v = cache.append(layer, k, v, self.cfg.window)                     # (B, Hkv, P+T, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                           enable_gqa=self.kv_heads != self.cfg.heads)
+        gqa = self.kv_heads != self.cfg.heads
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                               enable_gqa=gqa)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -170,23 +209,29 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        norm = RMSNorm if cfg.norm == "rms" else nn.LayerNorm
-        self.norm1, self.attention = norm(cfg.dim), Attention(cfg)
-        self.norm2, self.mlp = norm(cfg.dim), MLP(cfg)
+        self.norm1, self.attention = cfg.make_norm(), Attention(cfg)
+        self.norm2, self.mlp = cfg.make_norm(), MLP(cfg)
         self.scale1 = self.scale2 = 1.0
         if cfg.layer_scale:
             self.scale1, self.scale2 = (
                 nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) for _ in range(2))
 
-    def forward(self, x, *where):
+    def forward(self, x, *where, expert=None):
         x = x + self.scale1 * self.attention(self.norm1(x), *where)
-        return x + self.scale2 * self.mlp(self.norm2(x))
+        h = self.norm2(x)
+        y = self.mlp(h) if expert is None else expert(h, self.mlp(h))
+        return x + self.scale2 * y
 
 
 class Transformer(nn.Module):
     """x (B, T, C) -> y (B, T, C).
 
-    cache: a KVCache that the call extends; positions then count on from cache.pos.
+    cache: a KVCache that the call extends; positions then count on from cache.pos. With
+    cache.copy() the call reads what is cached and leaves no trace.
+    positions (T,) or (B, T): of the rotations, in place of counting.
+    mask: what queries see, in place of the config's rule: bool (T, past + T) or (B, 1, T, past +
+    T), True = seen, for SDPA; or a BlockMask, for flex_attention (fast where it is compiled).
+    experts: one callable a layer, expert(h, y) -> y: h is what the MLP read, y what it gave.
     Initialisation: N(0, 0.02), output matrices divided by sqrt(2 · layers) (GPT-2).
     """
 
@@ -194,9 +239,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = nn.Identity()
-        if cfg.final_norm:
-            self.norm = RMSNorm(cfg.dim) if cfg.norm == "rms" else nn.LayerNorm(cfg.dim)
+        self.norm = cfg.make_norm() if cfg.final_norm else nn.Identity()
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 out = name.endswith(("wo.weight", "down.weight"))
@@ -217,15 +260,20 @@ class Transformer(nn.Module):
         k = torch.arange(past + new, device=device)[None]
         return (k <= q) & ((q - k < window) if window else True), False
 
-    def forward(self, x, cache: KVCache | None = None):
+    def forward(self, x, cache: KVCache | None = None, *, positions=None, mask=None, experts=None):
         if x.shape[1] == 0:
             return x
-        turn = rotations(cache.pos if cache is not None else 0, x.shape[1],
-                         self.cfg.dim // self.cfg.heads, self.cfg.rope_base, x)
+        first = cache.pos if cache is not None else 0
+        if positions is not None:                                  # (B, 1, T): the same for heads
+            first = positions[:, None] if positions.dim() == 2 else positions
+        turn = rotations(first, x.shape[1], self.cfg.head_width, self.cfg.rope_base, x)
         past = cache.kv[0][0].shape[2] if cache is not None and 0 in cache.kv else 0
-        mask, is_causal = self.mask(x.shape[1], past, x.device)
+        is_causal = False
+        if mask is None:
+            mask, is_causal = self.mask(x.shape[1], past, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, mask, is_causal, cache, i)
+            x = block(x, turn, mask, is_causal, cache, i,
+                      expert=None if experts is None else experts[i])
         if cache is not None:
             cache.pos += x.shape[1]
         return self.norm(x)

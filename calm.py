@@ -80,6 +80,8 @@ class CALMConfig:
     short_dropout: float = 0.0  # share of training sequences without it
     # share of training sequences without prompt and text: what guidance needs
     prefix_dropout: float = 0.1
+    # a learned vector stands before the voice prompt, where there is one (Pocket TTS)
+    prompt_bos: bool = False
     eos_weight: float = 0.1     # weight of the end-of-clip loss
     # words beside the latents instead of before them, where the manifest has their times
     monologue: bool = False
@@ -161,6 +163,8 @@ class CALM(nn.Module):
         self.prompt = embedding()
         self.latent = embedding()
         self.bos = nn.Parameter(torch.randn(C) * 0.5)
+        if cfg.prompt_bos:
+            self.prompt_bos = nn.Parameter(torch.randn(C) * 0.5)
         self.backbone = Transformer(cfg.backbone)
         self.eos = nn.Linear(C, 1)
         self.delay = cfg.acoustic_delay if cfg.monologue else 0
@@ -179,11 +183,19 @@ class CALM(nn.Module):
         has_short = torch.tensor([k in cfg.short_kinds for k in kinds])
         self.register_buffer("has_short", has_short, persistent=False)
 
+    def voice(self, prompt, length):
+        """Voice prompt (B, P, D), valid (B,) -> (B, P or 1 + P, C) and how many of them are valid."""
+        y = self.prompt(prompt)
+        if not self.cfg.prompt_bos:
+            return y, length
+        y = torch.cat([self.prompt_bos.expand(y.shape[0], 1, -1), y], 1)
+        return y, length + (length > 0)
+
     def condition(self, x, text, text_len, prompt, prompt_len, words=None):
         """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen
         x¹ ... xˢ.
 
-        With words (B, T): z_long (B, 1 + d + T, C); row s has seen words 1 ... s and x¹ ... x^{s-d}.
+        With words (B, T): z_long (B, 1 + d + T, C); row s has seen words 1 ... s, x¹ ... x^{s-d}.
         """
         audio = self.latent(x)                                              # (B, T, C)
         if words is not None:
@@ -192,8 +204,8 @@ class CALM(nn.Module):
         B, T, _ = audio.shape                                               # from here T is d + T
         audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+T, C)
         whole = torch.full((B,), 1 + T, device=x.device)
-        packed = pack([(self.prompt(prompt), prompt_len), (self.text(text), text_len),
-                       (audio, whole)])
+        prompt, prompt_len = self.voice(prompt, prompt_len)
+        packed = pack([(prompt, prompt_len), (self.text(text), text_len), (audio, whole)])
         y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+T, C)
         at = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
         return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))        # (B, 1+T, C)
@@ -238,8 +250,8 @@ class CALM(nn.Module):
             head = per.mean()
         over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
         known = (s < frames[:, None]) | over
-        bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(), over.float(),
-                                                 reduction="none")
+        bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),
+                                                 over.float(), reduction="none")
         eos = (bce * known).sum() / known.sum()
         loss = head + cfg.eos_weight * eos
         if cfg.monologue:
@@ -260,8 +272,8 @@ class CALM(nn.Module):
 
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
         (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
-        on yielding: cut it there. Monologue: the text's bytes run beside the latents, beside a history
-        nothing does; a row ends when all its words have been said.
+        on yielding: cut it there. Monologue: the text's bytes run beside the latents, beside a
+        history nothing does; a row ends when all its words have been said.
         """
         B, device, d = text.shape[0], text.device, self.delay
         if self.lag:
@@ -278,7 +290,9 @@ class CALM(nn.Module):
         if n:
             past = torch.cat([past, self.latent(history)], 1)
         silent = past[:, :n] + (nothing[:, None] if words is not None else 0.0)
-        prefix = ([] if prompt is None else [self.prompt(prompt)]) + [self.text(text)]
+        prefix = [self.text(text)]
+        if prompt is not None and prompt.shape[1]:
+            prefix.insert(0, self.voice(prompt, torch.tensor(prompt.shape[1]))[0])
         x_long, x_null = torch.cat([*prefix, bos, silent], 1), torch.cat([bos, silent], 1)
         use_short = self.cfg.short_layers and bool(self.has_short[kind])
         if use_short:

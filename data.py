@@ -25,6 +25,7 @@ Precision: audio float32 (int16 in memory), latents float16 on disk, float32 in 
     python data.py scan  DIR --layout libritts --out train.jsonl     make a manifest
     python data.py check train.jsonl --out clean.jsonl               read every file, drop bad ones
     python data.py info  train.jsonl                                 hours, speakers, durations
+    python data.py describe train.jsonl --out described.jsonl        texts as descriptions
 """
 import argparse
 import csv
@@ -39,6 +40,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,7 @@ from tqdm import tqdm
 
 KINDS = ("speech", "sound", "music")
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
-VOCAB = 260
+VOCAB = 260                                         # ... of the default; see DataConfig.tokenizer
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
@@ -100,8 +102,13 @@ class DataConfig:
     #   Why: corpora differ a hundredfold in size, and the small kinds would hardly be seen.
     crop_seconds: float = 1.0   # s, a VAE training crop. 1 s holds what the discriminators look at;
     #                             more rows teach more than longer ones
-    text_len: int = 64          # bytes of text in a row. A longer transcript is left out (it would
-    #                             not match the audio), a longer caption is cut
+    # "" = UTF-8 bytes. Else the vocabulary of a published text model: a tokenizer.json, a folder
+    # that holds one, or a name on the Hugging Face hub (hf extra); for a pretrained backbone
+    tokenizer: str = ""
+    kind_token: bool = True     # text begins with its kind; false for weights that know none
+    #                             (Pocket TTS: speech only)
+    text_len: int = 64          # bytes (or tokens) of text in a row. A longer transcript is left
+    #                             out (it would not match the audio), a longer caption is cut
     frames: int = 64            # latent frames in a row: 5.1 s at 12.5 Hz. Speech with text should
     #                             fit whole: only then is its end seen together with its text
     prompt_frames: int = 0      # latent frames kept for the voice prompt, 0 = no voice prompts
@@ -371,15 +378,104 @@ def scan(folder, layout="folder", kind="speech"):
 
 # ---------------------------------------------------------------------------- text
 
-def encode_text(text, kind):
-    """[kind's special] + UTF-8 bytes of the text (NFKC, white space made single spaces)."""
+@cache
+def load_tokenizer(name):
+    """A tokenizers.Tokenizer from a tokenizer.json, a folder that holds one, or the hub."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise BadInput(f"data.tokenizer = \"{name}\": needs the hf extra: "
+                       "pip install -e .[hf]") from None
+    path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
+    try:
+        if os.path.isfile(path):
+            return tokenizers.Tokenizer.from_file(path)
+        return tokenizers.Tokenizer.from_pretrained(name)
+    except Exception as e:                       # the library raises bare Exceptions
+        raise BadInput(f"data.tokenizer = \"{name}\": neither a tokenizer.json, a folder with one, "
+                       f"nor found on the hub ({' '.join(str(e).split())[:100]})") from None
+
+
+def first_special(cfg=None):
+    """The id of PAD; the kinds follow it. 256 for bytes, else the size of the vocabulary."""
+    return load_tokenizer(cfg.tokenizer).get_vocab_size() if cfg and cfg.tokenizer else PAD
+
+
+def vocabulary(cfg=None):
+    """How many ids the text embedding needs: text, PAD and the kinds."""
+    return first_special(cfg) + 1 + len(KINDS)
+
+
+def encode_text(text, kind, cfg=None):
+    """[kind's special] + ids of the text (NFKC, white space made single spaces).
+
+    cfg: DataConfig, whose tokenizer gives the ids (with the specials that it adds by itself, e.g.
+    Llama's begin-of-text); None = UTF-8 bytes.
+    """
     text = " ".join(unicodedata.normalize("NFKC", text).split())
-    return [SPEECH + KINDS.index(kind), *text.encode("utf-8")]
+    ids = (load_tokenizer(cfg.tokenizer).encode(text).ids if cfg and cfg.tokenizer
+           else text.encode("utf-8"))
+    special = [first_special(cfg) + 1 + KINDS.index(kind)]
+    return [*(special if cfg is None or cfg.kind_token else []), *ids]
 
 
-def decode_text(ids):
+def decode_text(ids, cfg=None):
     """The text of token ids (list or tensor); specials are dropped, broken bytes become U+FFFD."""
-    return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+    ids = [i for i in map(int, ids) if i < first_special(cfg)]
+    if cfg and cfg.tokenizer:
+        return load_tokenizer(cfg.tokenizer).decode(ids)
+    return bytes(ids).decode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------- descriptions
+
+# One interface for the three kinds (AudioCALM, data reformulation): what is heard, in a sentence;
+# for speech with who speaks, how, and the transcript word for word. Templates are ours.
+DESCRIPTIONS = {
+    "speech": ('{who} says{how}: "{text}"', 'Speech by {who}{how}. The words are: "{text}"',
+               'A recording of {who} speaking{how}: "{text}"', '{who}, speaking{how}: "{text}"',
+               'One hears {who} say{how}: "{text}"'),
+    "sound": ("{text}", "The sound of {text}", "{text} can be heard", "A recording of {text}",
+              "One hears {text}"),
+    "music": ("Music: {text}", "A piece of music, {text}", "The music is {text}",
+              "A recording of music: {text}", "One hears music: {text}")}
+PACES = ((11.0, ("slowly", "at a slow pace")), (18.0, ("",)),       # below so many characters a
+         (math.inf, ("quickly", "at a fast pace")))                 # second; read English: 14 to 15
+
+
+def describe(clip, seed=0):
+    """The clip's text as a description, "" stays "". A function of (seed, clip.id) and the clip.
+
+    Who: the speaker's name, or a paraphrase of "someone". How: the pace, measured as characters of
+    transcript a second, named only where it is unusual."""
+    if not clip.text:
+        return ""
+    g = rng("describe", seed, int.from_bytes(hashlib.sha256(clip.id.encode()).digest()[:8], "little"))
+    def pick(options):
+        return options[int(g.integers(len(options)))]
+    who, how = pick(("someone", "a voice", "a person")), ""
+    if clip.kind == "speech":
+        who = f"speaker {clip.speaker}" if clip.speaker else who
+        pace = len(clip.text) / max(seconds_of(clip), 0.1)
+        how = pick(next(names for limit, names in PACES if pace < limit))
+    text = pick(DESCRIPTIONS[clip.kind]).format(who=who, how=" " + how if how else "",
+                                                text=clip.text.strip())
+    return text[0].upper() + text[1:]
+
+
+def read_rewritten(path):
+    """{"id": ..., "text": ...} a line, from any external tool -> {id: text}."""
+    rewritten = {}
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            row = json.loads(line or "{}")
+        except json.JSONDecodeError as e:
+            raise BadInput(f"{path}, line {n}: not JSON ({e.msg}); correct it") from e
+        if line.strip() and not (isinstance(row, dict) and isinstance(row.get("id"), str)
+                                 and isinstance(row.get("text"), str)):
+            raise BadInput(f'{path}, line {n}: needs {{"id": "...", "text": "..."}}')
+        rewritten |= {row["id"]: row["text"]} if line.strip() else {}
+    return rewritten
 
 
 # ---------------------------------------------------------------------------- order and prefetch
@@ -741,11 +837,11 @@ class LatentBatches:
         x       (b, frames, 2D)         float32, [mean | log-variance]; codes: (b, frames, K) int64
         frames  (b,)  int64             valid frames of x
         ended   (b,)  bool              the clip's last frame is in the row: it has an end
-        text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, bytes...], valid tokens
+        text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, ids...], valid tokens
         kind    (b,)  int64             number in KINDS
         prompt  (b, prompt_frames, 2D)  as x, prompt_len (b,) int64
         with word_rate (frames a second; the inner monologue of calm.py):
-        words   (b, frames) int64       bytes beside the frames, see word_stream; then text is [kind]
+        words   (b, frames) int64       bytes beside the frames (word_stream); text is then [kind]
         aligned (b,)  bool              the manifest has words for the clip
 
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
@@ -774,7 +870,8 @@ class LatentBatches:
         width, kind = (levels, np.int64) if levels else (2 * self.dim, np.float32)
         x, prompt = (torch.from_numpy(np.zeros((b, n, width), kind))
                      for n in (c.frames, c.prompt_frames))
-        text, words = torch.full((b, 1 + c.text_len), PAD), torch.full((b, c.frames), PAD)
+        text = torch.full((b, 1 + c.text_len), first_special(c))
+        words = torch.full((b, c.frames), PAD)
         small = {k: torch.zeros(b, dtype=torch.int64)
                  for k in ("frames", "ended", "text_len", "kind", "prompt_len", "aligned")}
         for r, row in enumerate(rows):
@@ -800,11 +897,15 @@ class LatentBatches:
         return {"x": x, "text": text, "words": words, "prompt": prompt, **small}
 
     def tokens(self, clip, start):
-        ids = encode_text(clip.text, clip.kind)
+        cfg, special = self.cfg, int(self.cfg.kind_token)
+        ids = encode_text(clip.text, clip.kind, cfg)
         if clip.kind == "speech":
-            return ids if start == 0 and len(ids) <= 1 + self.cfg.text_len else ids[:1]
-        whole = bytes(ids[1:1 + self.cfg.text_len]).decode("utf-8", "ignore")
-        return [ids[0], *whole.encode("utf-8")]
+            return ids if start == 0 and len(ids) <= special + cfg.text_len else ids[:special]
+        ids = ids[:special + cfg.text_len]
+        if cfg.tokenizer:
+            return ids
+        whole = bytes(ids[special:]).decode("utf-8", "ignore")              # no half character
+        return [*ids[:special], *whole.encode("utf-8")]
 
     def prompt(self, i, start, end, g):
         """Frames (n, 2D) of the voice of clip i, never those of its row [start, end)."""
@@ -851,9 +952,26 @@ def main(argv=None):
     s.add_argument("--out", help="write the good clips here, with their durations")
     s = command("info", "Clips, hours, speakers and durations, by kind.")
     s.add_argument("manifest", help=".jsonl or a folder of audio")
+    s = command("describe", "Write a manifest whose texts are descriptions, for all kinds alike: "
+                "templates with paraphrases, or sentences from another tool. Train on it, and "
+                "write such sentences to sample.py.")
+    s.add_argument("manifest", help=".jsonl or a folder of audio")
+    s.add_argument("--out", required=True, help="the manifest to write, .jsonl")
+    s.add_argument("--seed", type=int, default=0, help="of the paraphrases, default: 0")
+    s.add_argument("--rewritten", help='.jsonl of {"id", "text"}: used in place of the templates')
     a = p.parse_args(argv)
 
-    if a.command == "scan":
+    if a.command == "describe":
+        clips = load_manifest(a.manifest)
+        given = read_rewritten(a.rewritten) if a.rewritten else {}
+        if a.rewritten and not set(given) & {c.id for c in clips}:
+            raise BadInput(f"{a.rewritten}: no id of it is in {a.manifest}")
+        if a.seed < 0:
+            raise BadInput("--seed: cannot be negative; set 0 or more")
+        write_manifest(a.out, [replace(c, text=given.get(c.id) or describe(c, a.seed))
+                               for c in clips])
+        print(f"{len(clips)} clips -> {a.out}")
+    elif a.command == "scan":
         clips = scan(a.dir, a.layout, a.kind)
         write_manifest(a.out, clips)
         print(f"{len(clips)} clips -> {a.out}")

@@ -87,6 +87,9 @@ class HeadConfig:
     warmup: int = 0
     # consistency: c of g / (||g|| + c), sCM's .1. Not in the paper.
     tangent_c: float = 0.1
+    # Divide each embedded time by its spread over the width, times a learned factor a channel
+    # (Pocket TTS; not in MAR). sinusoid() below has that effect on the embedding's input already.
+    time_norm: bool = False
     # lsd: weight of the self-distillation; the flow on the diagonal has the rest (v3, Pocket TTS).
     distill: float = 0.25
     # Flows: euler (one evaluation a step) | heun (two, second order). The others ignore it.
@@ -178,6 +181,17 @@ class Block(nn.Module):
         return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
 
 
+class SpreadNorm(nn.Module):
+    """w x / sqrt(var(x) + 1e-5) with the unbiased variance, x itself not centred (Pocket TTS)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * (self.weight * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5))
+
+
 class AdaLNMLP(nn.Module):
     """MAR's head: F(x_t, t, z) for x_t (.., D), t (..), z (.., C) -> F (.., D); zero at init.
 
@@ -187,14 +201,16 @@ class AdaLNMLP(nn.Module):
     mean of the two.
     """
 
-    def __init__(self, dim, cond_dim, width, blocks, two_times=False):
+    def __init__(self, dim, cond_dim, width, blocks, two_times=False, time_norm=False):
         super().__init__()
         self.dim = dim
         self.input = nn.Linear(dim, width)
         self.cond = nn.Linear(cond_dim, width)
-        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        embedding = lambda: nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width),
+                                          *([SpreadNorm(width)] if time_norm else []))
+        self.time = embedding()
         if two_times:
-            self.until = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+            self.until = embedding()
         self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
         self.norm = LayerNorm(width, affine=False)
         self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -521,7 +537,7 @@ class LSD(nn.Module):
 def with_mlp(objective, two_times=False):
     """(dim, cond_dim, cfg) -> the objective with an AdaLNMLP inside."""
     return lambda dim, cond_dim, cfg: objective(
-        AdaLNMLP(dim, cond_dim, cfg.width, cfg.blocks, two_times), cfg)
+        AdaLNMLP(dim, cond_dim, cfg.width, cfg.blocks, two_times, cfg.time_norm), cfg)
 
 
 HEADS = {                                            # HEADS[cfg.objective](dim, cond_dim, cfg)

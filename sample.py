@@ -30,7 +30,7 @@ from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_aud
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", "lm", "consistency"],
+    p.add_argument("--stage", default="", choices=["", "lm", "consistency", "audiocalm"],
                    help="which model; default: the last trained")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)
@@ -40,7 +40,8 @@ def parse():
     p.add_argument("--prompt-seconds", type=float,
                    help="of a prompt to continue, its last so many seconds")
     p.add_argument("--steps", type=int,
-                   help="head steps a latent; default: 1 for consistency and lsd, 20 for flows")
+                   help="steps a latent (audiocalm: a block); default: 1 for consistency and lsd, "
+                        "20 for flows")
     p.add_argument("--temperature", type=float,
                    help="variance of the noise, 0 .. 1; default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
@@ -75,14 +76,15 @@ def main():
     a = parse()
     if a.threads:
         torch.set_num_threads(a.threads)
-    cfg, vae, lm, stage = open_run(a.run, a.stage, a.device)
+    cfg, vae, lm, stage = open_run(a.run, a.stage, a.device, a.kind)
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
     text = " ".join(t for t in (a.prompt_text, a.text) if t)
-    tokens = encode_text(text, a.kind)
+    tokens = encode_text(text, a.kind, cfg.data)
     if len(tokens) > 1 + limit:
-        raise BadInput(f"--text: {len(tokens) - 1} bytes are more than this run was trained on "
+        unit = "tokens" if cfg.data.tokenizer else "bytes"
+        raise BadInput(f"--text: {len(tokens) - 1} {unit} are more than this run was trained on "
                        f"(data.text_len = {limit})")
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,

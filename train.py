@@ -10,6 +10,7 @@ drawn from (seed, step, row).
                                                    │ encode all clips once ─► latents/
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
     [consistency]   the same weights, one-step objective ─► consistency.pt
+      [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
@@ -44,10 +45,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import toy
-from calm import CALM
-from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model,
-                    Config)
-from data import (KINDS, VOCAB, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
+from config import (MODELS, build, dump, load, load_checkpoint, load_weights, make_model,
+                    save_checkpoint, Config)
+from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
                   load_manifest, save_audio, seconds_of)
 from discrete import DISCRETE
@@ -158,8 +158,8 @@ class VAEStage:
 
 
 class LMStage:
-    """Cached latents and text -> CALM. As "consistency" it starts from lm.pt and changes the
-    objective.
+    """Cached latents and text -> the language model of the stage's name. "consistency" starts from
+    lm.pt and changes the objective.
     """
 
     def __init__(self, cfg, runtime, clips, valid, name):
@@ -173,19 +173,19 @@ class LMStage:
             k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
         load_weights(self.vae, weights, f"{cfg.out}/vae.pt")
         self.vae.to(runtime.device).eval()
-        self.levels = cfg.vae.codebooks if cfg.lm.head.objective in DISCRETE else 0    # of codes
+        table = getattr(cfg, MODELS[name][1])
+        self.levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0     # of codes
         what = [self.levels] if self.levels else []
         # a new VAE or corpus: new latents
         self.key = digest(weights, [c.audio for c in clips], *what)
         train, held = (self.cache(clips, self.key),
                        self.cache(valid, digest(weights, [c.audio for c in valid], *what)))
         stage = getattr(cfg.train, name)
-        rate = cfg.vae.frame_rate if cfg.lm.monologue else 0.0
+        rate = cfg.vae.frame_rate if getattr(table, "monologue", False) else 0.0
         self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim, rate)
         self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
                                   len(valid), cfg.vae.latent_dim, rate)
-        self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim, VOCAB, KINDS,
-                                           cfg.vae.codes)
+        self.name, self.model = name, make_model(cfg, name)
         if name == "consistency":
             state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
             weights = state["ema"] or state["model"]
@@ -250,8 +250,8 @@ class LMStage:
         for kind in KINDS:
             clips = [c for c in self.valid if c.kind == kind]
             texts = cfg.sample.texts.get(kind) or sorted(
-                {c.text for c in clips
-                 if c.text and len(c.text.encode()) <= cfg.data.text_len})
+                {c.text for c in clips if c.text
+                 and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
             for i, text in enumerate(
                     texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
                 self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
@@ -267,8 +267,8 @@ class LMStage:
 
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
-        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device),
-                            kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+        tokens = torch.tensor([encode_text(text, kind, cfg.data)], device=device)
+        wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                             steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
                             guidance=cfg.sample.cfg,
                             generator=torch.Generator(device).manual_seed(seed), **options)
@@ -454,6 +454,11 @@ def train(stage, name, cfg, runtime):
         raise BadInput(
             f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
     stage.model.to(runtime.device).train()
+    parts = dict(stage.averaged.named_children())
+    for part in c.freeze:
+        if part not in parts:
+            raise BadInput(f"train.{name}.freeze: unknown '{part}'; valid: {', '.join(parts)}")
+        parts[part].requires_grad_(False)
     optimizers = make_optimizers(stage, c, runtime.device)
     ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
     if os.path.exists(path):
@@ -601,7 +606,7 @@ def same_model(cfg, path, stage):
     """Refuse to go on with a checkpoint whose model tables differ from the config's."""
     state = load_checkpoint(path, "cpu")
     saved = build(Config, state["config"])
-    for table in ("vae",) if stage == "vae" else ("vae", "lm"):
+    for table in ("vae",) if stage == "vae" else ("vae", MODELS[stage][1]):
         old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
         wrong = next(((a, b) for a, b in zip(old, new) if a != b), None)
         if wrong:

@@ -43,8 +43,9 @@ def test_packing_closes_gaps_row_by_row():
     assert packed[0, :3].tolist() == [0, 10, 11] and packed[1, :4].tolist() == [3, 4, 5, 12]
 
 
-def test_padding_of_text_and_prompt_changes_nothing():
-    net, b = model(), batch()
+@pytest.mark.parametrize("prompt_bos", [False, True])
+def test_padding_of_text_and_prompt_changes_nothing(prompt_bos):
+    net, b = model(prompt_bos=prompt_bos), batch()
     whole = conditions(net, b)
     for r in range(4):
         alone = net.condition(b["x"][r:r + 1],
@@ -71,8 +72,9 @@ def test_the_short_branch_sees_exactly_its_last_k_latents():
     assert (grad[0].abs().sum(-1) > 0).nonzero().flatten().tolist() == [9, 10, 11]
 
 
-def test_generation_step_by_step_equals_the_training_pass_over_what_was_generated():
-    net, text = model(), torch.randint(0, VOCAB, (2, 4))
+@pytest.mark.parametrize("prompt_bos", [False, True])
+def test_generation_step_by_step_equals_the_training_pass_over_what_was_generated(prompt_bos):
+    net, text = model(prompt_bos=prompt_bos), torch.randint(0, VOCAB, (2, 4))
     seen = []
     sample = net.head.sample
     net.head.sample = lambda z, **options: seen.append(z) or sample(z, **options)
@@ -250,9 +252,9 @@ def test_generation_with_a_monologue_equals_the_training_pass_over_what_was_gene
         x = torch.stack(xs, 1) if past is None else torch.cat([past, torch.stack(xs, 1)], 1)
         steps = [ids for ids in said if ids.shape == (2,)][1:]       # the first is PAD's embedding
         words = torch.cat([torch.full((2, n), 256), torch.stack(steps, 1)], 1)[:, :n + 9]
-        z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]), net.bos.expand(2, 1, -1),
-                                    torch.nn.functional.pad(net.latent(x), (0, 0, 2, 0))
-                                    + embed(words)], 1))[:, 4:]
+        audio = torch.nn.functional.pad(net.latent(x), (0, 0, 2, 0)) + embed(words)
+        z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]),
+                                    net.bos.expand(2, 1, -1), audio], 1))[:, 4:]
         torch.testing.assert_close(torch.stack(seen, 1), z[:, n + 2:n + 9], atol=1e-5, rtol=0)
 
 

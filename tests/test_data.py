@@ -220,6 +220,46 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
     assert code == 0 and "speech        3" in out
 
 
+# ---------------------------------------------------------------------------- descriptions
+
+def clip(kind="speech", text="hello there", **more):
+    return Clip(**{"audio": "x.wav", "text": text, "kind": kind, "duration": 0.8, "id": "a", **more})
+
+
+def test_a_description_keeps_every_word_of_its_text_and_depends_on_seed_and_id_only():
+    for kind in data.KINDS:
+        found = {data.describe(clip(kind, id=str(i))) for i in range(40)}
+        assert len(found) >= 5 and all("hello there" in t.lower() for t in found)
+        assert [data.describe(clip(kind), s) for s in range(9)] == [
+            data.describe(clip(kind), s) for s in range(9)]
+        assert len({data.describe(clip(kind), s) for s in range(40)}) >= 5
+    assert data.describe(clip(text="")) == ""
+
+
+def test_speech_says_who_and_how_fast_and_quotes_word_for_word():
+    said = lambda **more: {data.describe(clip(id=str(i), **more)) for i in range(30)}
+    assert all("speaker anna" in t.lower() and '"hello there"' in t for t in said(speaker="anna"))
+    slow = lambda t: "slow" in t
+    fast = lambda t: "quickly" in t or "fast" in t
+    assert all(map(slow, said(duration=2.0))) and all(map(fast, said(duration=0.4)))
+    assert not any(slow(t) or fast(t) for t in said(duration=0.8))
+
+
+def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path, capsys):
+    corpus(tmp_path / "c", 3)
+    manifest, out, other = (tmp_path / n for n in ("m.jsonl", "d.jsonl", "r.jsonl"))
+    data.main(["scan", str(tmp_path / "c"), "--out", str(manifest)])
+    clips = load_manifest(manifest)
+    data.write_manifest(manifest, [data.replace(c, text=f"word {i}") for i, c in enumerate(clips)])
+    other.write_text(json.dumps({"id": clips[1].id, "text": "a new sentence"}) + "\n")
+    data.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
+    found = [c.text for c in load_manifest(out)]
+    assert '"word 0"' in found[0] and found[1] == "a new sentence" and '"word 2"' in found[2]
+    other.write_text("{}\n")
+    with pytest.raises(BadInput, match="line 1: needs"):
+        data.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
+
+
 # ---------------------------------------------------------------------------- text, config, digest
 
 def test_the_tokenizer_round_trips_unicode_and_normalises_space():

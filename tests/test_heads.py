@@ -562,3 +562,12 @@ def test_one_consistency_step_beats_one_flow_step_and_many_flow_steps_are_good()
           f"{scratch_1:.3f}, after TrigFlow {after_1:.3f}")
     assert flow_1 > 0.6 and flow_20 < 0.05
     assert scratch_1 < flow_1 / 6 and after_1 < flow_1 / 6
+
+
+def test_the_spread_norm_of_times_divides_by_the_spread_and_learns_through_the_jvp():
+    head = tiny("lsd", time_norm=True, distill=0.5)
+    h = torch.randn(5, 32, dtype=torch.float64)
+    norm = head.net.until[3].double()
+    torch.testing.assert_close(norm(h), norm.weight * h / (h.std(-1, keepdim=True)**2 + 1e-5).sqrt())
+    head.double().loss(torch.randn(8, 6).double(), torch.randn(8, 4).double())[0].mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.net.parameters())
