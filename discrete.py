@@ -110,7 +110,7 @@ class CodeEmbedding(nn.Module):
 
     def forward(self, codes):
         rows = torch.where(codes < 0, self.bag.padding_idx, codes + self.first)
-        return self.bag(rows.flatten(0, -2)).view(*codes.shape[:-1], -1)
+        return self.bag(rows.flatten(0, -2)).view(*codes.shape[:-1], self.bag.embedding_dim)
 
 
 def pick(logits, temperature, top_k, generator):

@@ -226,6 +226,11 @@ def test_the_embedding_of_a_frame_is_the_sum_of_its_codes_and_missing_ones_add_n
     assert big.std().item() == pytest.approx(0.5, rel=0.05)
 
 
+def test_an_empty_voice_prompt_has_no_embedding_instead_of_an_error():
+    """Guards a crash of runs without voice prompts: (B, 0, K) could not be reshaped."""
+    assert CodeEmbedding(3, 5, 4)(torch.zeros(2, 0, 3, dtype=torch.long)).shape == (2, 0, 4)
+
+
 def test_impossible_values_are_one_line():
     for bad in (dict(objective="rq", width=10, depth_heads=4), dict(sets=-1), dict(top_k=-1)):
         key = "depth_heads" if "objective" in bad else next(iter(bad))
