@@ -2,6 +2,7 @@
 
     python bench.py --what vae [--config configs/paper/vae_music.toml] [--peer moshi|pocket-tts]
                     [--seconds 10] [--repeats 7] [--threads 1] [--json figures.json]
+    python bench.py --what heads [--domain speech music] [--repeats 3] [--threads 1] [--json ...]
 
     vae   encode and decode `seconds` of audio offline, decode latent by latent as a stream, one
           training step (forward, backward) of 1-second crops; all as milliseconds a second of audio
@@ -10,6 +11,13 @@
           --peer     Mimi as PyPI `moshi` or `pocket-tts` build it, random weights, against the same
                      weights in vae.py: the outputs are compared first, then timed in turn
 
+    heads one frame of CALM at the sizes of configs/paper (random weights, one row): the backbone
+          with a cache of 15 s, the short-context transformer, and each head drawing x from z:
+          consistency, TrigFlow, the RQ-Transformer; laid out as Tables 2, 4 and 6. "whole" is
+          backbone + short context (CALM, music) + head; a frame's embeddings and the VAE are left
+          out. The RQ-Transformers share 8 sets of weights, whatever their levels: a set is 75M
+          numbers, more than any cache holds, so that a level reads its own from memory either way.
+
 Contestants take turns within each repeat, so that a noisy machine slows both; the figure is the
 median, ratios are medians of the repeats' ratios. fp32 on a CPU, bf16 autocast and (--compile)
 torch.compile on CUDA.
@@ -17,6 +25,7 @@ Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -27,8 +36,11 @@ import torch
 from tqdm import tqdm
 
 import convert
+from backbone import BackboneConfig, KVCache, Transformer
 from config import load
 from data import BadInput, Parser, cli
+from discrete import RQ, pick
+from heads import HEADS, TrigFlow
 from vae import VAE, VAEGAN
 
 
@@ -163,10 +175,126 @@ def peer_race(name, seconds):
     return parts, dict.fromkeys(parts, seconds)
 
 
+# ---------------------------------------------------------------- heads
+
+HEAD_STEPS = (("consistency", 1), ("consistency", 4), ("trigflow", 10), ("trigflow", 100))
+RQ_LEVELS = (8, 16, 32)
+BASELINE = {"speech": "rq 8 levels", "music": "rq 32 levels"}       # of Tables 2 and 4
+
+
+def filled(make, device, dtype):
+    """make(), with weights that nobody waits for: uniform in ±.03 instead of its initialisation."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device=device).eval()
+    for p in module.parameters():
+        p.data.uniform_(-0.03, 0.03)
+    return module
+
+
+def frame_parts(calm, rq, device, dtype):
+    """Configs of a CALM and an RQ model of the same backbone -> {part: function that does its work
+    for one frame}. dtype of weights and caches; bf16 also turns autocast on, for the fp32 islands.
+    """
+    backbone, head = calm.lm.backbone, calm.lm.head
+    z = torch.randn(1, backbone.dim, device=device, dtype=dtype)
+
+    def timed(run):
+        def call():
+            with torch.no_grad(), torch.autocast(device, dtype, dtype == torch.bfloat16):
+                run()
+        return call
+
+    def one_position(cfg, seen):
+        net, width = filled(lambda: Transformer(cfg), device, dtype), cfg.dim // cfg.heads
+        shape = (1, cfg.kv_heads or cfg.heads, seen, width)
+        past = {i: tuple(torch.randn(2, *shape, device=device, dtype=dtype).unbind())
+                for i in range(cfg.layers)}
+
+        def run():
+            cache = KVCache()
+            cache.kv, cache.pos = dict(past), seen
+            net(z[:, None], cache)
+        return timed(run)
+
+    parts = {"backbone": one_position(backbone, max(1, round(15 * calm.vae.frame_rate)))}
+    if calm.lm.short_layers:
+        parts["short context"] = one_position(
+            BackboneConfig(**{**vars(backbone), "layers": calm.lm.short_layers,
+                              "window": calm.lm.short_context}), calm.lm.short_context - 1)
+    one_step = filled(lambda: HEADS["consistency"](calm.vae.latent_dim, backbone.dim, head),
+                      device, dtype)
+    flow = TrigFlow(one_step.net, head)                              # the same network: memory
+    for name, steps in HEAD_STEPS:
+        objective = one_step if name == "consistency" else flow
+        parts[f"{name} {steps} step{'s' * (steps > 1)}"] = timed(
+            lambda objective=objective, steps=steps: objective.sample(z, steps=steps))
+    deepest = filled(lambda: RQ(max(RQ_LEVELS), rq.vae.codebook_size, backbone.dim,
+                                dataclasses.replace(rq.lm.head, sets=8)).net, device, dtype)
+    for levels in RQ_LEVELS:
+        net = copy.copy(deepest)                                     # shares the weights
+        net.levels = levels
+        parts[f"rq {levels} levels"] = timed(
+            lambda net=net: net.draw(z, lambda logits: pick(logits, 1.0, 0, None)))
+    return parts
+
+
+def head_figures(times, baseline, rate):
+    """{part: [seconds a frame, one a repeat]} -> {head: figures}; `baseline` is what the speed-ups
+    are of, `rate` frames a second.
+    """
+    before = {name: [sum(t) for t in zip(times["backbone"], *(
+        [times["short context"]] if "short context" in times and "rq" not in name else []))]
+        for name in times if name not in ("backbone", "short context")}
+    whole = {name: [b + h for b, h in zip(before[name], times[name])] for name in before}
+    median = statistics.median
+    figures = {}
+    for name in before:
+        head, all_of_it = median(times[name]), median(whole[name])
+        figures[name] = {
+            "head_ms": 1000 * head * rate, "whole_ms": 1000 * all_of_it * rate,
+            "sampler_speedup": median(b / t for b, t in zip(times[baseline], times[name])),
+            "overall_speedup": median(b / t for b, t in zip(whole[baseline], whole[name])),
+            "sampler_share": median(h / w for h, w in zip(times[name], whole[name])),
+            "seconds_for_30": 30 * all_of_it * rate, "real_time": 1 / (all_of_it * rate)}
+    return {name: {k: round(v, 4) for k, v in row.items()} for name, row in figures.items()}
+
+
+def heads(domains, repeats, device):
+    """The tables of both domains, printed as they come: {domain: {head: figures}}."""
+    out = {}
+    for domain in domains:
+        calm, rq = (load(f"configs/paper/{kind}_{domain}.toml") for kind in ("calm", "rq"))
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        times = race(frame_parts(calm, rq, device, dtype), repeats, device)
+        out[domain] = head_figures(times, BASELINE[domain], calm.vae.frame_rate)
+        backbone = 1000 * statistics.median(times["backbone"]) * calm.vae.frame_rate
+        print(f"{domain}: {calm.vae.frame_rate:g} frames, {backbone:.0f} ms of backbone a second")
+        print(f"{'':20s}{'head, ms':>10s}{'whole, ms':>10s}{'sampler':>9s}{'overall':>9s}"
+              f"{'in sampler':>12s}{'30 s take':>11s}{'real time':>11s}")
+        for name, f in out[domain].items():
+            print(f"{name:20s}{f['head_ms']:10.1f}{f['whole_ms']:10.1f}"
+                  f"{f['sampler_speedup']:8.2f}x{f['overall_speedup']:8.2f}x"
+                  f"{100 * f['sampler_share']:11.1f}%{f['seconds_for_30']:9.1f} s"
+                  f"{f['real_time']:10.2f}x", flush=True)
+    return out
+
+
+def write_json(path, figures):
+    if path:
+        try:
+            with open(path, "w") as f:
+                json.dump(figures, f, indent=1)
+        except OSError as e:
+            raise BadInput(f"--json {path}: cannot be written ({e.strerror})") from None
+
+
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--what", default="vae", choices=["vae"])
+    p.add_argument("--what", default="vae", choices=["vae", "heads"])
     p.add_argument("--config", default="configs/quickstart.toml")
+    p.add_argument("--domain", nargs="+", default=["speech", "music"], choices=["speech", "music"],
+                   help="heads: default both; music wants 12 GB, speech 11 GB in fp32")
     p.add_argument("--peer", choices=["moshi", "pocket-tts"], help="race against this package")
     p.add_argument("--seconds", type=float, default=10.0, help="of audio (default 10)")
     p.add_argument("--repeats", type=int, default=7, help="default 7")
@@ -182,6 +310,12 @@ def main():
         raise BadInput("--device cuda: there is none here")
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
+    if a.what == "heads":
+        torch.set_num_threads(a.threads or torch.get_num_threads())
+        where = (torch.cuda.get_device_name() if a.device == "cuda"
+                 else f"fp32, {torch.get_num_threads()} threads")
+        print(f"one frame of CALM and RQ, torch {torch.__version__}, {where}")
+        return write_json(a.json, heads(a.domain, a.repeats, a.device))
     if a.peer:
         parts, length = peer_race(a.peer, a.seconds)
     else:
@@ -200,12 +334,7 @@ def main():
             ratio = statistics.median(t / f for t, f in zip(each, first))
             figures.setdefault(part, {})[name] = {"ms": round(ms, 3), "ratio": round(ratio, 3)}
             print(f"{part:14s} {name:16s} {ms:9.2f} ms   {ratio:6.2f} x", flush=True)
-    if a.json:
-        try:
-            with open(a.json, "w") as f:
-                json.dump(figures, f, indent=1)
-        except OSError as e:
-            raise BadInput(f"--json {a.json}: cannot be written ({e.strerror})") from None
+    write_json(a.json, figures)
 
 
 if __name__ == "__main__":

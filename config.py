@@ -30,6 +30,8 @@ from toy import ToyConfig
 from vae import VAE, VAEConfig
 
 STAGES = ("vae", "lm", "consistency", "audiocalm")
+# what the stage "consistency" makes of [lm.head] objective: few steps from the same weights
+FEW_STEPS = {"trigflow": "consistency", "rectified_flow": "lsd", "consistency": "consistency"}
 # stages of a language model, last trained first -> its class and its table of the config
 MODELS = {"audiocalm": (AudioCALM, "audiocalm"), "consistency": (CALM, "lm"), "lm": (CALM, "lm")}
 
@@ -88,7 +90,8 @@ class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
     # head steps a latent; 0 = the objective's own (1 consistency and lsd, 20 flow)
     steps: int = 0
-    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
+    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech); of the softmax for
+    # codes
     temperature: float = 0.8
     cfg: float = 1.0            # latent guidance a in Z = Z_null + a (Z_cond - Z_null); 1 = off
     seconds: float = 5.0        # longest clip
@@ -120,9 +123,8 @@ class Config:
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")
-        if "consistency" in self.stages and self.lm.head.objective not in ("trigflow",
-                                                                           "consistency"):
-            raise ValueError("stages: consistency goes on from TrigFlow's weights, not from "
+        if "consistency" in self.stages and self.lm.head.objective not in FEW_STEPS:
+            raise ValueError("stages: consistency goes on from a flow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
         if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
             raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
@@ -308,9 +310,10 @@ def make_model(cfg, stage, **options):
 
 
 def stage_model(cfg, stage):
-    """The model's table as the stage has it: "consistency" is [lm] with that objective."""
+    """The model's table as the stage has it: "consistency" is [lm] with FEW_STEPS' objective."""
     table = getattr(cfg, MODELS[stage][1])
     if stage != "consistency":
         return table
     return dataclasses.replace(
-        table, head=dataclasses.replace(table.head, objective="consistency", steps=0))
+        table, head=dataclasses.replace(table.head, objective=FEW_STEPS[table.head.objective],
+                                        steps=0))

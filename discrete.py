@@ -28,7 +28,8 @@ et al. 2024); delay pattern, linear heads, top-k: MusicGen (Copet et al. 2023).
 Where this differs from the paper:
   * 3.1 takes the first level's logits from z by a linear layer. That is Moshi's formula, where the
     first token of a frame is text; its audio codes all come from the depth transformer, as here.
-    With 8 levels of 2048 codes that counts 656M (2560 channels of z), without the first 574M.
+    With 8 levels of 2048 codes that counts 656M (2560 channels of z), without the first 574M; an
+    embedding of Helium-1's 48000 text tokens at the first level, as in Moshi, would make it 706M.
   * One set of weights is 75.5M, so the table's 701M means about 8 sets. With 32 levels a set each
     would be 2.6B: with `sets` = 8 levels 8 to 32 share one (749M, with 7 sets 672M).
   * The loss is the mean over levels, not the sum: nats a code. The weight of the others (eos) in
@@ -109,7 +110,7 @@ class CodeEmbedding(nn.Module):
 
     def forward(self, codes):
         rows = torch.where(codes < 0, self.bag.padding_idx, codes + self.first)
-        return self.bag(rows.flatten(0, -2)).view(*codes.shape[:-1], -1)
+        return self.bag(rows.flatten(0, -2)).view(*codes.shape[:-1], self.bag.embedding_dim)
 
 
 def pick(logits, temperature, top_k, generator):

@@ -9,7 +9,8 @@ drawn from (seed, step, row).
     clips ─► [vae]  waveform crops ─► VAE-GAN ─► vae.pt
                                                    │ encode all clips once ─► latents/
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
-    [consistency]   the same weights, one-step objective ─► consistency.pt
+    [consistency]   the same weights, one-step objective ─► consistency.pt   (of TrigFlow; LSD, if
+                                                            the flow was rectified_flow)
       [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...

@@ -149,9 +149,10 @@ def test_the_loss_is_the_likelihood_of_the_valid_codes_and_noise_touches_nothing
     torch.testing.assert_close(net.loss(b | {"x": behind})[0], loss)
 
 
+@pytest.mark.parametrize("monologue", [False, True])
 @pytest.mark.parametrize("objective", ["rq", "delay"])
-def test_every_part_learns(objective):
-    net, b = model(objective, prefix_dropout=0.0), batch()
+def test_every_part_learns(objective, monologue):
+    net, b = model(objective, monologue=monologue, prefix_dropout=0.0), batch()
     net.loss(b)[0].backward()
     silent = [name for name, p in net.named_parameters()
               if p.grad is None or not p.grad.abs().sum() > 0]

@@ -41,8 +41,8 @@ def test_a_wrong_element_of_a_list_or_table_is_named():
 
 
 def test_the_consistency_stage_is_refused_for_weights_that_mean_something_else():
-    for objective in ("rectified_flow", "lsd"):
-        with pytest.raises(BadInput, match="^stages: consistency goes on from TrigFlow"):
+    for objective in ("lsd", "rq"):
+        with pytest.raises(BadInput, match="^stages: consistency goes on from a flow's"):
             build(Config, {"stages": ["lm", "consistency"],
                            "lm": {"head": {"objective": objective}}})
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy, delay_codes,
-                      pick, undelay_codes)
+from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy,
+                      delay_codes, pick, undelay_codes)
 from heads import HeadConfig
 
 
@@ -224,6 +224,11 @@ def test_the_embedding_of_a_frame_is_the_sum_of_its_codes_and_missing_ones_add_n
     assert embed.bag.weight.grad[-1].abs().max() == 0                   # nothing to learn there
     big = CodeEmbedding(8, 64, 500)(torch.randint(0, 64, (200, 8)))
     assert big.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_an_empty_voice_prompt_has_no_embedding_instead_of_an_error():
+    """Guards a crash of runs without voice prompts: (B, 0, K) could not be reshaped."""
+    assert CodeEmbedding(3, 5, 4)(torch.zeros(2, 0, 3, dtype=torch.long)).shape == (2, 0, 4)
 
 
 def test_impossible_values_are_one_line():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 import train
-from config import Config, StageConfig, build, dump, load, load_checkpoint, open_run
+from config import (Config, StageConfig, build, dump, load, load_checkpoint, open_run,
+                    save_checkpoint)
 from data import BadInput
 from vae import Discriminators
 
@@ -395,6 +397,24 @@ def test_frozen_parts_keep_their_weights_while_the_others_learn(finished, tmp_pa
     assert not any(k.startswith("encoder.") for k in moved)
     wrong = run("train.py", *options, "--fresh", "--train.vae.freeze", '["ears"]')
     assert wrong.returncode == 2 and "ears" in wrong.stderr and "decoder" in wrong.stderr
+
+
+def test_the_consistency_stage_of_a_rectified_flow_is_lsd_from_its_weights(finished, tmp_path):
+    shutil.copytree(f"{finished[0]}/run", f"{tmp_path}/run", ignore=shutil.ignore_patterns("lm.pt"))
+    cfg = load(f"{finished[0]}/tiny.toml", ["--lm.head.objective", "rectified_flow",
+                                            "--out", f"{tmp_path}/run"])
+    runtime = train.Runtime(cfg)
+    clips, valid = train.corpus(cfg, runtime)
+    flow = train.LMStage(cfg, runtime, clips, valid, "lm").model
+    for p in flow.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    save_checkpoint(f"{tmp_path}/run/lm.pt", {"stage": "lm", "config": {}, "done": True,
+                                              "model": flow.state_dict(), "ema": None})
+    few = train.LMStage(cfg, runtime, clips, valid, "consistency").model
+    assert few.cfg.head.objective == "lsd" and few.cfg.head.sample_steps == 1
+    x, t, z = torch.randn(5, 4), torch.rand(5), torch.randn(5, 16)
+    torch.testing.assert_close(few.head.net(x, t, z, t), flow.head.net(x, t, z))
+    assert torch.equal(few.backbone.norm.weight, flow.backbone.norm.weight)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
