@@ -82,7 +82,7 @@ class FlowConfig(HeadConfig):
 @dataclass
 class AudioCALMConfig:
     """The [audiocalm] table."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal, window: not used
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal: not used
     head: FlowConfig = field(default_factory=FlowConfig)
     # latents drawn together, which see each other (the paper sweeps it, the value is not public); 1
     # = frame by frame, as CALM. The first audio comes after one block
@@ -109,6 +109,8 @@ class AudioCALMConfig:
             raise ValueError(f"experts: unknown '{self.experts}'; valid: {', '.join(EXPERTS)}")
         if self.window < 0 or self.window % self.block:
             raise ValueError(f"window: must be whole blocks of {self.block}, got {self.window}")
+        if self.backbone.window:
+            raise ValueError("backbone.window: the mask is the blocks'; use audiocalm.window")
         if self.head.objective not in FLOWS:
             raise ValueError(f"head.objective: '{self.head.objective}' cannot go through the "
                              f"backbone; valid: {', '.join(FLOWS)}")

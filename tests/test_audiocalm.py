@@ -402,6 +402,7 @@ def test_qwen3_sizes_give_qwen3s_parameter_count():
 @pytest.mark.parametrize("changes, word", [
     (dict(block=0), "block"), (dict(experts="two"), "experts"), (dict(window=3), "window"),
     (dict(history_noise=1.5), "history_noise"),
+    (dict(backbone=BackboneConfig(window=8)), "backbone.window"),
     (dict(head=FlowConfig(objective="consistency")), "objective")], ids=str)
 def test_impossible_values_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
