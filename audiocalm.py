@@ -354,6 +354,11 @@ class AudioCALM(nn.Module):
                 return
 
     @torch.no_grad()
+    def listen(self, vae, wav):
+        """wav (B, ch, S) -> normalised latents (B, T, D)."""
+        return vae.normalize(vae.encode(wav)[0])
+
+    @torch.no_grad()
     def render(self, vae, text, *, seconds, history=None, **options):
         """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
         ended; history (B, n, D), normalised, stands at the front of each.

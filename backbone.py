@@ -43,8 +43,10 @@ class BackboneConfig:
     """Sizes of a transformer. Table 9: music 1536 / 48 layers / 24 heads, speech 2560 / 24 / 20."""
     dim: int = 256              # model width C
     layers: int = 4
-    heads: int = 4              # query heads; dim / heads is the head width, even because of RoPE
+    heads: int = 4              # query heads
     kv_heads: int = 0           # key/value heads (GQA); 0 = as many as heads
+    # channels of a head, even because of RoPE; 0 = dim / heads (Qwen3: 128 at every width)
+    head_dim: int = 0
     mlp: str = "swiglu"         # swiglu (three matrices) | gelu, gelu_tanh (two)
     mlp_dim: int = 0            # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to 32 for swiglu
     # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
@@ -52,13 +54,18 @@ class BackboneConfig:
     window: int = 0             # positions a query sees, itself included; 0 = all earlier ones
     causal: bool = True
     norm: str = "rms"           # rms | layer (with bias: Mimi)
+    # added to the variance; 0 = 1e-6 for rms (Qwen3; Llama has 1e-5), 1e-5 for layer (Mimi)
+    norm_eps: float = 0.0
     # start of a learned factor a channel on what each sublayer adds (Mimi: 0.01); 0 = no factors
     layer_scale: float = 0.0
     final_norm: bool = True     # a norm after the last layer (Mimi has none)
     rope_base: float = 10000.0  # wavelength of the slowest rotation is 2π·rope_base positions
 
     def __post_init__(self):
-        if self.dim < 1 or self.heads < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
+        if self.head_dim < 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim: must be even, or 0, got {self.head_dim}")
+        if self.dim < 1 or self.heads < 1 or not self.head_dim and (
+                self.dim % self.heads or (self.dim // self.heads) % 2):
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
         if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
@@ -67,8 +74,17 @@ class BackboneConfig:
             if getattr(self, name) not in valid:
                 raise ValueError(
                     f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
-        if self.layers < 0 or self.window < 0 or self.mlp_dim < 0:
-            raise ValueError("layers, window, mlp_dim: must not be negative")
+        if self.layers < 0 or self.window < 0 or self.mlp_dim < 0 or self.norm_eps < 0:
+            raise ValueError("layers, window, mlp_dim, norm_eps: must not be negative")
+
+    @property
+    def head_width(self):
+        return self.head_dim or self.dim // self.heads
+
+    def make_norm(self):
+        if self.norm == "rms":
+            return RMSNorm(self.dim, self.norm_eps or 1e-6)
+        return nn.LayerNorm(self.dim, self.norm_eps or 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -144,13 +160,14 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.head_dim = cfg, cfg.dim // cfg.heads
+        self.cfg, self.head_dim = cfg, cfg.head_width
         self.kv_heads = cfg.kv_heads or cfg.heads
         self.wq = nn.Linear(cfg.dim, cfg.heads * self.head_dim, bias=False)
         self.wkv = nn.Linear(cfg.dim, 2 * self.kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(cfg.heads * self.head_dim, cfg.dim, bias=False)
         if cfg.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+            eps = cfg.norm_eps or 1e-6
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim, eps), RMSNorm(self.head_dim, eps)
 
     def forward(self, x, turn, mask, is_causal, cache, layer):
         B, T, _ = x.shape
@@ -192,9 +209,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        norm = RMSNorm if cfg.norm == "rms" else nn.LayerNorm
-        self.norm1, self.attention = norm(cfg.dim), Attention(cfg)
-        self.norm2, self.mlp = norm(cfg.dim), MLP(cfg)
+        self.norm1, self.attention = cfg.make_norm(), Attention(cfg)
+        self.norm2, self.mlp = cfg.make_norm(), MLP(cfg)
         self.scale1 = self.scale2 = 1.0
         if cfg.layer_scale:
             self.scale1, self.scale2 = (
@@ -223,9 +239,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = nn.Identity()
-        if cfg.final_norm:
-            self.norm = RMSNorm(cfg.dim) if cfg.norm == "rms" else nn.LayerNorm(cfg.dim)
+        self.norm = cfg.make_norm() if cfg.final_norm else nn.Identity()
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 out = name.endswith(("wo.weight", "down.weight"))
@@ -252,8 +266,7 @@ class Transformer(nn.Module):
         first = cache.pos if cache is not None else 0
         if positions is not None:                                  # (B, 1, T): the same for heads
             first = positions[:, None] if positions.dim() == 2 else positions
-        turn = rotations(first, x.shape[1],
-                         self.cfg.dim // self.cfg.heads, self.cfg.rope_base, x)
+        turn = rotations(first, x.shape[1], self.cfg.head_width, self.cfg.rope_base, x)
         past = cache.kv[0][0].shape[2] if cache is not None and 0 in cache.kv else 0
         is_causal = False
         if mask is None:

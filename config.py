@@ -24,7 +24,8 @@ import torch
 
 from audiocalm import AudioCALM, AudioCALMConfig
 from calm import CALM, CALMConfig
-from data import KINDS, VOCAB, BadInput, DataConfig
+from data import KINDS, BadInput, DataConfig, vocabulary
+from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
@@ -39,6 +40,9 @@ class StageConfig:
     steps: int = 1000           # optimizer steps
     # checkpoint of the same sizes to start from (vae.pt of a run or of convert.py); "" = none
     init: str = ""
+    # parts of the model that keep their weights, e.g. ["encoder"] of a VAE: latents, and with them
+    # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
+    freeze: list[str] = field(default_factory=list)
     batch: int = 16             # rows an optimizer step, over all processes
     # rows a forward; 0 = batch / processes; less memory, the same gradient
     micro_batch: int = 0
@@ -82,7 +86,7 @@ class Stages:
 @dataclass
 class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
-    # head steps a latent; 0 = the objective's own (1 consistency, 20 flow)
+    # head steps a latent; 0 = the objective's own (1 consistency and lsd, 20 flow)
     steps: int = 0
     # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech)
     temperature: float = 0.8
@@ -116,6 +120,16 @@ class Config:
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")
+        if "consistency" in self.stages and self.lm.head.objective not in ("trigflow",
+                                                                           "consistency"):
+            raise ValueError("stages: consistency goes on from TrigFlow's weights, not from "
+                             f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
+        if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
+            raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
+                             "set vae.bottleneck = \"rvq\"")
+        if self.lm.monologue and (self.data.tokenizer or not self.data.kind_token):
+            raise ValueError("lm.monologue: is made of bytes behind the kind's token; it needs "
+                             "data.tokenizer = \"\" and data.kind_token = true")
         for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
                             ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):
@@ -288,7 +302,9 @@ def open_run(run, stage="", device="cpu", kind=None):
 def make_model(cfg, stage, **options):
     """The language model of a stage."""
     model, _ = MODELS[stage]
-    return model(stage_model(cfg, stage), cfg.vae.latent_dim, VOCAB, KINDS, **options)
+    codes = {"codes": cfg.vae.codes} if model is CALM else {}
+    return model(stage_model(cfg, stage), cfg.vae.latent_dim, vocabulary(cfg.data),
+                 KINDS, **codes, **options)
 
 
 def stage_model(cfg, stage):

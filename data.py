@@ -40,6 +40,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ from tqdm import tqdm
 
 KINDS = ("speech", "sound", "music")
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
-VOCAB = 260
+VOCAB = 260                                         # ... of the default; see DataConfig.tokenizer
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
@@ -101,8 +102,13 @@ class DataConfig:
     #   Why: corpora differ a hundredfold in size, and the small kinds would hardly be seen.
     crop_seconds: float = 1.0   # s, a VAE training crop. 1 s holds what the discriminators look at;
     #                             more rows teach more than longer ones
-    text_len: int = 64          # bytes of text in a row. A longer transcript is left out (it would
-    #                             not match the audio), a longer caption is cut
+    # "" = UTF-8 bytes. Else the vocabulary of a published text model: a tokenizer.json, a folder
+    # that holds one, or a name on the Hugging Face hub (hf extra); for a pretrained backbone
+    tokenizer: str = ""
+    kind_token: bool = True     # text begins with its kind; false for weights that know none
+    #                             (Pocket TTS: speech only)
+    text_len: int = 64          # bytes (or tokens) of text in a row. A longer transcript is left
+    #                             out (it would not match the audio), a longer caption is cut
     frames: int = 64            # latent frames in a row: 5.1 s at 12.5 Hz. Speech with text should
     #                             fit whole: only then is its end seen together with its text
     prompt_frames: int = 0      # latent frames kept for the voice prompt, 0 = no voice prompts
@@ -372,15 +378,53 @@ def scan(folder, layout="folder", kind="speech"):
 
 # ---------------------------------------------------------------------------- text
 
-def encode_text(text, kind):
-    """[kind's special] + UTF-8 bytes of the text (NFKC, white space made single spaces)."""
+@cache
+def load_tokenizer(name):
+    """A tokenizers.Tokenizer from a tokenizer.json, a folder that holds one, or the hub."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise BadInput(f"data.tokenizer = \"{name}\": needs the hf extra: "
+                       "pip install -e .[hf]") from None
+    path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
+    try:
+        if os.path.isfile(path):
+            return tokenizers.Tokenizer.from_file(path)
+        return tokenizers.Tokenizer.from_pretrained(name)
+    except Exception as e:                       # the library raises bare Exceptions
+        raise BadInput(f"data.tokenizer = \"{name}\": neither a tokenizer.json, a folder with one, "
+                       f"nor found on the hub ({' '.join(str(e).split())[:100]})") from None
+
+
+def first_special(cfg=None):
+    """The id of PAD; the kinds follow it. 256 for bytes, else the size of the vocabulary."""
+    return load_tokenizer(cfg.tokenizer).get_vocab_size() if cfg and cfg.tokenizer else PAD
+
+
+def vocabulary(cfg=None):
+    """How many ids the text embedding needs: text, PAD and the kinds."""
+    return first_special(cfg) + 1 + len(KINDS)
+
+
+def encode_text(text, kind, cfg=None):
+    """[kind's special] + ids of the text (NFKC, white space made single spaces).
+
+    cfg: DataConfig, whose tokenizer gives the ids (with the specials that it adds by itself, e.g.
+    Llama's begin-of-text); None = UTF-8 bytes.
+    """
     text = " ".join(unicodedata.normalize("NFKC", text).split())
-    return [SPEECH + KINDS.index(kind), *text.encode("utf-8")]
+    ids = (load_tokenizer(cfg.tokenizer).encode(text).ids if cfg and cfg.tokenizer
+           else text.encode("utf-8"))
+    special = [first_special(cfg) + 1 + KINDS.index(kind)]
+    return [*(special if cfg is None or cfg.kind_token else []), *ids]
 
 
-def decode_text(ids):
+def decode_text(ids, cfg=None):
     """The text of token ids (list or tensor); specials are dropped, broken bytes become U+FFFD."""
-    return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+    ids = [i for i in map(int, ids) if i < first_special(cfg)]
+    if cfg and cfg.tokenizer:
+        return load_tokenizer(cfg.tokenizer).decode(ids)
+    return bytes(ids).decode("utf-8", "replace")
 
 
 # ---------------------------------------------------------------------------- descriptions
@@ -442,6 +486,20 @@ def read_rewritten(path):
 def rng(purpose, *numbers):
     """A generator for one purpose ("crop", "row", ...) at (seed, row): independent streams."""
     return np.random.default_rng([int.from_bytes(purpose.encode(), "little"), *numbers])
+
+
+def word_stream(words, frames, rate):
+    """[[word, start, end], ...] in seconds -> (frames,) int64: the bytes of each word and a space
+    in consecutive frames from the one where it starts (or where the word before is through), PAD
+    elsewhere; what does not fit before the end is cut. rate: frames a second.
+    """
+    stream, free = np.full(frames, PAD), 0
+    for word, start, _ in words:
+        ids = [*word.encode("utf-8"), 32]
+        at = max(int(start * rate), free)
+        free = at + len(ids)
+        stream[at:free] = ids[:max(0, frames - at)]
+    return stream
 
 
 class Order:
@@ -641,9 +699,11 @@ class LatentCache:
     """The latents of every clip of a manifest, read by memory map.
 
     folder/key/index.json        which clips lie in which shard, and their frames
-    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance]
+    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance], or
+                                 (sum of T, K) int16, codes of an RVQ with K levels
 
-    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D); cache.dim = D."""
+    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D or K);
+    cache.dim = D; cache.levels = K, 0 for latents."""
 
     def __init__(self, path):
         """Opens a finished cache, folder/key. Errors: BadInput when it is missing or unfinished."""
@@ -652,6 +712,7 @@ class LatentCache:
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
             raise BadInput(f"{path}: the latent cache is unfinished; build it first")
         self.dim, self.frames = index["dim"], np.zeros(index["n"], np.int64)
+        self.levels = index.get("levels", 0)
         self.place = np.zeros((index["n"], 2), np.int64)                # shard, first frame
         self.clips_of, self.shards = [], []
         for k, shard in enumerate(index["shards"]):
@@ -665,7 +726,8 @@ class LatentCache:
         return len(self.frames)
 
     def get(self, i):
-        """Latents of clip i, np.memmap float16 (T, 2D): [mean | log-variance]."""
+        """Clip i, np.memmap: latents float16 (T, 2D), [mean | log-variance], or codes int16 (T, K).
+        """
         k, first = self.place[i]
         return self.shards[k][first:first + self.frames[i]]
 
@@ -693,10 +755,11 @@ class LatentCache:
 
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
-              batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
+              levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
         """Encodes every clip once -> LatentCache. Run again after an interruption: it goes on.
 
-        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var].
+        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
+        with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
         Clips of like length share a batch of about batch_seconds of audio, longest first, padded
         with zeros at the end; of each, ceil(S / hop) frames are kept. A clip longer than that is a
         batch of its own. key names encoder and data (see digest); another list of clips under
@@ -705,10 +768,10 @@ class LatentCache:
         than dim says or are not finite in float16."""
         path = Path(folder) / key
         names = digest([[c.audio, os.path.getsize(c.audio)] for c in clips], sample_rate, channels,
-                       hop, dim)
-        index = read_index(path)
+                       hop, dim, *([levels] if levels else []))
+        index, width = read_index(path), levels or 2 * dim
         if index is None or index["names"] != names:
-            index = {"names": names, "n": len(clips), "dim": dim, "shards": []}
+            index = {"names": names, "n": len(clips), "dim": dim, "levels": levels, "shards": []}
         seconds = [seconds_of(c) for c in clips]
         done = {i for shard in index["shards"] for i in shard["clips"]}
         todo = sorted(set(range(len(clips))) - done, key=lambda i: (-seconds[i], i))
@@ -733,11 +796,14 @@ class LatentCache:
                    unit=" s of audio", disable=not (show and todo))
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
             for b, (audio, frames) in enumerate(loaded):
-                latents = encode(audio).detach().float().cpu()              # (B, T, 2D)
-                if latents.shape != (len(frames), audio.shape[-1] // hop, 2 * dim):
+                latents = encode(audio).detach().cpu()                      # (B, T, 2D or K)
+                if latents.shape != (len(frames), audio.shape[-1] // hop, width):
                     raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                                     f" not (B, S / {hop}, {2 * dim})")
-                parts += [x[:T].half().numpy() for x, T in zip(latents, frames)]
+                                     f" not (B, S / {hop}, {width})")
+                if levels and latents.max() >= 1 << 15:
+                    raise ValueError("encode: codes do not fit into int16")
+                latents = latents.short() if levels else latents.half()
+                parts += [x[:T].numpy() for x, T in zip(latents, frames)]
                 for i, x in zip(batches[b], parts[-len(frames):]):
                     if not np.isfinite(x).all():
                         raise ValueError(f"encode: latents of {clips[i].audio} are not finite")
@@ -771,12 +837,15 @@ def read_index(path):
 class LatentBatches:
     """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text) at the end:
 
-        x       (b, frames, 2D)         float32, [mean | log-variance]
+        x       (b, frames, 2D)         float32, [mean | log-variance]; codes: (b, frames, K) int64
         frames  (b,)  int64             valid frames of x
         ended   (b,)  bool              the clip's last frame is in the row: it has an end
-        text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, bytes...], valid tokens
+        text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, ids...], valid tokens
         kind    (b,)  int64             number in KINDS
-        prompt  (b, prompt_frames, 2D)  float32, prompt_len (b,) int64
+        prompt  (b, prompt_frames, 2D)  as x, prompt_len (b,) int64
+        with word_rate (frames a second; the inner monologue of calm.py):
+        words   (b, frames) int64       bytes beside the frames (word_stream); text is then [kind]
+        aligned (b,)  bool              the manifest has words for the clip
 
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
     later has no text (it is not aligned), nor has speech whose text exceeds text_len; captions
@@ -785,11 +854,12 @@ class LatentBatches:
     .. prompt_frames, from another clip of the speaker; else from the same clip outside the row;
     else none."""
 
-    def __init__(self, clips, cache, cfg, batch, dim):
+    def __init__(self, clips, cache, cfg, batch, dim, word_rate=0.0):
         if cache.dim != dim or len(cache) != len(clips):
             raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
                              f"{len(clips)} of {dim}; build it for these clips")
         self.clips, self.cache, self.cfg, self.batch, self.dim = clips, cache, cfg, batch, dim
+        self.word_rate = word_rate
         self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
         self.half = -(-cfg.prompt_frames // 2)            # fewest frames of a prompt
         self.voices = {}                                  # speaker -> clips long enough for one
@@ -799,11 +869,14 @@ class LatentBatches:
 
     def __call__(self, step, rows=None):
         rows, c = global_rows(step, rows, self.batch), self.cfg
-        b, D2 = len(rows), 2 * self.dim
-        x, prompt = torch.zeros(b, c.frames, D2), torch.zeros(b, c.prompt_frames, D2)
-        text = torch.full((b, 1 + c.text_len), PAD)
+        b, levels = len(rows), self.cache.levels
+        width, kind = (levels, np.int64) if levels else (2 * self.dim, np.float32)
+        x, prompt = (torch.from_numpy(np.zeros((b, n, width), kind))
+                     for n in (c.frames, c.prompt_frames))
+        text = torch.full((b, 1 + c.text_len), first_special(c))
+        words = torch.full((b, c.frames), PAD)
         small = {k: torch.zeros(b, dtype=torch.int64)
-                 for k in ("frames", "ended", "text_len", "kind", "prompt_len")}
+                 for k in ("frames", "ended", "text_len", "kind", "prompt_len", "aligned")}
         for r, row in enumerate(rows):
             i, g = self.order.index(row), rng("row", c.seed, row)
             clip, latents = self.clips[i], self.cache.get(i)
@@ -811,27 +884,36 @@ class LatentBatches:
             late, place = g.random() >= 0.5, g.random()
             start = 1 + int(place * (T - n)) if late and T > n else 0
             ids = self.tokens(clip, start)
+            if self.word_rate and clip.words:
+                ids = ids[:1]
+                stream = word_stream(clip.words, T, self.word_rate)
+                words[r, :n] = torch.from_numpy(stream[start:start + n])
             voice = self.prompt(i, start, start + n, g)
-            x[r, :n] = torch.from_numpy(latents[start:start + n].astype(np.float32))
-            prompt[r, :len(voice)] = torch.from_numpy(voice.astype(np.float32))
+            x[r, :n] = torch.from_numpy(latents[start:start + n].astype(kind))
+            prompt[r, :len(voice)] = torch.from_numpy(voice.astype(kind))
             text[r, :len(ids)] = torch.tensor(ids)
             for k, v in (("frames", n), ("ended", start + n == T), ("text_len", len(ids)),
-                         ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice))):
+                         ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice)),
+                         ("aligned", bool(self.word_rate and clip.words))):
                 small[k][r] = int(v)
-        small["ended"] = small["ended"].bool()
-        return {"x": x, "text": text, "prompt": prompt, **small}
+        small["ended"], small["aligned"] = small["ended"].bool(), small["aligned"].bool()
+        return {"x": x, "text": text, "words": words, "prompt": prompt, **small}
 
     def tokens(self, clip, start):
-        ids = encode_text(clip.text, clip.kind)
+        cfg, special = self.cfg, int(self.cfg.kind_token)
+        ids = encode_text(clip.text, clip.kind, cfg)
         if clip.kind == "speech":
-            return ids if start == 0 and len(ids) <= 1 + self.cfg.text_len else ids[:1]
-        whole = bytes(ids[1:1 + self.cfg.text_len]).decode("utf-8", "ignore")
-        return [ids[0], *whole.encode("utf-8")]
+            return ids if start == 0 and len(ids) <= special + cfg.text_len else ids[:special]
+        ids = ids[:special + cfg.text_len]
+        if cfg.tokenizer:
+            return ids
+        whole = bytes(ids[special:]).decode("utf-8", "ignore")              # no half character
+        return [*ids[:special], *whole.encode("utf-8")]
 
     def prompt(self, i, start, end, g):
         """Frames (n, 2D) of the voice of clip i, never those of its row [start, end)."""
         clip, P = self.clips[i], self.cfg.prompt_frames
-        none = np.zeros((0, 2 * self.dim), np.float16)
+        none = np.zeros((0, self.cache.levels or 2 * self.dim), np.float16)
         wanted, n, who, where = g.random(), g.integers(self.half, P + 1), g.random(), g.random()
         if clip.kind != "speech" or P == 0 or wanted >= self.cfg.prompt_prob:
             return none

@@ -1,5 +1,5 @@
 """
-heads.py: from the backbone's z to the next latent x. One small network, three objectives.
+heads.py: from the backbone's z to the next latent x. One small network, four objectives.
 
         noise eps (N, D) ──┐
                            ▼
@@ -8,7 +8,8 @@ heads.py: from the backbone's z to the next latent x. One small network, three o
     z   (.., C) ─ Linear ──────────+── c (.., w) ─ SiLU ─ Linear ─────────────────────┘
 
 An objective knows the noising path, the times, the loss and the solver; a network is any callable
-`net(x_t, t, z) -> F`. The three objectives have the same two methods, so that nobody asks which:
+`net(x_t, t, z) -> F` (`net(x_t, t, z, s)` for LSD, which has two times). The objectives have the
+same two methods, so that nobody asks which; so have the two of discrete.py, whose x are codes:
 
     loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
 
@@ -16,12 +17,14 @@ An objective knows the noising path, the times, the loss and the solver; a netwo
     RectifiedFlow  x_t = (1-t) x + t eps       F = eps - x,             t < 1    20    Liu 2023
     TrigFlow       x_t = cos t x + sin t eps   F = cos t eps - sin t x, t < π/2  20    4.2, Table 4
     Consistency    the same path               f = cos t x_t - sin t F, f = x_0   1    Eq. 1 and 3
+    LSD            RectifiedFlow's path        f = x_t + (s-t) F(t, s), f = x_s   1    v3
 
 Papers: CALM (arXiv 2509.06926) sections 3.2, 4.2, 4.4 (head batch multiplier), 4.5 (temperature)
 and Table 9; the network is MAR's (Li et al. 2024, arXiv 2406.11838); consistency is sCM (Lu & Song
-2025, arXiv 2410.11081). Shapes: N positions or any leading dims, D latent channels, C channels of
-z, w width, M head batch multiplier. Latents have mean 0 and variance 1 per channel (sCM's
-sigma_d = 1).
+2025, arXiv 2410.11081); LSD, Lagrangian self-distillation of flow maps, is Boffi et al. 2025 (arXiv
+2505.18825), which the paper's third version (v3) and Pocket TTS use for speech.
+Shapes: N positions or any leading dims, D latent channels, C channels of z, w width, M head batch
+multiplier. Latents have mean 0 and variance 1 per channel (sCM's sigma_d = 1).
 
 Where this differs from the printed CALM paper, and why:
   * t lies in (0, π/2) and sampling starts at π/2; the paper writes t ~ [0, 1] and t = 1. cos 1 =
@@ -34,6 +37,8 @@ Where this differs from the printed CALM paper, and why:
   * Not in the paper, from sCM, without which the gradient has spikes: the tangent g is divided by
     ||g|| + .1, it may be warmed up (r), and tan t is log-normal, not t uniform.
   * w_psi(t), the adaptive weight of Eq. 1, is a switch: see HeadConfig.adaptive.
+  * LSD counts time as RectifiedFlow does, 0 = data, 1 = noise (Pocket TTS the other way), so that
+    its diagonal s = t is that flow.
 
 Precision: times, cos and sin, time embedding, norms, the residual stream, the jvp and the loss are
 fp32, even under autocast; only the matrix products of the plain forward follow autocast. float64
@@ -46,7 +51,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-OBJECTIVES = ("rectified_flow", "trigflow", "consistency")
+OBJECTIVES = ("rectified_flow", "trigflow", "consistency", "lsd", "rq", "delay")
 SOLVERS = ("euler", "heun")
 HALF_PI = math.pi / 2
 
@@ -54,13 +59,14 @@ HALF_PI = math.pi / 2
 @dataclass
 class HeadConfig:
     """The [lm.head] table."""
-    # What the head learns: rectified_flow | trigflow | consistency. TrigFlow is the paper's best
-    # and slowest (Tab. 4), consistency its choice for real time; consistency starts well from
-    # TrigFlow's weights (Consistency.load_flow).
+    # What the head learns: rectified_flow | trigflow | consistency | lsd, or the discrete baselines
+    # rq | delay (discrete.py; they need [vae] bottleneck = "rvq"). TrigFlow is the paper's
+    # best and slowest (Tab. 4), consistency its choice for real time, lsd that of its third version
+    # for speech; consistency starts well from TrigFlow's weights (Consistency.load_flow).
     objective: str = "trigflow"
-    # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M).
+    # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M); rq: 1024.
     width: int = 512
-    # Residual blocks. Tab. 9: 12 (music), 6 (speech).
+    # Residual blocks. Tab. 9: 12 (music), 6 (speech); rq: 6 transformer layers.
     blocks: int = 6
     # Head batch multiplier M (4.4, Tab. 9: 8): draws of (t, eps) per position and step. One pass of
     # the backbone serves M losses; memory and time of the head grow M times.
@@ -71,8 +77,9 @@ class HeadConfig:
     p_mean: float = -0.4
     p_std: float = 1.4
     # consistency: learn w_psi(t) of Eq. 1 and 3, 257 parameters: exp(w) loss - w, so that every t
-    # weighs the same. The reported loss then is about 1 - w and may be negative. Measured no better
-    # than without in our toys, so off; the paper has it on.
+    # weighs the same (lsd: w(t, s), 513). The reported loss then is about 1 - w and may be
+    # negative. Measured no better than without in our toys, and lsd diverged with it, so off; the
+    # paper has it on.
     adaptive: bool = False
     # consistency: calls of loss in training mode over which r goes from 0 (flow matching) to 1 (sCM
     # uses 10k); with gradient accumulation each micro-batch is a call. 0 = r is 1 from the start,
@@ -80,11 +87,22 @@ class HeadConfig:
     warmup: int = 0
     # consistency: c of g / (||g|| + c), sCM's .1. Not in the paper.
     tangent_c: float = 0.1
-    # Flows: euler (one evaluation a step) | heun (two, second order). consistency ignores it.
+    # Divide each embedded time by its spread over the width, times a learned factor a channel
+    # (Pocket TTS; not in MAR). sinusoid() below has that effect on the embedding's input already.
+    time_norm: bool = False
+    # lsd: weight of the self-distillation; the flow on the diagonal has the rest (v3, Pocket TTS).
+    distill: float = 0.25
+    # Flows: euler (one evaluation a step) | heun (two, second order). The others ignore it.
     solver: str = "euler"
-    # Steps when sample() is not told: 0 = 1 for consistency, 20 for the flows. Tab. 4
+    # Steps when sample() is not told: 0 = 1 for consistency and lsd, 20 for the flows. Tab. 4
     # has 1 and 4 for consistency, 100 for TrigFlow; consistency gets worse beyond 4 to 10 (Tab. 6).
     steps: int = 0
+    # rq: attention heads (Tab. 9: 16), sets of weights: one for each of the first levels, the rest
+    # share the last; 0 = as many as levels.
+    depth_heads: int = 16
+    sets: int = 0
+    # rq, delay: draw among so many likeliest codes; 0 = all (MusicGen's default is 250).
+    top_k: int = 0
 
     def __post_init__(self):
         for key, valid, says in (
@@ -95,10 +113,21 @@ class HeadConfig:
                 ("p_std", self.p_std > 0, "a number above 0"),
                 ("warmup", self.warmup >= 0, "an integer of at least 0"),
                 ("tangent_c", self.tangent_c > 0, "a number above 0"),
+                ("distill", 0 < self.distill < 1, "a number between 0 and 1"),
                 ("solver", self.solver in SOLVERS, " | ".join(SOLVERS)),
-                ("steps", self.steps >= 0, "an integer of at least 0")):
+                ("steps", self.steps >= 0, "an integer of at least 0"),
+                ("depth_heads", self.depth_heads >= 1
+                 and (self.objective != "rq" or self.width % self.depth_heads == 0),
+                 "an integer that divides width"),
+                ("sets", self.sets >= 0, "an integer of at least 0"),
+                ("top_k", self.top_k >= 0, "an integer of at least 0")):
             if not valid:
                 raise ValueError(f"head.{key}: {getattr(self, key)!r} is wrong; valid: {says}")
+
+    @property
+    def sample_steps(self):
+        """Steps that sample() takes when it is not told."""
+        return self.steps or {"rectified_flow": 20, "trigflow": 20}.get(self.objective, 1)
 
 
 def fp32(x):
@@ -152,19 +181,36 @@ class Block(nn.Module):
         return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
 
 
+class SpreadNorm(nn.Module):
+    """w x / sqrt(var(x) + 1e-5) with the unbiased variance, x itself not centred (Pocket TTS)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * (self.weight * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5))
+
+
 class AdaLNMLP(nn.Module):
     """MAR's head: F(x_t, t, z) for x_t (.., D), t (..), z (.., C) -> F (.., D); zero at init.
 
     z may have fewer leading dims than x_t, it broadcasts: with the head batch multiplier x_t is
     (M, .., D) and z stays (.., C), so its projection is computed once.
+    two_times: F(x_t, t, z, s), s (..) the time to jump to; it has its own embedding, c gets the
+    mean of the two.
     """
 
-    def __init__(self, dim, cond_dim, width, blocks):
+    def __init__(self, dim, cond_dim, width, blocks, two_times=False, time_norm=False):
         super().__init__()
         self.dim = dim
         self.input = nn.Linear(dim, width)
         self.cond = nn.Linear(cond_dim, width)
-        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        embedding = lambda: nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width),
+                                          *([SpreadNorm(width)] if time_norm else []))
+        self.time = embedding()
+        if two_times:
+            self.until = embedding()
         self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
         self.norm = LayerNorm(width, affine=False)
         self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -176,10 +222,12 @@ class AdaLNMLP(nn.Module):
         for m in [block.ada[1] for block in self.blocks] + [self.ada[1], self.output]:
             nn.init.zeros_(m.weight)                                      # blocks start as identity
 
-    def forward(self, x_t, t, z):
+    def forward(self, x_t, t, z, s=None):
         dtype = self.input.weight.dtype
         with torch.autocast(x_t.device.type, enabled=False):                # times stay fp32
             time = self.time(sinusoid(t).to(dtype))                         # (.., w)
+            if s is not None:
+                time = (time + self.until(sinusoid(s).to(dtype))) / 2
         c = time + fp32(self.cond(z.to(dtype)))                             # (.., w)
         h = fp32(self.input(x_t.to(dtype)))                                 # (.., w)
         for block in self.blocks:
@@ -189,10 +237,10 @@ class AdaLNMLP(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- objectives
-# Contract with the network. net(x_t, t, z): x_t (.., D) and t (..) in fp32, z whatever loss or
-# sample was given, untouched; with multiplier M > 1, loss puts one axis M in front of x_t and t.
-# `net.dim` is D. A position is what shares one t: a network that denoises blocks takes x (B,
-# blocks, block * D).
+# Contract with the network. net(x_t, t, z), LSD: net(x_t, t, z, s): x_t (.., D) and t, s (..) in
+# fp32, z whatever loss or sample was given, untouched; with multiplier M > 1, loss puts one axis in
+# front of x_t, t and s: M, or M / 4 for LSD's jumps. `net.dim` is D. A position is what shares one
+# t: a network that denoises blocks takes x (B, blocks, block * D).
 
 def draw(x, cfg):
     """Repeat x (.., D) M times; own noise and time for every position and every repeat (4.4).
@@ -397,16 +445,104 @@ class Consistency(nn.Module):
         self.load_state_dict(own | state_dict)                              # strict
 
 
+class LSD(nn.Module):
+    """A flow map f(x_t, t, s) = x_t + (s-t) F(x_t, t, s), which jumps from time t to s < t.
+
+    Path and times are RectifiedFlow's: x_t = (1-t) x + t eps. Two conditions make f the flow map of
+    that flow (Boffi et al. 2025; the paper's third version; as Pocket TTS trains it):
+
+        diagonal:  F(x_t, t, t) = eps - x                             flow matching
+        off it:    df/ds = F + (s-t) ∂F/∂s = F(f, s, s)               f moves as the flow does at f
+
+        D L = (1-distill) ||F(x_t, t, t) - (eps - x)||² + distill ||df/ds - sg(F(f, s, s))||²
+
+    ∂F/∂s is one jvp, and the gradient goes through it (reverse over forward). A quarter of the M
+    draws, at least one, has the second term, which costs two passes more. Pocket TTS computes it on a
+    random quarter of the steps instead; the expectation is the same. The target is a constant; with
+    the gradient through its x (not its weights) they found the same quality.
+    """
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.net, self.cfg = net, cfg
+        if cfg.adaptive:
+            self.psi = nn.Linear(512, 1)                                    # w_psi(t, s)
+            nn.init.zeros_(self.psi.weight)
+            nn.init.zeros_(self.psi.bias)
+
+    def f(self, x_t, t, s, z):
+        """The flow map: x_t (.., D), t, s (..), z (.., C) -> x_s (.., D)."""
+        return x_t + (s - t)[..., None] * fp32(self.net(x_t, t, z, s))
+
+    def weigh(self, loss, t, s):
+        if not self.cfg.adaptive:
+            return loss
+        with torch.autocast(loss.device.type, enabled=False):
+            times = torch.cat([sinusoid(t), sinusoid(s)], -1)               # (M, .., 512)
+            w = self.psi(times.to(self.psi.weight.dtype))[..., 0]
+        return w.exp() * loss - w
+
+    def loss(self, z, x):
+        """The loss above. (.., C), (.., D) -> (..), metrics: loss_* of the diagonal, lsd off it."""
+        cfg = self.cfg
+        x, eps, u = draw(x, cfg)
+        t = torch.sigmoid(u)
+        x_t, v = x + t[..., None] * (eps - x), eps - x
+        diagonal = (fp32(self.net(x_t, t, z, t)) - v).square().mean(-1)
+        flow, metrics = finish(self.weigh(diagonal, t, t), u, cfg, diagonal)
+        if cfg.multiplier > 1:
+            few = slice(-(-cfg.multiplier // 4))
+            x, v, t = x[few], v[few], t[few]                                # (M / 4, .., D)
+        other = torch.sigmoid(cfg.p_mean + cfg.p_std * torch.randn_like(t))
+        t, s = torch.maximum(t, other), torch.minimum(t, other)             # towards less noise
+        x_t = x + t[..., None] * v
+        with torch.autocast(x.device.type, enabled=False):
+            F, dFds = torch.func.jvp(lambda s: fp32(self.net(x_t, t, z, s)), (s,),
+                                     (torch.ones_like(s),))
+            jump = (s - t)[..., None]
+            with torch.no_grad():
+                target = fp32(self.net(x_t + jump * F, s, z, s))
+        error = (F + jump * dFds - target).square().mean(-1)
+        jumps = self.weigh(error, t, s)
+        jumps = jumps.mean(0) if cfg.multiplier > 1 else jumps
+        return ((1 - cfg.distill) * flow + cfg.distill * jumps,
+                metrics | {"lsd": error.detach().mean()})
+
+    @torch.no_grad()
+    def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
+        """1 step: f(sqrt(tau) eps, 1, 0). More: jumps over a uniform grid. (.., C) -> (.., D).
+
+        No noise is added on the way: with the exact map any number of steps gives the same x.
+        """
+        x, _, steps = start(self.net, z, self.cfg, 1, shape, steps, temperature, generator)
+        times = torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype)
+        for t, s in zip(times[:-1], times[1:]):
+            x = self.f(x, t.expand(x.shape[:-1]), s.expand(x.shape[:-1]), z)
+        return x
+
+    def load_flow(self, state_dict):
+        """Start from a RectifiedFlow's state_dict: the diagonal then is that flow, exactly.
+
+        The second time's embedding starts as a copy of the first's. An LSD state_dict loads as
+        usual; a TrigFlow's F means something else: do not.
+        """
+        second = {k.replace("net.time.", "net.until."): v for k, v in state_dict.items()
+                  if k.startswith("net.time.")}
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("net.")}
+        self.load_state_dict(own | second | state_dict)                     # strict
+
+
 # ------------------------------------------------------------------------------------------ by name
 
-def with_mlp(objective):
+def with_mlp(objective, two_times=False):
     """(dim, cond_dim, cfg) -> the objective with an AdaLNMLP inside."""
     return lambda dim, cond_dim, cfg: objective(
-        AdaLNMLP(dim, cond_dim, cfg.width, cfg.blocks), cfg)
+        AdaLNMLP(dim, cond_dim, cfg.width, cfg.blocks, two_times, cfg.time_norm), cfg)
 
 
 HEADS = {                                            # HEADS[cfg.objective](dim, cond_dim, cfg)
     "rectified_flow": with_mlp(RectifiedFlow),
     "trigflow": with_mlp(TrigFlow),
     "consistency": with_mlp(Consistency),
+    "lsd": with_mlp(LSD, two_times=True),
 }

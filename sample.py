@@ -40,7 +40,7 @@ def parse():
     p.add_argument("--prompt-seconds", type=float,
                    help="of a prompt to continue, its last so many seconds")
     p.add_argument("--steps", type=int,
-                   help="steps a latent (audiocalm: a block); default: 1 for consistency, "
+                   help="steps a latent (audiocalm: a block); default: 1 for consistency and lsd, "
                         "20 for flows")
     p.add_argument("--temperature", type=float,
                    help="variance of the noise, 0 .. 1; default: the config's")
@@ -81,9 +81,10 @@ def main():
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
     text = " ".join(t for t in (a.prompt_text, a.text) if t)
-    tokens = encode_text(text, a.kind)
+    tokens = encode_text(text, a.kind, cfg.data)
     if len(tokens) > 1 + limit:
-        raise BadInput(f"--text: {len(tokens) - 1} bytes are more than this run was trained on "
+        unit = "tokens" if cfg.data.tokenizer else "bytes"
+        raise BadInput(f"--text: {len(tokens) - 1} {unit} are more than this run was trained on "
                        f"(data.text_len = {limit})")
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
@@ -95,7 +96,7 @@ def main():
         wav = torch.tensor(load_audio(a.prompt, rate, cfg.vae.channels)).to(a.device)
         wav = wav[:, -round(seconds * rate):] if seconds else wav
         with torch.no_grad():
-            latents = vae.normalize(vae.encode(wav[None])[0])                            # (1, T, D)
+            latents = lm.listen(vae, wav[None])                              # (1, T, D) or codes
         if a.text is not None and not a.prompt_text:
             if not cfg.data.prompt_frames:
                 raise BadInput(f"--prompt: {a.run} was trained without voice prompts "

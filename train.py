@@ -50,6 +50,7 @@ from config import (MODELS, build, dump, load, load_checkpoint, load_weights, ma
 from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
                   load_manifest, save_audio, seconds_of)
+from discrete import DISCRETE
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -172,13 +173,18 @@ class LMStage:
             k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
         load_weights(self.vae, weights, f"{cfg.out}/vae.pt")
         self.vae.to(runtime.device).eval()
-        self.key = digest(weights, [c.audio for c in clips])      # a new VAE or corpus: new latents
+        table = getattr(cfg, MODELS[name][1])
+        self.levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0     # of codes
+        what = [self.levels] if self.levels else []
+        # a new VAE or corpus: new latents
+        self.key = digest(weights, [c.audio for c in clips], *what)
         train, held = (self.cache(clips, self.key),
-                       self.cache(valid, digest(weights, [c.audio for c in valid])))
+                       self.cache(valid, digest(weights, [c.audio for c in valid], *what)))
         stage = getattr(cfg.train, name)
-        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim)
+        rate = cfg.vae.frame_rate if getattr(table, "monologue", False) else 0.0
+        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim, rate)
         self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
-                                  len(valid), cfg.vae.latent_dim)
+                                  len(valid), cfg.vae.latent_dim, rate)
         self.name, self.model = name, make_model(cfg, name)
         if name == "consistency":
             state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
@@ -194,18 +200,21 @@ class LMStage:
 
         @torch.no_grad()
         def encode(wav):
+            wav = wav.to(self.runtime.device)
             with self.runtime.autocast():
-                return torch.cat(self.vae.encode(wav.to(self.runtime.device)), -1).cpu()
+                return (self.vae.encode_codes(wav) if self.levels
+                        else torch.cat(self.vae.encode(wav), -1)).cpu()
 
         if self.runtime.rank == 0:
             LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                               sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
-                              hop=cfg.vae.hop, dim=cfg.vae.latent_dim, batch_seconds=60.0)
+                              hop=cfg.vae.hop, dim=cfg.vae.latent_dim, levels=self.levels,
+                              batch_seconds=60.0)
         if self.runtime.world > 1:
             dist.barrier()
         return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                                  sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
-                                 hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
+                                 hop=cfg.vae.hop, dim=cfg.vae.latent_dim, levels=self.levels,
                                  batch_seconds=60.0, show=False)
 
     def compile(self):
@@ -213,7 +222,12 @@ class LMStage:
         self.model.head.net.compile()
 
     def prepare(self, batch):
-        """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D)."""
+        """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D).
+
+        Codes (B, T, K) stay as they are.
+        """
+        if self.levels:
+            return batch
         for name in ("x", "prompt"):
             mean, logvar = batch[name].chunk(2, -1)
             batch[name] = self.vae.normalize(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
@@ -236,8 +250,8 @@ class LMStage:
         for kind in KINDS:
             clips = [c for c in self.valid if c.kind == kind]
             texts = cfg.sample.texts.get(kind) or sorted(
-                {c.text for c in clips
-                 if c.text and len(c.text.encode()) <= cfg.data.text_len})
+                {c.text for c in clips if c.text
+                 and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
             for i, text in enumerate(
                     texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
                 self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
@@ -246,15 +260,15 @@ class LMStage:
                     longer[:: max(1, len(longer) // cfg.sample.count)][:cfg.sample.count]):
                 wav = torch.tensor(load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
                                               seconds=cfg.sample.prompt_seconds))
-                history = self.vae.normalize(self.vae.encode(wav[None].to(self.runtime.device))[0])
+                history = model.listen(self.vae, wav[None].to(self.runtime.device))
                 self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}",
                             kind, "", i, history=history)
         return {f"valid_{k}": v.item() for k, v in metrics.items()}
 
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
-        wav, = model.render(self.vae, torch.tensor([encode_text(text, kind)], device=device),
-                            kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+        tokens = torch.tensor([encode_text(text, kind, cfg.data)], device=device)
+        wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                             steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
                             guidance=cfg.sample.cfg,
                             generator=torch.Generator(device).manual_seed(seed), **options)
@@ -440,6 +454,11 @@ def train(stage, name, cfg, runtime):
         raise BadInput(
             f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
     stage.model.to(runtime.device).train()
+    parts = dict(stage.averaged.named_children())
+    for part in c.freeze:
+        if part not in parts:
+            raise BadInput(f"train.{name}.freeze: unknown '{part}'; valid: {', '.join(parts)}")
+        parts[part].requires_grad_(False)
     optimizers = make_optimizers(stage, c, runtime.device)
     ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
     if os.path.exists(path):

@@ -5,7 +5,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from backbone import BackboneConfig, KVCache, Transformer, rope, rotations
 
-CASES = [dict(), dict(window=5), dict(kv_heads=2), dict(qk_norm=True), dict(mlp="gelu", window=3)]
+CASES = [dict(), dict(window=5), dict(kv_heads=2), dict(qk_norm=True), dict(mlp="gelu", window=3),
+         dict(head_dim=12, kv_heads=1)]
 
 
 def model(**changes):
@@ -69,7 +70,7 @@ def test_table_9_sizes_give_the_parameter_counts_of_the_paper(
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(heads=3), dict(kv_heads=3), dict(mlp="relu"), dict(window=-1)], ids=str)
+    "changes", [dict(heads=3), dict(kv_heads=3), dict(mlp="relu"), dict(window=-1), dict(head_dim=5)], ids=str)
 def test_impossible_sizes_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=list(changes)[0]):
         BackboneConfig(**{"dim": 32, "heads": 4, **changes})

@@ -40,6 +40,13 @@ def test_a_wrong_element_of_a_list_or_table_is_named():
         build(Config, {"data": {"weights": {"speech": "half"}}})
 
 
+def test_the_consistency_stage_is_refused_for_weights_that_mean_something_else():
+    for objective in ("rectified_flow", "lsd"):
+        with pytest.raises(BadInput, match="^stages: consistency goes on from TrigFlow"):
+            build(Config, {"stages": ["lm", "consistency"],
+                           "lm": {"head": {"objective": objective}}})
+
+
 def test_values_that_a_dataclass_refuses_carry_their_table():
     with pytest.raises(BadInput, match="^lm.backbone.heads: dim / heads"):
         build(Config, {"lm": {"backbone": {"dim": 10, "heads": 3}}})

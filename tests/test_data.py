@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data                                                                 # noqa: E402
 from data import (AudioBatches, BadInput, Clip, DataConfig, LatentBatches, LatentCache, Order,
                   PAD, Prefetch, decode_text, encode_text, load_audio, load_clips, load_manifest,
-                  save_audio, scan, write_manifest)                         # noqa: E402
+                  save_audio, scan, word_stream, write_manifest)            # noqa: E402
 
 RATE, HOP, D = 8000, 400, 3
 
@@ -51,7 +51,7 @@ class Numbered:
     """A cache whose every frame says which clip and which frame it is: [clip, frame, 0 | ...]."""
 
     def __init__(self, lengths):
-        self.frames, self.dim = np.array(lengths), D
+        self.frames, self.dim, self.levels = np.array(lengths), D, 0
 
     def __len__(self):
         return len(self.frames)
@@ -535,3 +535,12 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_two(capsys):
     with pytest.raises(SystemExit) as e:
         data.cli(main)
     assert e.value.code == 2 and capsys.readouterr().err == "error: a.wav: is bad\n"
+
+
+def test_words_stand_at_the_frame_where_they_begin_or_behind_the_word_before():
+    words = [["ab", 0.2, 0.3], ["c", 0.3, 0.4], ["de", 1.0, 1.2]]
+    stream = word_stream(words, 13, 10.0).tolist()
+    assert stream == [PAD, PAD, ord("a"), ord("b"), 32, ord("c"), 32, PAD, PAD, PAD,
+                      ord("d"), ord("e"), 32]
+    assert word_stream(words, 11, 10.0).tolist() == stream[:11]
+    assert word_stream(words, 4, 10.0).tolist() == stream[:4]

@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import heads
-from heads import HALF_PI, HEADS, AdaLNMLP, Consistency, HeadConfig, RectifiedFlow, TrigFlow
+from heads import (HALF_PI, HEADS, LSD, AdaLNMLP, Consistency, HeadConfig, RectifiedFlow,
+                   TrigFlow)
 
 NAMES = list(HEADS)
 
@@ -30,8 +31,8 @@ class Net:
     def __init__(self, formula, dim):
         self.formula, self.dim = formula, dim
 
-    def __call__(self, x_t, t, z):
-        return self.formula(x_t, t[..., None])
+    def __call__(self, x_t, t, z, *s):                          # s: LSD's second time
+        return self.formula(x_t, t[..., None], *(time[..., None] for time in s))
 
 
 M, S = 0.7, 0.3                                                 # the data N(M, S²)
@@ -55,6 +56,13 @@ def consistency_f(x, t):                                        # where the flow
 
 def consistency_F(x, t):                                       # f = cos t x - sin t F, solved for F
     return (t.cos() * x - consistency_f(x, t)) / t.sin()
+
+
+def lsd_F(x, t, s):                         # f = x + (s-t) F: where the flow from (x, t) is at s
+    sd = lambda t: (S**2 * (1 - t)**2 + t**2).sqrt()
+    f = M * (1 - s) + sd(s) / sd(t) * (x - M * (1 - t))
+    same = s == t
+    return torch.where(same, rf_F(x, t), (f - x) / torch.where(same, 1.0, s - t))
 
 
 def tiny(name, dim=4, cond=6, perturb=True, **kw):
@@ -308,6 +316,103 @@ def test_trigflow_weights_load_into_consistency_and_nothing_is_forgotten_silentl
         head.load_flow(tiny("trigflow", width=16).state_dict())
 
 
+# ---------------------------------------------------------------------------------------------- lsd
+
+def test_the_exact_flow_map_of_a_gaussian_makes_the_jump_loss_zero_and_wrong_maps_do_not():
+    x = M + S * torch.randn(4000, 2, dtype=torch.float64)
+
+    def jump(formula):
+        torch.manual_seed(3)
+        return LSD(Net(formula, 2), HeadConfig(multiplier=4)).loss(x, x)[1]["lsd"].item()
+    assert jump(lsd_F) < 1e-20
+    assert jump(lambda x, t, s: lsd_F(x, t, t)) > 0.01         # the flow at t, whatever s
+    assert jump(lambda x, t, s: lsd_F(x, t, s.detach())) > 0.01         # no derivative by s
+    assert jump(lambda x, t, s: lsd_F(x, s, t)) > 0.01         # the times the other way round
+    assert jump(lambda x, t, s: -lsd_F(x, t, s)) > 0.01
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_with_the_exact_flow_map_any_number_of_steps_ends_on_the_same_sample(steps):
+    z = torch.zeros(500, 1, dtype=torch.float64)
+    draw = lambda: torch.Generator().manual_seed(1)
+    eps = torch.randn(500, 2, dtype=torch.float64, generator=draw())
+    x = LSD(Net(lsd_F, 2), HeadConfig()).sample(z, steps=steps, generator=draw())
+    assert (x - (M + S * eps)).abs().max() < 1e-12
+
+
+def test_the_diagonal_of_lsd_is_the_loss_of_rectified_flow():
+    flow, head = tiny("rectified_flow", multiplier=8), tiny("lsd", multiplier=8)
+    head.load_flow(flow.state_dict())
+    x, t, z = torch.randn(5, 4), torch.rand(5), torch.randn(5, 6)
+    torch.testing.assert_close(head.net(x, t, z, t), flow.net(x, t, z))
+    z, x = torch.randn(9, 6), torch.randn(9, 4)
+
+    def run(h):
+        torch.manual_seed(3)
+        return h.loss(z, x)
+    (expected, plain), (loss, metrics) = run(flow), run(head)
+    for k in plain:
+        torch.testing.assert_close(metrics[k], plain[k])
+    torch.testing.assert_close(loss.mean(), 0.75 * expected.mean() + 0.25 * metrics["lsd"])
+
+
+def test_the_jumps_of_lsd_go_from_more_noise_to_less_along_the_path_of_their_pair():
+    head, calls = tiny("lsd", multiplier=8), []
+    net = head.net.forward
+    head.net.forward = lambda *a: calls.append(a) or net(*a)
+    x = torch.randn(500, 4)
+    head.loss(torch.randn(500, 6), x)
+    (x_t, t, _, same), (x_far, far, _, s), (_, near, _, end) = calls
+    assert torch.equal(t, same) and torch.equal(near, end) and t.shape == (8, 500)
+    assert far.shape == s.shape == (2, 500) and (s < far).all()         # a quarter of the draws
+    s = near                                            # (inside the jvp s is a dual number)
+    pair = lambda x_t, t: (x_t - (1 - t[..., None]) * x[:len(t[0])]) / t[..., None]       # eps
+    # the first draws share eps with the diagonal's
+    torch.testing.assert_close(pair(x_far, far), pair(x_t, t)[:2], atol=2e-3, rtol=1e-2)
+    u = torch.logit(torch.stack([far, s])).double()
+    assert abs(u.mean() + 0.4) < 0.1 and abs(u.std() - 1.4) < 0.1
+
+
+def test_gradients_flow_through_f_and_its_derivative_and_not_through_lsds_target():
+    head = tiny("lsd", multiplier=1, blocks=1, width=8).double()
+    z = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(9, 4, dtype=torch.float64)
+    inputs = [z, *head.net.parameters()]
+
+    def run():
+        torch.manual_seed(3)
+        return head.loss(z, x)[0].sum()
+    got = torch.autograd.grad(run(), inputs)
+    seen, net = [], head.net.forward
+    head.net.forward = lambda *a: seen.append(a) or net(*a)
+    run()
+    head.net.forward = net
+    (x_t, t, _, _), (x_far, far, _, _), (end, s, _, _) = seen
+    target, h = net(end, s, z, s).detach(), 1e-5
+    f = lambda s: head.f(x_far, far, s, z)
+    df = (f(s + h) - f(s - h)) / (2 * h)                # the derivative, by finite differences
+    v = (x_t - x) / t[:, None]
+    loss = (0.75 * (net(x_t, t, z, t) - v).square().mean(-1)
+            + 0.25 * (df - target).square().mean(-1)).sum()
+    expected = torch.autograd.grad(loss, inputs)
+    assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-6) for a, b in zip(got, expected))
+
+
+def test_lsd_gives_the_same_gradient_around_a_compiled_network():
+    head = tiny("lsd", blocks=1)
+    z, x = torch.randn(3, 6), torch.randn(3, 4)
+
+    def grads():
+        torch.manual_seed(3)
+        head.zero_grad()
+        head.loss(z, x)[0].sum().backward()
+        return [p.grad.clone() for p in head.parameters()]
+    plain = grads()
+    head.net.compile(backend="aot_eager")
+    for a, b in zip(plain, grads()):
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------ sampling, precision
 
 @pytest.mark.parametrize("tau", [1.0, 0.64, 0.0])
@@ -318,6 +423,7 @@ def test_temperature_multiplies_the_std_of_the_noise_by_its_square_root(tau):
     near = lambda value: pytest.approx(value, rel=0.03, abs=1e-6)
     assert std(RectifiedFlow(zero, cfg), 5) == near(math.sqrt(tau))
     assert std(TrigFlow(zero, cfg), 5) == near(math.cos(HALF_PI / 5)**5 * math.sqrt(tau))
+    assert std(LSD(Net(lambda x, t, s: 0 * x, 1), cfg), 3) == near(math.sqrt(tau))
     assert std(Consistency(minus, cfg), 1) == near(math.sqrt(tau))
     assert std(Consistency(minus, cfg), 2) == near(math.sqrt(2 * tau))  # the re-noise is scaled too
 
@@ -338,6 +444,7 @@ def test_default_steps_are_one_for_consistency_twenty_for_flows_or_the_config():
     count = lambda head, **kw: (calls.clear(), head.sample(torch.zeros(2, 1), **kw), len(calls))[-1]
     defaults = [count(c(net, HeadConfig())) for c in (RectifiedFlow, TrigFlow, Consistency)]
     assert defaults == [20, 20, 1]
+    assert [HeadConfig(objective=name).sample_steps for name in NAMES] == [20, 20, 1, 1]
     assert count(Consistency(net, HeadConfig(steps=3))) == 3
     assert count(TrigFlow(net, HeadConfig(steps=3)), steps=5) == 5
     assert count(TrigFlow(net, HeadConfig(solver="heun")), steps=5) == 9
@@ -407,6 +514,22 @@ def test_training_with_the_consistency_loss_finds_the_closed_form_of_a_gaussian(
         assert rmse < limit
 
 
+def test_training_lsd_finds_the_flow_map_of_a_gaussian_with_any_number_of_steps():
+    """Data N(.8 z, .5²): the map takes eps to .8 z + .5 eps. rmse .02-.06; a flow's step: .50."""
+    def batch():
+        z = 2 * torch.rand(128, 1) - 1
+        return z, 0.8 * z + 0.5 * torch.randn(128, 1)
+    head = train(tiny("lsd", 1, 1, perturb=False, blocks=1, multiplier=8), batch, 200, 8e-3)
+    z = torch.cat([batch()[0] for _ in range(20)])
+    draw = lambda: torch.Generator().manual_seed(1)
+    exact = 0.8 * z + 0.5 * torch.randn(len(z), 1, generator=draw())
+    for steps in (1, 2, 4):
+        x = head.sample(z, steps=steps, generator=draw())
+        rmse = (x - exact).square().mean().sqrt().item()
+        print(f"rmse with {steps} steps: {rmse:.4f}")
+        assert rmse < 0.12
+
+
 def test_one_consistency_step_beats_one_flow_step_and_many_flow_steps_are_good():
     """4-d, 8 contexts with 3 modes each. Energy distance: floor -.002, the wrong context 1.35.
 
@@ -439,3 +562,12 @@ def test_one_consistency_step_beats_one_flow_step_and_many_flow_steps_are_good()
           f"{scratch_1:.3f}, after TrigFlow {after_1:.3f}")
     assert flow_1 > 0.6 and flow_20 < 0.05
     assert scratch_1 < flow_1 / 6 and after_1 < flow_1 / 6
+
+
+def test_the_spread_norm_of_times_divides_by_the_spread_and_learns_through_the_jvp():
+    head = tiny("lsd", time_norm=True, distill=0.5)
+    h = torch.randn(5, 32, dtype=torch.float64)
+    norm = head.net.until[3].double()
+    torch.testing.assert_close(norm(h), norm.weight * h / (h.std(-1, keepdim=True)**2 + 1e-5).sqrt())
+    head.double().loss(torch.randn(8, 6).double(), torch.randn(8, 4).double())[0].mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.net.parameters())

@@ -72,7 +72,21 @@ def test_evaluation_prints_a_table_and_writes_figures(trained):
     assert figures["vae"]["speech"]["original"] >= 0.9      # the oracle understands the synthesiser
     assert (set(figures["lm"]["facts"]) <= {"speech", "sound", "music"}
             and figures["lm"]["steps"] == 20)
-    assert os.listdir(f"{trained}/wavs/lm")
+    with open(f"{trained}/wavs/lm/speech.jsonl") as f:
+        made = [json.loads(line) for line in f]
+    assert len(made) == 2 and all(os.path.exists(f"{trained}/wavs/lm/{m['audio']}") for m in made)
+
+
+def test_a_sweep_prints_a_row_a_value_and_draws_the_curves(trained):
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "1",
+               "--threads", "1", "--sweep", "steps", "--values", "1,3", "--what", "lm",
+               "--json", f"{trained}/s.json", "--wavs", f"{trained}/sweep")
+    assert done.returncode == 0, done.stderr
+    with open(f"{trained}/s.json") as f:
+        assert set(json.load(f)["sweep steps"]) == {"1", "3"}
+    assert "facts speech" in done.stdout and os.path.exists(f"{trained}/sweep/sweep_steps.png")
+    wrong = run("evaluate.py", "--run", f"{trained}/run", "--sweep", "steps", "--values", "1.5")
+    assert wrong.returncode == 2 and "--values 1.5" in wrong.stderr
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +139,7 @@ def test_audiocalm_is_judged_like_the_others(universal):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "toy.py",
-                                    "bench.py", "convert.py"])
+                                    "bench.py", "convert.py", "flite.py"])
 def test_every_command_explains_itself(script):
     done = run(script, "-h")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8

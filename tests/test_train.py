@@ -383,6 +383,20 @@ def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished,
     assert wrong.returncode == 2 and start in wrong.stderr
 
 
+def test_frozen_parts_keep_their_weights_while_the_others_learn(finished, tmp_path):
+    start = f"{finished[0]}/run/vae.pt"
+    options = ("--config", write(str(tmp_path)), "--stages", '["vae"]', "--train.vae.init", start,
+               "--train.vae.steps", "2")
+    done = run("train.py", *options, "--train.vae.freeze", '["encoder"]')
+    assert done.returncode == 0, done.stderr
+    old, new = load_checkpoint(start)["ema"], load_checkpoint(f"{tmp_path}/run/vae.pt")["ema"]
+    moved = {k for k in new if not torch.equal(old[k], new[k])}
+    assert any(k.startswith("decoder.") for k in moved)
+    assert not any(k.startswith("encoder.") for k in moved)
+    wrong = run("train.py", *options, "--fresh", "--train.vae.freeze", '["ears"]')
+    assert wrong.returncode == 2 and "ears" in wrong.stderr and "decoder" in wrong.stderr
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
     done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
     assert (done.returncode == 2
