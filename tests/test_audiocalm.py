@@ -166,7 +166,8 @@ def test_flex_attention_gives_the_pass_that_the_dense_mask_gives(window):
     valid = torch.cat([torch.arange(5) < b["text_len"][:, None],
                        torch.arange(3) < b["prompt_len"][:, None],
                        torch.ones(4, 24, dtype=torch.bool)], 1)
-    z.mask = create_block_mask(rule(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
+    mask = create_block_mask(rule(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
+    z.mask = lambda S: mask
     torch.testing.assert_close(net.head.net(x_t, t, z), dense, atol=1e-10, rtol=0)
 
 
@@ -258,7 +259,7 @@ def test_dropped_rows_do_not_see_text_and_prompt_and_are_as_long():
     assert (net.head.net(x_t, t, context(net, b)) - null).abs().amax((1, 2)).min() > 1e-3
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow"])
+@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "lsd"])
 @pytest.mark.parametrize("experts", ["speech", "all"])
 def test_every_part_learns_from_every_objective(objective, experts):
     net = model(2, 2, objective, experts=experts, text_dropout=0.5).train()
@@ -267,6 +268,21 @@ def test_every_part_learns_from_every_objective(objective, experts):
     silent = [name for name, p in net.named_parameters()
               if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
+
+
+def test_an_lsd_model_starts_as_the_flow_it_goes_on_from():
+    """Jumps of length 0, from all of a flow's weights; the jvp by s agrees with differences."""
+    flow, lsd, b = model(2), model(2, objective="lsd"), batch()
+    flow_weights = flow.head.state_dict()
+    lsd.head.load_flow(flow_weights)
+    lsd.experts.load_state_dict(flow.experts.state_dict())
+    x_t, t = torch.randn(4, 4, 2 * D).double(), torch.rand(4, 4).double()
+    torch.testing.assert_close(lsd.head.net(x_t, t, context(lsd, b), t),
+                               flow.head.net(x_t, t, context(flow, b)), atol=1e-10, rtol=0)
+    s, z = 0.5 * t, context(lsd, b)
+    F = lambda s: lsd.head.net(x_t, t, z, s)
+    _, slope = torch.func.jvp(F, (s,), (torch.ones_like(s),))
+    torch.testing.assert_close(slope, (F(s + 1e-6) - F(s - 1e-6)) / 2e-6, atol=1e-8, rtol=0)
 
 
 def test_a_model_learns_what_its_text_says_and_how_long_it_is():
