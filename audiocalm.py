@@ -4,7 +4,7 @@
       └─ embed ─┐    └─ linear ─┐            └─ + noise s, linear ─┐      └─ linear + time(t) ─┐
                 ▼               ▼                                  ▼                           ▼
               [ text          | prompt | x¹⁻⁴ | x⁵⁻⁸ | x⁹⁻¹² ...   | x_t¹⁻⁴ | x_t⁵⁻⁸ | x_t⁹⁻¹² .. ]
-    position    0 1 2 ...       l ...    l+p ...                     l+p ...           the same again
+    position    0 1 2 ...       l ...    l+p ...                     l+p ...          the same again
                                   │  one pass of the backbone, one mask
                                   ▼
                  hidden, clean (B, T, C)          hidden, noisy (B, M·T, C)
@@ -12,11 +12,11 @@
                 stop logit a frame: "the clip                read-out with x_t and t
                 ends with or before this one"                      │
                                                       velocity F = ε - x (M, B, T, D)
-    who sees whom (query below, key right; block 2):
+    who sees whom, block by block:
                  text prompt │ clean 1 2 3 4 │ noisy 1 2 3 4
         text     causal      │               │                     a position sees
-        clean 3  ■■■■ ■■■■   │       ■ ■ ■   │                       what is clean and earlier,
-        noisy 3  ■■■■ ■■■■   │       ■ ■     │           ■           and its own block, whole
+        clean 3  ■■■■ ■■■■■■ │       ■ ■ ■   │                       what is clean and earlier,
+        noisy 3  ■■■■ ■■■■■■ │       ■ ■     │           ■           and its own block, whole
 
     L = mean over blocks of ||F - (ε - x)||² / D + stop_weight · BCE(stop logits)
 
@@ -57,8 +57,6 @@ audiocalm.pt; with s = t its F is that flow's.
 Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
 """
 import argparse
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -150,13 +148,14 @@ def make_mask(sees, B, S, device):
 class Context:
     """What the noisy blocks stand behind: given as embeddings (training) or cached (generation).
 
-    known (B, K, C): text, prompt, clean latents; positions (B, K + N) and mask(S): of known and
-    noisy, and of their first S. Or cache. experts: as Experts.serve gives them. guidance: of a cache whose second half of rows
-    is the null condition. hidden (B, K, C): filled in by the first pass, for the stop head.
+    known (B, K, C): text, prompt, clean latents; positions (B, K + N): of known and noisy; masks:
+    length S -> mask of the first S. Or cache. experts: as Experts.serve gives them. guidance: of a
+    cache whose second half of rows is the null condition. hidden (B, K, C): filled in by the first
+    pass, for the stop head.
     """
     known: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    mask: Callable | None = None
+    masks: dict | None = None
     cache: KVCache | None = None
     experts: list | None = None
     guidance: float = 1.0
@@ -202,7 +201,7 @@ class ARFlow(nn.Module):
         if z.known is not None:
             K, h = z.known.shape[1], torch.cat([z.known, h], 1)                 # (B, K + M·T, C)
             S = h.shape[1]
-            where = {"positions": z.positions[:, :S], "mask": z.mask(S)}
+            where = {"positions": z.positions[:, :S], "mask": z.masks[S]}
         else:
             cache = z.cache.copy()
         y = self.backbone(h, cache, experts=z.experts, **where)
@@ -268,9 +267,10 @@ class AudioCALM(nn.Module):
         valid = torch.cat([i[:L] < text_len[:, None], i[:P] < prompt_len[:, None],
                            torch.ones(B, (1 + M) * T, dtype=torch.bool, device=x.device)], 1)
         sees = rule(order, copy, valid, self.cfg.window // b)
-        mask = functools.cache(lambda S: make_mask(sees, B, S, x.device))
+        draws = {M, -(-M // 4)} if self.cfg.head.objective == "lsd" else {M}   # M / 4: its jumps
+        masks = {S: make_mask(sees, B, S, x.device) for S in (L + P + T + m * T for m in draws)}
         counts = torch.bincount(kind, minlength=len(self.kinds)).tolist()
-        return Context(known, positions, mask, experts=self.experts.serve(counts))
+        return Context(known, positions, masks, experts=self.experts.serve(counts))
 
     def loss(self, batch):
         """One training loss and its parts.

@@ -167,7 +167,7 @@ def test_flex_attention_gives_the_pass_that_the_dense_mask_gives(window):
                        torch.arange(3) < b["prompt_len"][:, None],
                        torch.ones(4, 24, dtype=torch.bool)], 1)
     mask = create_block_mask(rule(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
-    z.mask = lambda S: mask
+    z.masks = {S: mask}
     torch.testing.assert_close(net.head.net(x_t, t, z), dense, atol=1e-10, rtol=0)
 
 
