@@ -428,3 +428,14 @@ def test_impossible_values_are_refused_by_name(changes, word):
 def test_the_mask_can_be_drawn(tmp_path):
     draw_mask(tmp_path / "mask.png")
     assert (tmp_path / "mask.png").stat().st_size > 1000
+
+
+def test_bf16_autocast_gives_the_loss_of_fp32_to_its_precision():
+    net, b, found = model(2, 2).float(), batch(), []
+    b = {k: v.float() if v.is_floating_point() else v for k, v in b.items()}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(net.loss(b)[0])
+    assert found[1].dtype == torch.float32 and not torch.equal(*found)
+    torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0.02)
