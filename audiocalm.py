@@ -4,7 +4,7 @@
       └─ embed ─┐    └─ linear ─┐            └─ + noise s, linear ─┐      └─ linear + time(t) ─┐
                 ▼               ▼                                  ▼                           ▼
               [ text          | prompt | x¹⁻⁴ | x⁵⁻⁸ | x⁹⁻¹² ...   | x_t¹⁻⁴ | x_t⁵⁻⁸ | x_t⁹⁻¹² .. ]
-    position    0 1 2 ...       l ...    l+p ...                     l+p ...           the same again
+    position    0 1 2 ...       l ...    l+p ...                     l+p ...          the same again
                                   │  one pass of the backbone, one mask
                                   ▼
                  hidden, clean (B, T, C)          hidden, noisy (B, M·T, C)
@@ -12,11 +12,11 @@
                 stop logit a frame: "the clip                read-out with x_t and t
                 ends with or before this one"                      │
                                                       velocity F = ε - x (M, B, T, D)
-    who sees whom (query below, key right; block 2):
+    who sees whom, block by block:
                  text prompt │ clean 1 2 3 4 │ noisy 1 2 3 4
         text     causal      │               │                     a position sees
-        clean 3  ■■■■ ■■■■   │       ■ ■ ■   │                       what is clean and earlier,
-        noisy 3  ■■■■ ■■■■   │       ■ ■     │           ■           and its own block, whole
+        clean 3  ■■■■ ■■■■■■ │       ■ ■ ■   │                       what is clean and earlier,
+        noisy 3  ■■■■ ■■■■■■ │       ■ ■     │           ■           and its own block, whole
 
     L = mean over blocks of ||F - (ε - x)||² / D + stop_weight · BCE(stop logits)
 
@@ -49,6 +49,11 @@ Not given in the paper; we chose:
 - `window` latents of history beside text and prompt: memory and time a block are then constant.
   Positions go on counting; distances to the text beyond those of training are extrapolated.
 - multiplier M: M draws of (t, ε) share one clean half: [text | prompt | clean | noisy x M].
+
+Beyond the paper: a block in 1 to 4 passes. objective = "lsd" (heads.LSD) learns the flow map, F
+from t to s. Its loss needs the derivative by s, the time to jump to, alone; s enters at the
+read-out, so the jvp goes through that and never meets attention. Stage "audiocalm_lsd" goes on from
+audiocalm.pt; with s = t its F is that flow's.
 Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
 """
 import argparse
@@ -60,10 +65,10 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 from backbone import BackboneConfig, KVCache, Transformer
-from heads import AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
+from heads import LSD, AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
 from moe import EXPERTS, Experts
 
-FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow}
+FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow, "lsd": LSD}
 
 
 @dataclass
@@ -71,7 +76,8 @@ class FlowConfig(HeadConfig):
     """The [audiocalm.head] table: a HeadConfig with AudioCALM's values. width and blocks are the
     read-out's.
     """
-    objective: str = "rectified_flow"   # or trigflow; consistency needs a jvp of the whole backbone
+    # or trigflow, lsd; consistency needs a jvp of the whole backbone
+    objective: str = "rectified_flow"
     width: int = 256
     blocks: int = 1                     # thin: the backbone does the work
     multiplier: int = 1                 # M, noise draws that share one clean half
@@ -82,7 +88,7 @@ class FlowConfig(HeadConfig):
 @dataclass
 class AudioCALMConfig:
     """The [audiocalm] table."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal, window: not used
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal: not used
     head: FlowConfig = field(default_factory=FlowConfig)
     # latents drawn together, which see each other (the paper sweeps it, the value is not public); 1
     # = frame by frame, as CALM. The first audio comes after one block
@@ -109,6 +115,8 @@ class AudioCALMConfig:
             raise ValueError(f"experts: unknown '{self.experts}'; valid: {', '.join(EXPERTS)}")
         if self.window < 0 or self.window % self.block:
             raise ValueError(f"window: must be whole blocks of {self.block}, got {self.window}")
+        if self.backbone.window:
+            raise ValueError("backbone.window: the mask is the blocks'; use audiocalm.window")
         if self.head.objective not in FLOWS:
             raise ValueError(f"head.objective: '{self.head.objective}' cannot go through the "
                              f"backbone; valid: {', '.join(FLOWS)}")
@@ -140,13 +148,14 @@ def make_mask(sees, B, S, device):
 class Context:
     """What the noisy blocks stand behind: given as embeddings (training) or cached (generation).
 
-    known (B, K, C): text, prompt, clean latents; positions (B, K + N), mask: of known and noisy.
-    Or cache. experts: as Experts.serve gives them. guidance: of a cache whose second half of rows
-    is the null condition. hidden (B, K, C): filled in by the pass, for the stop head.
+    known (B, K, C): text, prompt, clean latents; positions (B, K + N): of known and noisy; masks:
+    length S -> mask of the first S. Or cache. experts: as Experts.serve gives them. guidance: of a
+    cache whose second half of rows is the null condition. hidden (B, K, C): filled in by the first
+    pass, for the stop head.
     """
     known: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    mask: object = None
+    masks: dict | None = None
     cache: KVCache | None = None
     experts: list | None = None
     guidance: float = 1.0
@@ -154,9 +163,9 @@ class Context:
 
 
 class ARFlow(nn.Module):
-    """The network of the objective: net(x_t, t, context) -> F, a pass of the backbone.
+    """The network of the objective: net(x_t, t, context[, s]) -> F, a pass of the backbone.
 
-    x_t (B, n, block · D) or (M, B, n, block · D), t without the last axis.
+    x_t (B, n, block · D) or (M, B, n, block · D), t and s without the last axis.
     """
 
     def __init__(self, cfg, latent_dim, vocab):
@@ -172,25 +181,33 @@ class ARFlow(nn.Module):
         nn.init.normal_(self.text.weight, std=0.5)   # the scale that the linear layers give latents
         # the order is in the masks, so the backbone has none of its own
         self.backbone = Transformer(replace(cfg.backbone, causal=False, window=0))
-        self.readout = AdaLNMLP(latent_dim, C, cfg.head.width, cfg.head.blocks)
+        self.readout = AdaLNMLP(latent_dim, C, cfg.head.width, cfg.head.blocks,
+                                cfg.head.objective == "lsd", cfg.head.time_norm)
 
-    def forward(self, x_t, t, z):
+    def forward(self, x_t, t, z, s=None):
         if z.guidance != 1:
-            x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+            x_t, t, s = (v if v is None else torch.cat([v, v]) for v in (x_t, t, s))
         M, B, n = (1, *t.shape)[-3:]
-        x = x_t.view(M, B, n * self.block, -1).transpose(0, 1).flatten(1, 2)    # (B, M·T, D)
-        at = t.view(M, B, n).transpose(0, 1).flatten(1)                         # (B, M·n)
-        dtype = self.noisy.weight.dtype
+
+        def frames(t):                                                          # (B, M·T)
+            t = t.reshape(M, B, n).transpose(0, 1).flatten(1)
+            return t.repeat_interleave(self.block, 1)
+        x = x_t.reshape(M, B, n * self.block, -1).transpose(0, 1).flatten(1, 2)  # (B, M·T, D)
+        at, dtype = frames(t), self.noisy.weight.dtype
         with torch.autocast(x.device.type, enabled=False):                      # times stay fp32
-            time = self.time(sinusoid(at).to(dtype))                            # (B, M·n, C)
+            time = self.time(sinusoid(at[:, ::self.block]).to(dtype))           # (B, M·n, C)
         h = self.noisy(x.to(dtype)) + time.repeat_interleave(self.block, 1)     # (B, M·T, C)
-        K = 0
+        K, cache, where = 0, None, {}
         if z.known is not None:
             K, h = z.known.shape[1], torch.cat([z.known, h], 1)                 # (B, K + M·T, C)
-        y = self.backbone(h, None if z.cache is None else z.cache.copy(),
-                          positions=z.positions, mask=z.mask, experts=z.experts)
-        z.hidden = y[:, :K]
-        F = self.readout(x, at.repeat_interleave(self.block, 1), y[:, K:])      # (B, M·T, D)
+            S = h.shape[1]
+            where = {"positions": z.positions[:, :S], "mask": z.masks[S]}
+        else:
+            cache = z.cache.copy()
+        y = self.backbone(h, cache, experts=z.experts, **where)
+        if z.hidden is None:
+            z.hidden = y[:, :K]
+        F = self.readout(x, at, y[:, K:], None if s is None else frames(s))     # (B, M·T, D)
         F = F.unflatten(1, (M, -1)).transpose(0, 1).reshape(x_t.shape)
         if z.guidance != 1:
             cond, null = F.chunk(2)
@@ -249,9 +266,11 @@ class AudioCALM(nn.Module):
         copy = torch.cat([copy.new_zeros(L + P), copy])                     # (L + P + (1+M)·T,)
         valid = torch.cat([i[:L] < text_len[:, None], i[:P] < prompt_len[:, None],
                            torch.ones(B, (1 + M) * T, dtype=torch.bool, device=x.device)], 1)
-        mask = make_mask(rule(order, copy, valid, self.cfg.window // b), B, len(order), x.device)
+        sees = rule(order, copy, valid, self.cfg.window // b)
+        draws = {M, -(-M // 4)} if self.cfg.head.objective == "lsd" else {M}   # M / 4: its jumps
+        masks = {S: make_mask(sees, B, S, x.device) for S in (L + P + T + m * T for m in draws)}
         counts = torch.bincount(kind, minlength=len(self.kinds)).tolist()
-        return Context(known, positions, mask, experts=self.experts.serve(counts))
+        return Context(known, positions, masks, experts=self.experts.serve(counts))
 
     def loss(self, batch):
         """One training loss and its parts.

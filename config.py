@@ -8,8 +8,7 @@ Tables and the file that owns their dataclass:
     [vae] vae.py      [lm] calm.py   ([lm.backbone] backbone.py, [lm.head] heads.py)
     [audiocalm] audiocalm.py         ([audiocalm.backbone], [audiocalm.head])
     [data] data.py
-    [toy] toy.py      [train.vae], [train.lm], [train.consistency], [train.audiocalm],
-                      [sample] here
+    [toy] toy.py      [train.STAGE] for each of STAGES, [sample] here
 An unknown key, a wrong type or an impossible value stops with one line that names the key and what
 is valid.
 """
@@ -29,16 +28,18 @@ from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
-STAGES = ("vae", "lm", "consistency", "audiocalm")
-# what the stage "consistency" makes of [lm.head] objective: few steps from the same weights
-FEW_STEPS = {"trigflow": "consistency", "rectified_flow": "lsd", "consistency": "consistency"}
+STAGES = ("vae", "lm", "consistency", "audiocalm", "audiocalm_lsd")
 # stages of a language model, last trained first -> its class and its table of the config
-MODELS = {"audiocalm": (AudioCALM, "audiocalm"), "consistency": (CALM, "lm"), "lm": (CALM, "lm")}
+MODELS = {"audiocalm_lsd": (AudioCALM, "audiocalm"), "audiocalm": (AudioCALM, "audiocalm"),
+          "consistency": (CALM, "lm"), "lm": (CALM, "lm")}
+# stages that go on from another's weights -> that stage; and what they make of its objective
+FASTER = {"consistency": "lm", "audiocalm_lsd": "audiocalm"}
+FEW_STEPS = {"trigflow": "consistency", "rectified_flow": "lsd", "consistency": "consistency"}
 
 
 @dataclass
 class StageConfig:
-    """[train.vae], [train.lm], [train.consistency], [train.audiocalm]: one stage of training."""
+    """[train.vae], [train.lm], [train.audiocalm] ...: one stage of training."""
     steps: int = 1000           # optimizer steps
     # checkpoint of the same sizes to start from (vae.pt of a run or of convert.py); "" = none
     init: str = ""
@@ -83,6 +84,7 @@ class Stages:
     lm: StageConfig = field(default_factory=StageConfig)
     consistency: StageConfig = field(default_factory=StageConfig)
     audiocalm: StageConfig = field(default_factory=StageConfig)
+    audiocalm_lsd: StageConfig = field(default_factory=StageConfig)
 
 
 @dataclass
@@ -126,6 +128,9 @@ class Config:
         if "consistency" in self.stages and self.lm.head.objective not in FEW_STEPS:
             raise ValueError("stages: consistency goes on from a flow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
+        if "audiocalm_lsd" in self.stages and self.audiocalm.head.objective == "trigflow":
+            raise ValueError("stages: audiocalm_lsd goes on from a rectified flow's weights; set "
+                             "audiocalm.head.objective = \"rectified_flow\" or leave it out")
         if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
             raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
                              "set vae.bottleneck = \"rvq\"")
@@ -295,7 +300,7 @@ def open_run(run, stage="", device="cpu", kind=None):
         return cfg, vae.to(device).eval(), None, "vae"
     state = load_checkpoint(f"{run}/{names[0]}.pt", device)
     cfg, weights = build(Config, state["config"]), state["ema"] or state["model"]
-    only = {"only": kind} if names[0] == "audiocalm" else {}
+    only = {"only": kind} if MODELS[names[0]][0] is AudioCALM else {}
     lm = make_model(cfg, names[0], **only)
     load_weights(lm, lm.wanted(weights) if only else weights, f"{run}/{names[0]}.pt")
     return cfg, vae.to(device).eval(), lm.to(device).eval(), names[0]
@@ -310,9 +315,9 @@ def make_model(cfg, stage, **options):
 
 
 def stage_model(cfg, stage):
-    """The model's table as the stage has it: "consistency" is [lm] with FEW_STEPS' objective."""
+    """The model's table as the stage has it: those of FASTER change the objective."""
     table = getattr(cfg, MODELS[stage][1])
-    if stage != "consistency":
+    if stage not in FASTER:
         return table
     return dataclasses.replace(
         table, head=dataclasses.replace(table.head, objective=FEW_STEPS[table.head.objective],

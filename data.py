@@ -449,9 +449,12 @@ def describe(clip, seed=0):
     transcript a second, named only where it is unusual."""
     if not clip.text:
         return ""
-    g = rng("describe", seed, int.from_bytes(hashlib.sha256(clip.id.encode()).digest()[:8], "little"))
+    name = hashlib.sha256(clip.id.encode()).digest()[:8]
+    g = rng("describe", seed, int.from_bytes(name, "little"))
+
     def pick(options):
         return options[int(g.integers(len(options)))]
+
     who, how = pick(("someone", "a voice", "a person")), ""
     if clip.kind == "speech":
         who = f"speaker {clip.speaker}" if clip.speaker else who

@@ -262,8 +262,9 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
                 wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                                  prompt=prompt, generator=seed, **options)
                 heard += [facts(w, held[t], rate) for w, t in zip(wavs, group)]
-                late += [abs(w.shape[-1] / rate - seconds_of(held[t]))
-                         for w, t in zip(wavs, group)]
+                late += [abs(w.shape[-1] // cfg.vae.hop
+                             - math.ceil(round(seconds_of(held[t]) * rate) / cfg.vae.hop))
+                         for w, t in zip(wavs, group)]               # in latent frames
                 for text, wav in zip(group, wavs):
                     if judges is not None and kind == "speech":
                         voice = voices[text]
@@ -284,7 +285,7 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
             out[kind] = share(heard)
             chance[kind] = round(sum(toy.chance(t, kind) for t in texts) / len(texts), 4)
         if late:
-            on_time[kind] = mean_of([s <= 2 / vae.cfg.frame_rate for s in late])
+            on_time[kind] = mean_of([n <= 2 for n in late])
     return out, chance, on_time
 
 

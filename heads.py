@@ -529,8 +529,8 @@ class LSD(nn.Module):
         The second time's embedding starts as a copy of the first's. An LSD state_dict loads as
         usual; a TrigFlow's F means something else: do not.
         """
-        second = {k.replace("net.time.", "net.until."): v for k, v in state_dict.items()
-                  if k.startswith("net.time.")}
+        second = {k: state_dict[k.replace(".until.", ".time.")] for k in self.state_dict()
+                  if ".until." in k and k not in state_dict}
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("net.")}
         self.load_state_dict(own | second | state_dict)                     # strict
 

@@ -26,14 +26,14 @@ import time
 import soundfile as sf
 import torch
 
-from config import open_run
+from config import MODELS, open_run
 from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio
 
 
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", "lm", "consistency", "audiocalm"],
+    p.add_argument("--stage", default="", choices=["", *MODELS],
                    help="which model; default: the last trained")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)

@@ -12,6 +12,7 @@ drawn from (seed, step, row).
     [consistency]   the same weights, one-step objective ─► consistency.pt   (of TrigFlow; LSD, if
                                                             the flow was rectified_flow)
       [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
+  [audiocalm_lsd]   the same weights, a block in 1 to 4 passes ─► audiocalm_lsd.pt
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
@@ -46,7 +47,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import toy
-from config import (MODELS, build, dump, load, load_checkpoint, load_weights, make_model,
+from config import (FASTER, MODELS, build, dump, load, load_checkpoint, load_weights, make_model,
                     save_checkpoint, Config)
 from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
@@ -160,7 +161,7 @@ class VAEStage:
 
 class LMStage:
     """Cached latents and text -> the language model of the stage's name. "consistency" starts from
-    lm.pt and changes the objective.
+    lm.pt, "audiocalm_lsd" from audiocalm.pt, and changes the objective.
     """
 
     def __init__(self, cfg, runtime, clips, valid, name):
@@ -187,12 +188,13 @@ class LMStage:
         self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
                                   len(valid), cfg.vae.latent_dim, rate)
         self.name, self.model = name, make_model(cfg, name)
-        if name == "consistency":
-            state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
+        if name in FASTER:
+            path = f"{cfg.out}/{FASTER[name]}.pt"
+            state = load_checkpoint(path, "cpu")
             weights = state["ema"] or state["model"]
             self.model.head.load_flow(
                 {k[5:]: v for k, v in weights.items() if k.startswith("head.")})
-            load_weights(self.model, self.model.state_dict() | weights, f"{cfg.out}/lm.pt")
+            load_weights(self.model, self.model.state_dict() | weights, path)
         self.averaged = self.model
         self.optimized = {name: self.model}
 

@@ -166,7 +166,8 @@ def test_flex_attention_gives_the_pass_that_the_dense_mask_gives(window):
     valid = torch.cat([torch.arange(5) < b["text_len"][:, None],
                        torch.arange(3) < b["prompt_len"][:, None],
                        torch.ones(4, 24, dtype=torch.bool)], 1)
-    z.mask = create_block_mask(rule(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
+    mask = create_block_mask(rule(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
+    z.masks = {S: mask}
     torch.testing.assert_close(net.head.net(x_t, t, z), dense, atol=1e-10, rtol=0)
 
 
@@ -258,7 +259,7 @@ def test_dropped_rows_do_not_see_text_and_prompt_and_are_as_long():
     assert (net.head.net(x_t, t, context(net, b)) - null).abs().amax((1, 2)).min() > 1e-3
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow"])
+@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "lsd"])
 @pytest.mark.parametrize("experts", ["speech", "all"])
 def test_every_part_learns_from_every_objective(objective, experts):
     net = model(2, 2, objective, experts=experts, text_dropout=0.5).train()
@@ -267,6 +268,21 @@ def test_every_part_learns_from_every_objective(objective, experts):
     silent = [name for name, p in net.named_parameters()
               if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
+
+
+def test_an_lsd_model_starts_as_the_flow_it_goes_on_from():
+    """Jumps of length 0, from all of a flow's weights; the jvp by s agrees with differences."""
+    flow, lsd, b = model(2), model(2, objective="lsd"), batch()
+    flow_weights = flow.head.state_dict()
+    lsd.head.load_flow(flow_weights)
+    lsd.experts.load_state_dict(flow.experts.state_dict())
+    x_t, t = torch.randn(4, 4, 2 * D).double(), torch.rand(4, 4).double()
+    torch.testing.assert_close(lsd.head.net(x_t, t, context(lsd, b), t),
+                               flow.head.net(x_t, t, context(flow, b)), atol=1e-10, rtol=0)
+    s, z = 0.5 * t, context(lsd, b)
+    F = lambda s: lsd.head.net(x_t, t, z, s)
+    _, slope = torch.func.jvp(F, (s,), (torch.ones_like(s),))
+    torch.testing.assert_close(slope, (F(s + 1e-6) - F(s - 1e-6)) / 2e-6, atol=1e-8, rtol=0)
 
 
 def test_a_model_learns_what_its_text_says_and_how_long_it_is():
@@ -402,6 +418,7 @@ def test_qwen3_sizes_give_qwen3s_parameter_count():
 @pytest.mark.parametrize("changes, word", [
     (dict(block=0), "block"), (dict(experts="two"), "experts"), (dict(window=3), "window"),
     (dict(history_noise=1.5), "history_noise"),
+    (dict(backbone=BackboneConfig(window=8)), "backbone.window"),
     (dict(head=FlowConfig(objective="consistency")), "objective")], ids=str)
 def test_impossible_values_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
@@ -411,3 +428,14 @@ def test_impossible_values_are_refused_by_name(changes, word):
 def test_the_mask_can_be_drawn(tmp_path):
     draw_mask(tmp_path / "mask.png")
     assert (tmp_path / "mask.png").stat().st_size > 1000
+
+
+def test_bf16_autocast_gives_the_loss_of_fp32_to_its_precision():
+    net, b, found = model(2, 2).float(), batch(), []
+    b = {k: v.float() if v.is_floating_point() else v for k, v in b.items()}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(net.loss(b)[0])
+    assert found[1].dtype == torch.float32 and not torch.equal(*found)
+    torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0.02)

@@ -1,14 +1,17 @@
 """Figures have their definitions; benchmarks take turns and print what they measured."""
 import json
 import math
+import types
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 
 import bench
 import evaluate
-from data import BadInput
+from config import Config, build
+from data import BadInput, Clip
 from test_train import run, write
 from vae import VAE, VAEConfig
 
@@ -37,6 +40,18 @@ def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
     nats = 0.5 * (math.exp(-2) - 1 + 2)
     assert evaluate.information(VAE(VAEConfig(**small)), mean, logvar) == pytest.approx(
         nats * 4 * 12.5)
+
+
+@pytest.mark.parametrize("extra, right", [(0, 1.0), (2, 1.0), (-2, 1.0), (3, 0.0), (-3, 0.0)])
+def test_lengths_are_compared_in_whole_latents(tmp_path, extra, right):
+    """A clip of 10.3 latents is coded, and ends, as 11."""
+    cfg = build(Config, {"vae": {"sample_rate": 16000, "ratios": [4, 10, 4, 4]}})
+    sf.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6592), 16000)
+    clip = Clip(str(tmp_path / "a.wav"), "two six", "speech")
+    model = types.SimpleNamespace(cfg=None, render=lambda vae, tokens, **options: [
+        torch.zeros(1, (11 + extra) * 640) for _ in tokens])
+    _, _, on_time = evaluate.judge_lm(model, types.SimpleNamespace(cfg=cfg.vae), cfg, [clip], 1, 1)
+    assert on_time == {"speech": right}
 
 
 class Silence:

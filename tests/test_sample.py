@@ -116,7 +116,9 @@ def universal(trained, tmp_path_factory):
     shutil.copy(f"{trained}/run/vae.pt", f"{folder}/run/vae.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", "--config", config, "--stages",
-                                    '["vae", "audiocalm"]', "--train.vae.steps", "2"])
+                                    '["vae", "audiocalm", "audiocalm_lsd"]',
+                                    "--train.vae.steps", "2", "--train.audiocalm_lsd.batch", "4",
+                                    "--train.audiocalm_lsd.steps", "1"])
         train.main()
     return folder
 
@@ -129,9 +131,11 @@ def test_audiocalm_trains_as_a_stage_and_speaks_through_the_same_commands(
         *(row for row in rows if row["stage"] == "audiocalm"))
     wavs = {}
     for name, more in (("plain", []), ("stream", ["--stream"]),
-                       ("guided", ["--cfg", "2", "--steps", "2", "--kind", "music"])):
+                       ("guided", ["--cfg", "2", "--steps", "2", "--kind", "music"]),
+                       ("fast", ["--stage", "audiocalm_lsd", "--cfg", "2"])):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{universal}/run", "--text", "two",
-                                          "--seconds", "0.4", "--out", f"{universal}/x.wav"] + more)
+                                          "--seconds", "0.4", "--out", f"{universal}/x.wav",
+                                          "--stage", "audiocalm"] + more)
         sample_script.main()
         assert "from audiocalm" in capsys.readouterr().out
         wavs[name] = sf.read(f"{universal}/x.wav")[0]
@@ -148,7 +152,8 @@ def test_the_speech_expert_stays_on_disk_when_sound_or_music_is_asked_for(univer
 
 def test_audiocalm_is_judged_like_the_others(universal):
     done = run("evaluate.py", "--run", f"{universal}/run", "--what", "lm", "--limit", "1",
-               "--repeats", "1", "--threads", "1", "--json", f"{universal}/f.json")
+               "--repeats", "1", "--threads", "1", "--json", f"{universal}/f.json",
+               "--stage", "audiocalm")
     assert done.returncode == 0, done.stderr
     with open(f"{universal}/f.json") as f:
         found = json.load(f)["audiocalm"]
