@@ -9,6 +9,13 @@
                      decoder (conv or iSTFT) where the config allows one
           --peer     Mimi as PyPI `moshi` or `pocket-tts` build it, random weights, against the same
                      weights in vae.py: the outputs are compared first, then timed in turn
+    sample  text and voice to audio: a prefix of --prefix positions (24 of text, the rest voice, its
+          latents given), then `seconds` of audio whatever the EOS says. Real-time factor, time to
+          the first audio, CPU seconds a second of audio; beside it the time of one latent alone
+          --config   a config with random weights, also rounded to int8 (on a CPU)
+          --peer     pocket-tts: its English model with random weights, as it is and with its own
+                     quantize=True, against the same weights in calm.py and vae.py. It draws and
+                     decodes in two Python threads, as `parallel` does here
 
 Contestants take turns within each repeat, so that a noisy machine slows both; the figure is the
 median, ratios are medians of the repeats' ratios. fp32 on a CPU, bf16 autocast and (--compile)
@@ -17,18 +24,23 @@ Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import math
 import statistics
+import tempfile
+import threading
 import time
+import warnings
 
 import torch
 from tqdm import tqdm
 
 import convert
+from calm import CALM, to_int8
 from config import load
-from data import BadInput, Parser, cli
+from data import KINDS, BadInput, Parser, cli, vocabulary
 from vae import VAE, VAEGAN
 
 
@@ -162,9 +174,182 @@ def peer_race(name, seconds):
     return parts, dict.fromkeys(parts, seconds)
 
 
+# ---------------------------------------------------------------- sampling
+
+def pocket_tts_model(frames):
+    """Pocket TTS's English model with random weights, made to draw so many latents."""
+    import importlib.resources
+
+    import tokenizers
+    import yaml
+    from pocket_tts.models.tts_model import TTSModel
+    from pocket_tts.utils.config import Config
+    text = (importlib.resources.files("pocket_tts") / "config" / "english.yaml").read_text()
+    table = yaml.safe_load(text)
+    table["weights_path"] = table["weights_path_without_voice_cloning"] = None
+    with tempfile.TemporaryDirectory() as folder:                # its words: w0 w1 ... w3999
+        path = table["flow_lm"]["lookup_table"]["tokenizer_path"] = f"{folder}/tokenizer.json"
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+            {f"w{i}": i for i in range(4000)}, "w0"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.save(path)
+        peer = TTSModel._from_pydantic_config_with_weights(
+            Config(**table), 0.7, 1, None, float("inf"))         # EOS never
+    peer._estimate_max_gen_len = lambda tokens: frames
+    return peer.eval()
+
+
+def peer_runs(peer, text, voice, frames):
+    """(whole(), latents(n)): audio to the end, yielding its pieces; n latents without audio."""
+    from pocket_tts.modules.stateful_module import init_states
+    words = " ".join(f"w{i}" for i in text[0].tolist())
+
+    def prefix(room):
+        state = init_states(peer.flow_lm, 1, room)
+        peer._run_flow_lm_and_increment_step(state, audio_conditioning=voice)
+        return state
+
+    @torch.no_grad()
+    def whole():
+        for wav in peer._generate_audio_stream_short_text(
+                prefix(voice.shape[1]), words, 2, False, threading.Event()):
+            yield wav.shape[-1]
+
+    @torch.no_grad()
+    def latents(n):
+        state = prefix(voice.shape[1] + text.shape[1] + n)
+        peer._run_flow_lm_and_increment_step(state, text_tokens=text)
+        x, times = torch.full((1, 1, peer.flow_lm.ldim), math.nan), []
+        for _ in range(n):
+            start = time.perf_counter()
+            x, _ = peer._run_flow_lm_and_increment_step(state, backbone_input_latents=x)
+            times.append(time.perf_counter() - start)
+        return times[1:]
+    return whole, latents
+
+
+def own_runs(lm, vae, text, voice, frames, device, parallel=False, alone=False):
+    options = {"kind": 0, "prompt": voice, "temperature": 0.7}
+
+    def whole():
+        if not alone:
+            for wav, _, _ in lm.stream(vae, text, max_frames=frames, parallel=parallel, **options):
+                yield wav.shape[-1]
+            return
+        state = {}
+        for x, _ in lm.generate(text, max_frames=frames, **options):
+            with torch.no_grad():
+                yield vae.decode(vae.denormalize(x)[:, None], state).shape[-1]
+
+    def latents(n):
+        times, start = [], 0.0
+        for _ in lm.generate(text, max_frames=n, **options):
+            now = clock(device)
+            times.append(now - start)
+            start = now
+        return times[1:]
+    return whole, latents
+
+
+def sample_contestants(a):
+    """{name: (whole, latents)}, samples a second."""
+    tokens = 24
+    if a.prefix <= tokens:
+        raise BadInput(f"--prefix: must be above {tokens}, its tokens of text")
+    if a.peer:
+        try:
+            frames = round(a.seconds * 12.5)
+            peer = pocket_tts_model(frames)
+        except ImportError as e:
+            raise BadInput(f"--peer {a.peer}: {e.name} is not installed: pip install {a.peer}"
+                           ) from None
+        state = peer.state_dict()
+        part = lambda name: {k.removeprefix(name): v for k, v in state.items()
+                             if k.startswith(name)}
+        vae_cfg, codec = convert.mimi(part("mimi."))
+        lm_cfg, weights, codec["latent_mean"], codec["latent_std"] = convert.pocket_tts(
+            part("flow_lm."))
+        rows = len(weights["text.weight"])
+    else:
+        cfg = load(a.config)
+        lm_cfg, vae_cfg, rows = cfg.lm, cfg.vae, vocabulary(cfg.data)
+        frames = max(3, round(a.seconds * vae_cfg.frame_rate))
+    text = torch.randint(0, min(rows, 4000), (1, tokens), device=a.device)
+    voice = torch.randn(1, a.prefix - tokens - lm_cfg.prompt_bos, vae_cfg.latent_dim,
+                        device=a.device)
+
+    def pair():
+        lm, vae = CALM(lm_cfg, vae_cfg.latent_dim, rows, KINDS), VAE(vae_cfg)
+        if a.peer:
+            lm.load_state_dict(weights)
+            vae.load_state_dict(codec)
+        lm.eos.bias.data -= 1e4                                              # EOS never
+        if a.compile:
+            lm.backbone.compile(), lm.head.net.compile(), vae.decoder.compile()
+        return lm.to(a.device).eval(), vae.to(a.device).eval()
+    lm, vae = pair()
+    runs = lambda *models, **how: own_runs(*models, text, voice, frames, a.device, **how)
+    found = {"nanoCALM": runs(lm, vae), "nanoCALM, parallel": runs(lm, vae, parallel=True)}
+    if not a.peer:
+        found["latent by latent"] = runs(lm, vae, alone=True)
+    if a.device == "cpu":
+        small = pair()
+        to_int8(*small)
+        found |= {"nanoCALM int8": runs(*small),
+                  "nanoCALM int8, parallel": runs(*small, parallel=True)}
+    if a.peer:
+        from pocket_tts.quantization import RECOMMENDED_CONFIG, apply_dynamic_int8
+        voice = torch.randn(1, a.prefix - tokens, lm_cfg.backbone.dim)
+        found[a.peer] = peer_runs(peer, text, voice, frames)
+        small = copy.deepcopy(peer)
+        small._estimate_max_gen_len = peer._estimate_max_gen_len
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            apply_dynamic_int8(small.flow_lm, RECOMMENDED_CONFIG)
+        found[f"{a.peer} int8"] = peer_runs(small, text, voice, frames)
+    return found, vae_cfg.sample_rate
+
+
+def bench_sample(a):
+    """Contestants take turns; medians; ratios of real-time factors to the first's, turn by turn."""
+    contestants, rate = sample_contestants(a)
+    if a.threads:                                # last: pocket-tts sets one thread when imported
+        torch.set_num_threads(a.threads)
+    print(f"{a.peer or a.config}: prefix {a.prefix}, {a.seconds:g} s of audio, torch "
+          f"{torch.__version__}, {torch.get_num_threads()} threads an operation", flush=True)
+    rows = {name: [] for name in contestants}
+    for i in tqdm(range(a.repeats + 1), leave=False, desc="timing"):
+        for name, (whole, latents) in contestants.items():
+            start, work, first, samples = clock(a.device), time.process_time(), None, 0
+            for n in whole():
+                samples, first = samples + n, first or clock(a.device) - start
+            took, work, seconds = clock(a.device) - start, time.process_time() - work, samples / rate
+            if i:
+                rows[name].append((seconds / took, first, work / seconds,
+                                   statistics.median(latents(25))))
+    figures, lead = {}, rows[next(iter(rows))]
+    for name, row in rows.items():
+        rtf, first, work, latent = map(statistics.median, zip(*row))
+        ratio = statistics.median(r[0] / f[0] for r, f in zip(row, lead))
+        figures[name] = {"real_time_factor": round(rtf, 3), "ratio": round(ratio, 3),
+                         "first_audio_ms": round(1000 * first, 1),
+                         "latent_ms": round(1000 * latent, 2), "cpu": round(work, 4)}
+        print(f"{name:26s} {rtf:7.2f} x real time ({ratio:.2f})   first audio {1000 * first:6.0f} ms"
+              f"   a latent {1000 * latent:6.1f} ms   CPU {work:.3f} s a second", flush=True)
+    return figures
+
+
+def save(path, figures):
+    try:
+        with open(path, "w") as f:
+            json.dump(figures, f, indent=1)
+    except OSError as e:
+        raise BadInput(f"--json {path}: cannot be written ({e.strerror})") from None
+
+
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--what", default="vae", choices=["vae"])
+    p.add_argument("--what", default="vae", choices=["vae", "sample"])
     p.add_argument("--config", default="configs/quickstart.toml")
     p.add_argument("--peer", choices=["moshi", "pocket-tts"], help="race against this package")
     p.add_argument("--seconds", type=float, default=10.0, help="of audio (default 10)")
@@ -172,7 +357,8 @@ def main():
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    choices=["cpu", "cuda"])
-    p.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
+    p.add_argument("--prefix", type=int, default=90, help="sample: positions before the audio")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks")
     p.add_argument("--json", help="write the figures here")
     a = p.parse_args()
     if a.repeats < 1 or not a.seconds > 0:
@@ -181,6 +367,13 @@ def main():
         raise BadInput("--device cuda: there is none here")
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
+    if a.what == "sample":
+        if a.peer == "moshi" or a.peer and a.device != "cpu":
+            raise BadInput("--what sample: races pocket-tts alone, on --device cpu")
+        figures = bench_sample(a)
+        if a.json:
+            save(a.json, figures)
+        return
     if a.peer:
         parts, length = peer_race(a.peer, a.seconds)
     else:
@@ -200,11 +393,7 @@ def main():
             figures.setdefault(part, {})[name] = {"ms": round(ms, 3), "ratio": round(ratio, 3)}
             print(f"{part:14s} {name:16s} {ms:9.2f} ms   {ratio:6.2f} x", flush=True)
     if a.json:
-        try:
-            with open(a.json, "w") as f:
-                json.dump(figures, f, indent=1)
-        except OSError as e:
-            raise BadInput(f"--json {a.json}: cannot be written ({e.strerror})") from None
+        save(a.json, figures)
 
 
 if __name__ == "__main__":

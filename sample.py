@@ -23,6 +23,7 @@ import time
 import soundfile as sf
 import torch
 
+from calm import to_int8
 from config import open_run
 from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio
 
@@ -48,6 +49,9 @@ def parse():
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    p.add_argument("--int8", action="store_true", help="CPU: round the big matrices to 8 bits")
+    p.add_argument("--parallel", action="store_true",
+                   help="decode in a second thread (with --threads 1 on two free cores)")
     p.add_argument("--out", default="sample.wav", help="default: sample.wav")
     a = p.parse_args()
     if a.text is not None and not a.text.strip():
@@ -78,6 +82,10 @@ def main():
     cfg, vae, lm, stage = open_run(a.run, a.stage, a.device)
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
+    if a.int8:
+        if a.device != "cpu":
+            raise BadInput("--int8: is for --device cpu")
+        to_int8(lm, vae)
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
     text = " ".join(t for t in (a.prompt_text, a.text) if t)
     tokens = encode_text(text, a.kind, cfg.data)
@@ -133,11 +141,12 @@ def main():
     if keep_prompt:
         emit(lead)
     with torch.no_grad():
-        for x, ended in lm.generate(tokens, max_frames=frames, history=history, **options):
-            emit(vae.decode(vae.denormalize(x)[:, None], state))
-            new += 1
+        for wav, n, _ in lm.stream(vae, tokens, max_frames=frames, history=history, state=state,
+                                   parallel=a.parallel, **options):
+            emit(wav)
+            new += n
             first = first or time.perf_counter() - begin
-            if not a.stream and new % 25 == 0:
+            if not a.stream and new % 24 < n:
                 print(f"{new * hop / rate:.1f} of at most {seconds:.1f} s", flush=True)
         emit(vae.flush(state))
     wav = torch.cat(pieces, -1)

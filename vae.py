@@ -217,6 +217,8 @@ class Conv(nn.Module):
         self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
+        if self.past == 0:                                  # nothing to keep, nothing to copy
+            return self.conv(x)
         past = None if state is None else state.get(self)
         if past is None:
             past = x[..., :1] if self.replicate else x.new_zeros(*x.shape[:2], 1)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from backbone import BackboneConfig
-from calm import CALM, CALMConfig, pack
+from calm import CALM, CALMConfig, pack, to_int8
 from heads import HeadConfig
 from vae import VAE, VAEConfig
 
@@ -187,6 +187,36 @@ def test_rendered_clips_are_cut_where_their_row_ended():
     net.eos.forward = lambda z: next(ends)
     wavs = net.render(vae, torch.zeros(2, 1, dtype=torch.long), kind=0, seconds=1.0)
     assert [w.shape[-1] // 8 for w in wavs] == [3, 6]         # the first latent always exists
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@torch.no_grad()
+def test_streamed_pieces_joined_are_the_decoded_latents(parallel):
+    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1,
+                                      encoder_layers=0, decoder_layers=1, latent_dim=D)).eval()
+    net.eos.bias.data.fill_(-100.0)
+    vae.latent_mean.normal_()
+    text = torch.zeros(1, 2, dtype=torch.long)
+    options = lambda: dict(kind=0, max_frames=21, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([x for x, _ in net.generate(text, **options())], 1)
+    pieces = list(net.stream(vae, text, parallel=parallel, **options()))
+    assert [n for _, n, _ in pieces] == [1, 2, 4, 8, 6]
+    torch.testing.assert_close(torch.cat([wav for wav, _, _ in pieces], -1),
+                               vae.decode(vae.denormalize(x)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_int8_keeps_latents_close_and_touches_only_the_big_matrices():
+    net, text = model(objective="lsd"), torch.randint(0, VOCAB, (1, 4))
+    net.eos.bias.data.fill_(-100.0)
+    run = lambda: torch.stack([x for x, _ in net.generate(
+        text, kind=1, max_frames=5, generator=torch.Generator().manual_seed(0))])
+    exact = run()
+    to_int8(net)
+    error = (run() - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.1
+    assert isinstance(net.head.net.cond, torch.nn.Linear)
+    assert not isinstance(net.backbone.blocks[0].mlp.up, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency", "lsd"])
