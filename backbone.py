@@ -16,6 +16,7 @@ Which positions a query sees:
     causal              keys at or before it                          (default)
     window = W          only the last W of them, itself included      (VAE layers, short context)
     causal = False      all of them
+    mask given          what the mask says                            (AudioCALM's blocks)
 With a cache the same rule holds over (cached ++ new) positions, so that feeding a sequence in
 chunks of any size gives what one call over the whole sequence gives (tests/test_backbone.py).
 
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 @dataclass
@@ -100,11 +102,14 @@ class RMSNorm(nn.Module):
 
 
 def rotations(first, length, dim, base, like):
-    """cos and sin (T, d/2) of the angles (first + t) · base^(-2i/d), fp32 (fp64 for fp64 input)."""
+    """cos and sin (T, d/2) of the angles (first + t) · base^(-2i/d), fp32 (fp64 for fp64 input).
+
+    first: a number, or all positions (.., T) as a tensor: then (.., T, d/2).
+    """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     i = torch.arange(dim // 2, device=like.device, dtype=dtype)
-    t = first + torch.arange(length, device=like.device, dtype=dtype)
-    angle = t[:, None] * torch.exp(i * (-2 * math.log(base) / dim))                 # (T, d/2)
+    t = first if torch.is_tensor(first) else first + torch.arange(length, device=like.device)
+    angle = t.to(dtype)[..., None] * torch.exp(i * (-2 * math.log(base) / dim))     # (.., T, d/2)
     return angle.cos(), angle.sin()
 
 
@@ -155,6 +160,19 @@ class KVCache:
         """
         self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
 
+    def copy(self):
+        """A cache to read with: what a call appends to the copy, this one never sees."""
+        other = KVCache()
+        other.kv, other.pos = dict(self.kv), self.pos
+        return other
+
+    def trim(self, first, last):
+        """Forget all positions but the `first` and the `last` ones; `pos` counts on."""
+        for i, (k, v) in self.kv.items():
+            if k.shape[2] > first + last:
+                self.kv[i] = tuple(torch.cat([a[:, :, :first], a[:, :, a.shape[2] - last:]], 2)
+                                   for a in (k, v))
+
 
 class Attention(nn.Module):
     def __init__(self, cfg):
@@ -178,8 +196,12 @@ class Attention(nn.Module):
         q, k = rope(q, *turn), rope(k, *turn)
         if cache is not None:
             k, v = cache.append(layer, k, v, self.cfg.window)                     # (B, Hkv, P+T, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                           enable_gqa=self.kv_heads != self.cfg.heads)
+        gqa = self.kv_heads != self.cfg.heads
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                               enable_gqa=gqa)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -211,15 +233,22 @@ class Block(nn.Module):
             self.scale1, self.scale2 = (
                 nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) for _ in range(2))
 
-    def forward(self, x, *where):
+    def forward(self, x, *where, expert=None):
         x = x + self.scale1 * self.attention(self.norm1(x), *where)
-        return x + self.scale2 * self.mlp(self.norm2(x))
+        h = self.norm2(x)
+        y = self.mlp(h) if expert is None else expert(h, self.mlp(h))
+        return x + self.scale2 * y
 
 
 class Transformer(nn.Module):
     """x (B, T, C) -> y (B, T, C).
 
-    cache: a KVCache that the call extends; positions then count on from cache.pos.
+    cache: a KVCache that the call extends; positions then count on from cache.pos. With
+    cache.copy() the call reads what is cached and leaves no trace.
+    positions (T,) or (B, T): of the rotations, in place of counting.
+    mask: what queries see, in place of the config's rule: bool (T, past + T) or (B, 1, T, past +
+    T), True = seen, for SDPA; or a BlockMask, for flex_attention (fast where it is compiled).
+    experts: one callable a layer, expert(h, y) -> y: h is what the MLP read, y what it gave.
     Initialisation: N(0, 0.02), output matrices divided by sqrt(2 · layers) (GPT-2).
     """
 
@@ -248,15 +277,20 @@ class Transformer(nn.Module):
         k = torch.arange(past + new, device=device)[None]
         return (k <= q) & ((q - k < window) if window else True), False
 
-    def forward(self, x, cache: KVCache | None = None):
+    def forward(self, x, cache: KVCache | None = None, *, positions=None, mask=None, experts=None):
         if x.shape[1] == 0:
             return x
-        turn = rotations(cache.pos if cache is not None else 0, x.shape[1],
-                         self.cfg.head_width, self.cfg.rope_base, x)
+        first = cache.pos if cache is not None else 0
+        if positions is not None:                                  # (B, 1, T): the same for heads
+            first = positions[:, None] if positions.dim() == 2 else positions
+        turn = rotations(first, x.shape[1], self.cfg.head_width, self.cfg.rope_base, x)
         past = cache.kv[0][0].shape[2] if cache is not None and 0 in cache.kv else 0
-        mask, is_causal = self.mask(x.shape[1], past, x.device)
+        is_causal = False
+        if mask is None:
+            mask, is_causal = self.mask(x.shape[1], past, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, mask, is_causal, cache, i)
+            x = block(x, turn, mask, is_causal, cache, i,
+                      expert=None if experts is None else experts[i])
         if cache is not None:
             cache.pos += x.shape[1]
         return self.norm(x)

@@ -233,7 +233,8 @@ def own_runs(lm, vae, text, voice, frames, device, parallel=False, alone=False):
 
     def whole():
         if not alone:
-            for wav, _, _ in lm.stream(vae, text, max_frames=frames, parallel=parallel, **options):
+            drawn = lm.generate(text, max_frames=frames, **options)
+            for wav, _, _ in vae.decode_stream(drawn, parallel=parallel):
                 yield wav.shape[-1]
             return
         state = {}

@@ -17,6 +17,24 @@
 
     L = mean over positions of the head's loss (eq. 3) + eos_weight · BCE("x^{s+1} does not exist")
 
+With an inner monologue (monologue = true) the words do not stand before the audio but run beside
+it, as bytes at the frame where each word begins, and the audio lags d = acoustic_delay frames:
+
+    position    0    1    2    3    4    5    6  ...          d = 2
+    text       BOS   t    h    e   ' '   -    c  ...          - = PAD, nothing new
+    latent                    x¹   x²   x³   x⁴  ...
+    row s sees what stands at positions 0 ... s, predicts the text of position s + 1 (from z_long)
+    and the latent x^{s+1-d}
+
+    L += monologue_weight · cross-entropy of the text
+
+Given a text, generate() lets the model choose when the next word begins and puts its bytes there;
+without one the model writes its own.
+
+The discrete baseline (3.1) is the same model with a head of discrete.py: xˢ are then the K codes of
+an RVQ frame, embedded as the sum of K embeddings, and nothing is noised. With the "delay" head the
+codes are shifted by level on their way in and back on their way out, over K-1 more positions.
+
 Sources: CALM (arXiv 2509.06926) section 4.2 (z_long + z_short, eq. 3), 4.3 (noise:
 x̃ = √k ε + √(1-k) x with k ~ U(0, 1) drawn for each latent), 4.4 (head batch multiplier), Table 9;
 prefix layout, EOS and latent guidance Z = Z_null + a (Z_cond - Z_null) from its third version, as
@@ -28,11 +46,13 @@ Where this differs from the paper:
 - The short branch can be kept from some kinds and dropped for a share of sequences in training:
   with it always on, the loss falls lower and the text is ignored (the paper has it for music, not
   for speech).
+- The monologue is bytes (ours have no tokenizer to train), closed by a space; the delay is a config
+  value (the paper: 2 frames after the text): a longer one lets the model read a word before it
+  speaks it. The paper does not give the weight of the text loss.
 - k ~ U(0, noise): the paper's 1 is a config value; for short speech .5 learns the text faster.
 Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
 """
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +60,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbone import BackboneConfig, KVCache, Transformer
+from data import PAD
+from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, delay_codes
 from heads import HEADS, HeadConfig
 
 
@@ -62,14 +84,19 @@ class CALMConfig:
     # a learned vector stands before the voice prompt, where there is one (Pocket TTS)
     prompt_bos: bool = False
     eos_weight: float = 0.1     # weight of the end-of-clip loss
+    # words beside the latents instead of before them, where the manifest has their times
+    monologue: bool = False
+    acoustic_delay: int = 2     # frames that the audio lags behind its words (monologue only)
+    monologue_weight: float = 0.1    # weight of the text's cross-entropy
 
     def __post_init__(self):
         for name in ("noise", "short_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
-        if self.short_layers < 0 or self.short_context < 1 or self.eos_weight < 0:
-            raise ValueError("short_layers, eos_weight >= 0 and short_context >= 1: "
-                             "one of these does not hold")
+        for name, least in (("short_layers", 0), ("short_context", 1), ("eos_weight", 0),
+                            ("acoustic_delay", 0), ("monologue_weight", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
 
 
 def pack(parts):
@@ -92,7 +119,7 @@ def to_int8(lm, vae=None):
     quantisation). One latent reads every weight once, so a quarter of the bytes is up to 2.8 times
     the speed. CPU only; cannot be trained or saved any more.
     """
-    net = getattr(lm.head, "net", None)
+    net = getattr(getattr(lm, "head", None), "net", None)
     parts = [lm.backbone, getattr(lm, "short", None), vae and vae.decoder.transformer,
              *(getattr(net, name, None) for name in ("blocks", "time", "until", "ada"))]
     with warnings.catch_warnings():
@@ -102,32 +129,74 @@ def to_int8(lm, vae=None):
                                                    inplace=True)
 
 
-class CALM(nn.Module):
-    """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], e.g. (speech,
-    sound, music).
+class Monologue:
+    """The text stream while it is generated: (B,) tokens at a time, PAD where nothing is new.
+
+    texts: B lists of byte tokens, words parted by spaces; an empty one lets the model write. A text
+    is kept to: the model's probability of anything but PAD is that of the next word's beginning;
+    a word's bytes follow each other.
     """
 
-    def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds):
+    def __init__(self, texts):
+        spoken = [bytes(t).split() for t in texts]
+        self.free = [not words for words in spoken]
+        self.left = [[list(word + b" ") for word in words] for words in spoken]
+        self.now = [[] for _ in spoken]
+
+    def step(self, logits, generator):
+        """logits (B, vocab) of the next text token -> tokens (B,)."""
+        p = logits.float().softmax(-1)
+        begin = torch.rand(len(p), generator=generator, device=p.device) < 1 - p[:, PAD]
+        written = torch.multinomial(p, 1, generator=generator)[:, 0].tolist()
+        tokens = []
+        for r, start in enumerate(begin.tolist()):
+            if not self.now[r] and self.left[r] and start:
+                self.now[r] = self.left[r].pop(0)
+            tokens.append(self.now[r].pop(0) if self.now[r]
+                          else written[r] if self.free[r] else PAD)
+        return torch.tensor(tokens, device=p.device)
+
+    def said(self, device):
+        """Rows (B,) whose text has been put out whole."""
+        return torch.tensor([not (now or left) for now, left in zip(self.now, self.left)],
+                            device=device)
+
+
+class CALM(nn.Module):
+    """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], e.g. (speech,
+    sound, music); codes: levels K and entries of the RVQ, for the discrete heads.
+    """
+
+    def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None):
         super().__init__()
         C = cfg.backbone.dim
         unknown = set(cfg.short_kinds) - set(kinds)
         if unknown:
             raise ValueError(f"short_kinds: unknown '{min(unknown)}'; valid: {', '.join(kinds)}")
         self.cfg = cfg
+        self.codes = codes if cfg.head.objective in DISCRETE else None    # x are (B, T, K) int64
+
+        def embedding():
+            return CodeEmbedding(*codes, C) if self.codes else nn.Linear(latent_dim, C)
         self.text = nn.Embedding(vocab, C)
-        self.prompt = nn.Linear(latent_dim, C)
-        self.latent = nn.Linear(latent_dim, C)
+        self.prompt = embedding()
+        self.latent = embedding()
         self.bos = nn.Parameter(torch.randn(C) * 0.5)
         if cfg.prompt_bos:
             self.prompt_bos = nn.Parameter(torch.randn(C) * 0.5)
         self.backbone = Transformer(cfg.backbone)
         self.eos = nn.Linear(C, 1)
-        self.head = HEADS[cfg.head.objective](latent_dim, C, cfg.head)
+        self.delay = cfg.acoustic_delay if cfg.monologue else 0
+        if cfg.monologue:
+            self.word = nn.Linear(C, vocab)
+        self.head = (DISCRETE[cfg.head.objective](*codes, C, cfg.head) if self.codes
+                     else HEADS[cfg.head.objective](latent_dim, C, cfg.head))
+        self.lag = self.head.lag if self.codes else 0   # K-1 for "delay"
         nn.init.normal_(self.text.weight, std=0.5)   # the scale that the linear layers give latents
         if cfg.short_layers:
             short = BackboneConfig(**{**vars(cfg.backbone), "layers": cfg.short_layers,
                                       "window": cfg.short_context})
-            self.short_latent = nn.Linear(latent_dim, C)
+            self.short_latent = embedding()
             self.short_bos = nn.Parameter(torch.randn(C) * 0.5)
             self.short = Transformer(short)
         has_short = torch.tensor([k in cfg.short_kinds for k in kinds])
@@ -141,13 +210,18 @@ class CALM(nn.Module):
         y = torch.cat([self.prompt_bos.expand(y.shape[0], 1, -1), y], 1)
         return y, length + (length > 0)
 
-    def condition(self, x, text, text_len, prompt, prompt_len):
+    def condition(self, x, text, text_len, prompt, prompt_len, words=None):
         """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen
         x¹ ... xˢ.
+
+        With words (B, T): z_long (B, 1 + d + T, C); row s has seen words 1 ... s, x¹ ... x^{s-d}.
         """
-        B, T, _ = x.shape
-        bos = self.bos.expand(B, 1, -1)
-        audio = torch.cat([bos, self.latent(x)], 1)                         # (B, 1+T, C)
+        audio = self.latent(x)                                              # (B, T, C)
+        if words is not None:
+            late = (self.delay, 0)
+            audio = (F.pad(audio, (0, 0, *late)) + self.text(F.pad(words, late[::-1], value=PAD)))
+        B, T, _ = audio.shape                                               # from here T is d + T
+        audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+T, C)
         whole = torch.full((B,), 1 + T, device=x.device)
         prompt, prompt_len = self.voice(prompt, prompt_len)
         packed = pack([(prompt, prompt_len), (self.text(text), text_len), (audio, whole)])
@@ -158,17 +232,27 @@ class CALM(nn.Module):
     def loss(self, batch):
         """One training loss and its parts.
 
-        batch: x (B, T, D) normalised latents, zeros after frames (B,); ended (B,) the clip ends in
-        this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len (B,); kind (B,).
+        batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
+        (B,) the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
+        (B,); kind (B,);
+        monologue: words (B, T) tokens beside the latents, aligned (B,) rows that have them.
         """
         cfg, x, frames = self.cfg, batch["x"], batch["frames"]
-        B, T, _ = x.shape
+        if self.codes:
+            there = torch.arange(x.shape[1], device=x.device) < frames[:, None]
+            x = x.masked_fill(~there[..., None], MISSING)
+            x = delay_codes(x) if self.lag else x                           # (B, T + lag, K)
+        B, T, _ = x.shape                                                   # from here T + lag
         keep = torch.rand(B, device=x.device) >= cfg.prefix_dropout
-        k = cfg.noise * torch.rand(B, T, 1, device=x.device)                # per latent
-        noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
+        noised, words = x, None
+        if not self.codes:
+            k = cfg.noise * torch.rand(B, T, 1, device=x.device)            # per latent
+            noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
+        if cfg.monologue:
+            words = F.pad(torch.where(keep[:, None], batch["words"], PAD), (0, self.lag), value=PAD)
         z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
-                                batch["prompt"], batch["prompt_len"] * keep)
-        Z = z_long
+                                batch["prompt"], batch["prompt_len"] * keep, words)
+        Z = z_audio = z_long[:, self.delay:]                                # (B, 1+T, C)
         if cfg.short_layers:
             clean = torch.cat([self.short_bos.expand(B, 1, -1), self.short_latent(x)], 1)
             on = (self.has_short[batch["kind"]]
@@ -176,7 +260,7 @@ class CALM(nn.Module):
             Z = Z + self.short(clean) * on[:, None, None]
 
         s = torch.arange(1 + T, device=x.device)
-        real = s[:T] < frames[:, None]                                      # x^{s+1} exists
+        real = s[:T] < frames[:, None] + self.lag                           # x^{s+1} exists
         if x.is_cuda:                               # static shapes: compute padding too, weigh it 0
             per, metrics = self.head.loss(Z[:, :T], x)
             head = (per * real).sum() / real.sum().clamp(min=1)
@@ -184,93 +268,101 @@ class CALM(nn.Module):
             per, metrics = self.head.loss(Z[:, :T][real], x[real])
             head = per.mean()
         over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
-        known = torch.cat([real, torch.zeros_like(real[:, :1])], 1) | over
-        bce = F.binary_cross_entropy_with_logits(self.eos(z_long).squeeze(-1).float(), over.float(),
-                                                 reduction="none")
+        known = (s < frames[:, None]) | over
+        bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),
+                                                 over.float(), reduction="none")
         eos = (bce * known).sum() / known.sum()
-        return head + cfg.eos_weight * eos, {"head": head.detach(), "eos": eos.detach(), **metrics}
+        loss = head + cfg.eos_weight * eos
+        if cfg.monologue:
+            s = torch.arange(T + self.delay, device=x.device)
+            told = (batch["aligned"] & keep)[:, None] & (
+                s < (frames + self.delay * batch["ended"])[:, None])        # after the end: PAD
+            target = F.pad(words, (0, self.delay), value=PAD)
+            text = F.cross_entropy(self.word(z_long[:, :-1]).float().mT, target, reduction="none")
+            text = (text * told).sum() / told.sum().clamp(min=1)
+            loss, metrics = loss + cfg.monologue_weight * text, metrics | {"text": text.detach()}
+        return loss, {"head": head.detach(), "eos": eos.detach(), **metrics}
 
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
                  temperature=1.0, guidance=1.0, generator=None):
-        """Yields normalised latents (B, D) and which rows have ended (B,) until all have, or
-        max_frames.
+        """Yields normalised latents (B, D), or codes (B, K), and which rows have ended (B,) until
+        all have, or max_frames.
 
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
-        (B, n, D): clean latents to continue (both normalised). A row that has ended goes on
-        yielding: cut it there.
+        (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
+        on yielding: cut it there. Monologue: the text's bytes run beside the latents, beside a
+        history nothing does; a row ends when all its words have been said.
         """
-        B, device = text.shape[0], text.device
+        B, device, d = text.shape[0], text.device, self.delay
+        if self.lag:
+            line = DelayLine(text.new_zeros(B, 0, self.lag + 1) if history is None else history)
+            history = line.past
+        n = 0 if history is None else history.shape[1]
         bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
-        past = [] if history is None else [self.latent(history)]
+        words = Monologue(text[:, 1:].tolist()) if self.cfg.monologue else None
+        if words is not None:
+            text = text[:, :1]
+        nothing = self.text(torch.full((B,), PAD, device=device)) if words is not None else 0.0
+        # (B, d + n, C): what the backbone hears before anything is drawn
+        past = bos.new_zeros(B, d, bos.shape[-1])
+        if n:
+            past = torch.cat([past, self.latent(history)], 1)
+        silent = past[:, :n] + (nothing[:, None] if words is not None else 0.0)
         prefix = [self.text(text)]
         if prompt is not None and prompt.shape[1]:
             prefix.insert(0, self.voice(prompt, torch.tensor(prompt.shape[1]))[0])
-        x_long, x_null = torch.cat([*prefix, bos, *past], 1), torch.cat([bos, *past], 1)
+        x_long, x_null = torch.cat([*prefix, bos, silent], 1), torch.cat([bos, silent], 1)
         use_short = self.cfg.short_layers and bool(self.has_short[kind])
         if use_short:
-            past = [] if history is None else [self.short_latent(history)]
-            x_short = torch.cat([self.short_bos.expand(B, 1, -1), *past], 1)
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
-        for i in range(max_frames):
+            x_short = self.short_bos.expand(B, 1, -1)
+            if n:
+                x_short = torch.cat([x_short, self.short_latent(history)], 1)
+        ended, ends = torch.zeros(B, dtype=torch.bool, device=device), []
+        for i in range(d + max_frames + self.lag):
             Z = self.backbone(x_long, long)[:, -1]                          # (B, C)
-            if i > 0:                               # at least one latent
-                ended = ended | (self.eos(Z).squeeze(-1) > 0)
-            if ended.all():
+            token = nothing
+            if words is not None:
+                token = self.text(words.step(self.word(Z), generator))
+            if i > d:                               # at least one latent
+                over = self.eos(Z).squeeze(-1) > 0
+                ended = ended | (over if words is None else over & words.said(device))
+            ends.append(ended)
+            if ends[max(0, i - self.lag)].all():
                 return
             if guidance != 1:
                 Z_null = self.backbone(x_null, null)[:, -1]
                 Z = Z_null + guidance * (Z - Z_null)
-            if use_short:
-                Z = Z + self.short(x_short, short)[:, -1]
-            x = self.head.sample(Z, steps=steps, temperature=temperature,
-                                 generator=generator)                       # (B, D)
-            yield x, ended
-            x_long = x_null = self.latent(x)[:, None]
-            if use_short:
-                x_short = self.short_latent(x)[:, None]
+            if i < d:
+                heard = past[:, n + i]
+            else:
+                if use_short:
+                    Z = Z + self.short(x_short, short)[:, -1]
+                x = self.head.sample(Z, steps=steps, temperature=temperature,
+                                     generator=generator)                   # (B, D)
+                if self.lag:
+                    x = line.put(x, ended)                                  # (B, K) of K frames
+                if i >= d + self.lag:
+                    yield line.frame() if self.lag else x, ends[i - self.lag]
+                heard = self.latent(x)
+                if use_short:
+                    x_short = self.short_latent(x)[:, None]
+            x_long, x_null = (heard + token)[:, None], (heard + nothing)[:, None]
 
     @torch.no_grad()
-    def stream(self, vae, text, *, max_frames, history=None, state=None, parallel=False, **options):
-        """generate(text, **options), decoded: yields waveforms (B, ch, S), how many latents each
-        is, and which rows have ended (B,).
-
-        The first latent is decoded at once, later ones 2, then 4 together: one alone costs 1.6
-        times its share of four (the weights of the transformer and of the first convolutions are
-        read again at each call), eight are no cheaper. At twice real time no gap can be heard.
-        state: the decoder's, see VAE. parallel: decode in a thread while the next latents are
-        drawn; worth it where a second core is free.
+    def listen(self, vae, wav):
+        """wav (B, ch, S) -> x as this model sees it: normalised latents (B, T, D) or codes
+        (B, T, K); vae.denormalize takes either back.
         """
-        state, waiting, size, doing = {} if state is None else state, [], 1, []
-
-        @torch.no_grad()                                    # the thread has its own grad mode
-        def decode(x):
-            return vae.decode(vae.denormalize(x), state)
-
-        with ThreadPoolExecutor(1) as pool:
-            for x, ended in self.generate(text, max_frames=max_frames, history=history, **options):
-                waiting.append(x)
-                if len(waiting) < size:
-                    continue
-                x, waiting, size = torch.stack(waiting, 1), [], min(2 * size, 4)
-                if not parallel:
-                    yield decode(x), x.shape[1], ended
-                    continue
-                doing.append((pool.submit(decode, x), x.shape[1], ended))
-                while doing and (doing[0][0].done() or len(doing) > 2):
-                    done, *rest = doing.pop(0)
-                    yield done.result(), *rest
-            for done, *rest in doing:
-                yield done.result(), *rest
-            if waiting:
-                yield decode(torch.stack(waiting, 1)), len(waiting), ended
+        return vae.encode_codes(wav) if self.codes else vae.normalize(vae.encode(wav)[0])
 
     @torch.no_grad()
     def render(self, vae, text, *, seconds, history=None, **options):
         """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
         ended.
 
-        history (B, n, D), normalised: what is continued stands at the front of each waveform.
+        history (B, n, D), as `listen` gives it, is continued and stands at the front of each
+        waveform.
         """
         max_frames = max(1, round(seconds * vae.cfg.frame_rate))
         drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))

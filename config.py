@@ -6,8 +6,10 @@ resolved.
 
 Tables and the file that owns their dataclass:
     [vae] vae.py      [lm] calm.py   ([lm.backbone] backbone.py, [lm.head] heads.py)
+    [audiocalm] audiocalm.py         ([audiocalm.backbone], [audiocalm.head])
     [data] data.py
-    [toy] toy.py      [train.vae], [train.lm], [train.consistency], [sample] here
+    [toy] toy.py      [train.vae], [train.lm], [train.consistency], [train.audiocalm],
+                      [sample] here
 An unknown key, a wrong type or an impossible value stops with one line that names the key and what
 is valid.
 """
@@ -20,20 +22,27 @@ from dataclasses import dataclass, field
 
 import torch
 
+from audiocalm import AudioCALM, AudioCALMConfig
 from calm import CALM, CALMConfig
 from data import KINDS, BadInput, DataConfig, vocabulary
+from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
-STAGES = ("vae", "lm", "consistency")
+STAGES = ("vae", "lm", "consistency", "audiocalm")
+# stages of a language model, last trained first -> its class and its table of the config
+MODELS = {"audiocalm": (AudioCALM, "audiocalm"), "consistency": (CALM, "lm"), "lm": (CALM, "lm")}
 
 
 @dataclass
 class StageConfig:
-    """[train.vae], [train.lm], [train.consistency]: one stage of training."""
+    """[train.vae], [train.lm], [train.consistency], [train.audiocalm]: one stage of training."""
     steps: int = 1000           # optimizer steps
     # checkpoint of the same sizes to start from (vae.pt of a run or of convert.py); "" = none
     init: str = ""
+    # parts of the model that keep their weights, e.g. ["encoder"] of a VAE: latents, and with them
+    # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
+    freeze: list[str] = field(default_factory=list)
     batch: int = 16             # rows an optimizer step, over all processes
     # rows a forward; 0 = batch / processes; less memory, the same gradient
     micro_batch: int = 0
@@ -71,6 +80,7 @@ class Stages:
     vae: StageConfig = field(default_factory=StageConfig)
     lm: StageConfig = field(default_factory=StageConfig)
     consistency: StageConfig = field(default_factory=StageConfig)
+    audiocalm: StageConfig = field(default_factory=StageConfig)
 
 
 @dataclass
@@ -102,6 +112,7 @@ class Config:
     toy: ToyConfig = field(default_factory=ToyConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     lm: CALMConfig = field(default_factory=CALMConfig)
+    audiocalm: AudioCALMConfig = field(default_factory=AudioCALMConfig)
     train: Stages = field(default_factory=Stages)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
@@ -113,6 +124,12 @@ class Config:
                                                                            "consistency"):
             raise ValueError("stages: consistency goes on from TrigFlow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
+        if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
+            raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
+                             "set vae.bottleneck = \"rvq\"")
+        if self.lm.monologue and (self.data.tokenizer or not self.data.kind_token):
+            raise ValueError("lm.monologue: is made of bytes behind the kind's token; it needs "
+                             "data.tokenizer = \"\" and data.kind_token = true")
         for name, valid in (("device", ("auto", "cuda", "mps", "cpu")),
                             ("dtype", ("auto", "fp32", "bf16")),
                             ("compile", ("auto", "yes", "no"))):
@@ -255,10 +272,11 @@ def load_weights(module, state, path):
         raise BadInput(f"{path}: does not fit this config's model: {first[:200]}") from None
 
 
-def open_run(run, stage="", device="cpu"):
+def open_run(run, stage="", device="cpu", kind=None):
     """A trained run folder -> (Config, VAE, language model or None, name of its stage).
 
-    stage: "" = the last language-model stage that was trained, else "lm" or "consistency".
+    stage: "" = the last language-model stage that was trained, else one of MODELS. kind: the only
+    one that will be generated; AudioCALM then leaves the experts of the others on disk.
     Averaged weights (EMA) are taken where there are any.
     """
     if not os.path.isdir(run):
@@ -270,19 +288,29 @@ def open_run(run, stage="", device="cpu"):
     weights = state["ema"] or {k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
     load_weights(vae, weights, f"{run}/vae.pt")
     names = [stage] if stage else [
-        s for s in ("consistency", "lm") if os.path.exists(f"{run}/{s}.pt")]
+        s for s in MODELS if os.path.exists(f"{run}/{s}.pt")]
     if not names:
         return cfg, vae.to(device).eval(), None, "vae"
     state = load_checkpoint(f"{run}/{names[0]}.pt", device)
-    cfg = build(Config, state["config"])
-    lm = CALM(stage_model(cfg, names[0]), cfg.vae.latent_dim, vocabulary(cfg.data), KINDS)
-    load_weights(lm, state["ema"] or state["model"], f"{run}/{names[0]}.pt")
+    cfg, weights = build(Config, state["config"]), state["ema"] or state["model"]
+    only = {"only": kind} if names[0] == "audiocalm" else {}
+    lm = make_model(cfg, names[0], **only)
+    load_weights(lm, lm.wanted(weights) if only else weights, f"{run}/{names[0]}.pt")
     return cfg, vae.to(device).eval(), lm.to(device).eval(), names[0]
 
 
+def make_model(cfg, stage, **options):
+    """The language model of a stage."""
+    model, _ = MODELS[stage]
+    codes = {"codes": cfg.vae.codes} if model is CALM else {}
+    return model(stage_model(cfg, stage), cfg.vae.latent_dim, vocabulary(cfg.data),
+                 KINDS, **codes, **options)
+
+
 def stage_model(cfg, stage):
-    """[lm] as the stage has it: "consistency" is the same model with the consistency objective."""
+    """The model's table as the stage has it: "consistency" is [lm] with that objective."""
+    table = getattr(cfg, MODELS[stage][1])
     if stage != "consistency":
-        return cfg.lm
+        return table
     return dataclasses.replace(
-        cfg.lm, head=dataclasses.replace(cfg.lm.head, objective="consistency", steps=0))
+        table, head=dataclasses.replace(table.head, objective="consistency", steps=0))

@@ -25,6 +25,7 @@ Precision: audio float32 (int16 in memory), latents float16 on disk, float32 in 
     python data.py scan  DIR --layout libritts --out train.jsonl     make a manifest
     python data.py check train.jsonl --out clean.jsonl               read every file, drop bad ones
     python data.py info  train.jsonl                                 hours, speakers, durations
+    python data.py describe train.jsonl --out described.jsonl        texts as descriptions
 """
 import argparse
 import csv
@@ -50,7 +51,6 @@ from tqdm import tqdm
 
 KINDS = ("speech", "sound", "music")
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
-VOCAB = 260                                         # ... of the default; see DataConfig.tokenizer
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
@@ -426,11 +426,76 @@ def decode_text(ids, cfg=None):
     return bytes(ids).decode("utf-8", "replace")
 
 
+# ---------------------------------------------------------------------------- descriptions
+
+# One interface for the three kinds (AudioCALM, data reformulation): what is heard, in a sentence;
+# for speech with who speaks, how, and the transcript word for word. Templates are ours.
+DESCRIPTIONS = {
+    "speech": ('{who} says{how}: "{text}"', 'Speech by {who}{how}. The words are: "{text}"',
+               'A recording of {who} speaking{how}: "{text}"', '{who}, speaking{how}: "{text}"',
+               'One hears {who} say{how}: "{text}"'),
+    "sound": ("{text}", "The sound of {text}", "{text} can be heard", "A recording of {text}",
+              "One hears {text}"),
+    "music": ("Music: {text}", "A piece of music, {text}", "The music is {text}",
+              "A recording of music: {text}", "One hears music: {text}")}
+PACES = ((11.0, ("slowly", "at a slow pace")), (18.0, ("",)),       # below so many characters a
+         (math.inf, ("quickly", "at a fast pace")))                 # second; read English: 14 to 15
+
+
+def describe(clip, seed=0):
+    """The clip's text as a description, "" stays "". A function of (seed, clip.id) and the clip.
+
+    Who: the speaker's name, or a paraphrase of "someone". How: the pace, measured as characters of
+    transcript a second, named only where it is unusual."""
+    if not clip.text:
+        return ""
+    g = rng("describe", seed, int.from_bytes(hashlib.sha256(clip.id.encode()).digest()[:8], "little"))
+    def pick(options):
+        return options[int(g.integers(len(options)))]
+    who, how = pick(("someone", "a voice", "a person")), ""
+    if clip.kind == "speech":
+        who = f"speaker {clip.speaker}" if clip.speaker else who
+        pace = len(clip.text) / max(seconds_of(clip), 0.1)
+        how = pick(next(names for limit, names in PACES if pace < limit))
+    text = pick(DESCRIPTIONS[clip.kind]).format(who=who, how=" " + how if how else "",
+                                                text=clip.text.strip())
+    return text[0].upper() + text[1:]
+
+
+def read_rewritten(path):
+    """{"id": ..., "text": ...} a line, from any external tool -> {id: text}."""
+    rewritten = {}
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            row = json.loads(line or "{}")
+        except json.JSONDecodeError as e:
+            raise BadInput(f"{path}, line {n}: not JSON ({e.msg}); correct it") from e
+        if line.strip() and not (isinstance(row, dict) and isinstance(row.get("id"), str)
+                                 and isinstance(row.get("text"), str)):
+            raise BadInput(f'{path}, line {n}: needs {{"id": "...", "text": "..."}}')
+        rewritten |= {row["id"]: row["text"]} if line.strip() else {}
+    return rewritten
+
+
 # ---------------------------------------------------------------------------- order and prefetch
 
 def rng(purpose, *numbers):
     """A generator for one purpose ("crop", "row", ...) at (seed, row): independent streams."""
     return np.random.default_rng([int.from_bytes(purpose.encode(), "little"), *numbers])
+
+
+def word_stream(words, frames, rate):
+    """[[word, start, end], ...] in seconds -> (frames,) int64: the bytes of each word and a space
+    in consecutive frames from the one where it starts (or where the word before is through), PAD
+    elsewhere; what does not fit before the end is cut. rate: frames a second.
+    """
+    stream, free = np.full(frames, PAD), 0
+    for word, start, _ in words:
+        ids = [*word.encode("utf-8"), 32]
+        at = max(int(start * rate), free)
+        free = at + len(ids)
+        stream[at:free] = ids[:max(0, frames - at)]
+    return stream
 
 
 class Order:
@@ -630,9 +695,11 @@ class LatentCache:
     """The latents of every clip of a manifest, read by memory map.
 
     folder/key/index.json        which clips lie in which shard, and their frames
-    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance]
+    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance], or
+                                 (sum of T, K) int16, codes of an RVQ with K levels
 
-    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D); cache.dim = D."""
+    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D or K);
+    cache.dim = D; cache.levels = K, 0 for latents."""
 
     def __init__(self, path):
         """Opens a finished cache, folder/key. Errors: BadInput when it is missing or unfinished."""
@@ -641,6 +708,7 @@ class LatentCache:
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
             raise BadInput(f"{path}: the latent cache is unfinished; build it first")
         self.dim, self.frames = index["dim"], np.zeros(index["n"], np.int64)
+        self.levels = index.get("levels", 0)
         self.place = np.zeros((index["n"], 2), np.int64)                # shard, first frame
         self.clips_of, self.shards = [], []
         for k, shard in enumerate(index["shards"]):
@@ -654,7 +722,8 @@ class LatentCache:
         return len(self.frames)
 
     def get(self, i):
-        """Latents of clip i, np.memmap float16 (T, 2D): [mean | log-variance]."""
+        """Clip i, np.memmap: latents float16 (T, 2D), [mean | log-variance], or codes int16 (T, K).
+        """
         k, first = self.place[i]
         return self.shards[k][first:first + self.frames[i]]
 
@@ -682,10 +751,11 @@ class LatentCache:
 
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
-              batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
+              levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
         """Encodes every clip once -> LatentCache. Run again after an interruption: it goes on.
 
-        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var].
+        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
+        with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
         Clips of like length share a batch of about batch_seconds of audio, longest first, padded
         with zeros at the end; of each, ceil(S / hop) frames are kept. A clip longer than that is a
         batch of its own. key names encoder and data (see digest); another list of clips under
@@ -694,10 +764,10 @@ class LatentCache:
         than dim says or are not finite in float16."""
         path = Path(folder) / key
         names = digest([[c.audio, os.path.getsize(c.audio)] for c in clips], sample_rate, channels,
-                       hop, dim)
-        index = read_index(path)
+                       hop, dim, *([levels] if levels else []))
+        index, width = read_index(path), levels or 2 * dim
         if index is None or index["names"] != names:
-            index = {"names": names, "n": len(clips), "dim": dim, "shards": []}
+            index = {"names": names, "n": len(clips), "dim": dim, "levels": levels, "shards": []}
         seconds = [seconds_of(c) for c in clips]
         done = {i for shard in index["shards"] for i in shard["clips"]}
         todo = sorted(set(range(len(clips))) - done, key=lambda i: (-seconds[i], i))
@@ -722,11 +792,14 @@ class LatentCache:
                    unit=" s of audio", disable=not (show and todo))
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
             for b, (audio, frames) in enumerate(loaded):
-                latents = encode(audio).detach().float().cpu()              # (B, T, 2D)
-                if latents.shape != (len(frames), audio.shape[-1] // hop, 2 * dim):
+                latents = encode(audio).detach().cpu()                      # (B, T, 2D or K)
+                if latents.shape != (len(frames), audio.shape[-1] // hop, width):
                     raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                                     f" not (B, S / {hop}, {2 * dim})")
-                parts += [x[:T].half().numpy() for x, T in zip(latents, frames)]
+                                     f" not (B, S / {hop}, {width})")
+                if levels and latents.max() >= 1 << 15:
+                    raise ValueError("encode: codes do not fit into int16")
+                latents = latents.short() if levels else latents.half()
+                parts += [x[:T].numpy() for x, T in zip(latents, frames)]
                 for i, x in zip(batches[b], parts[-len(frames):]):
                     if not np.isfinite(x).all():
                         raise ValueError(f"encode: latents of {clips[i].audio} are not finite")
@@ -760,12 +833,15 @@ def read_index(path):
 class LatentBatches:
     """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text) at the end:
 
-        x       (b, frames, 2D)         float32, [mean | log-variance]
+        x       (b, frames, 2D)         float32, [mean | log-variance]; codes: (b, frames, K) int64
         frames  (b,)  int64             valid frames of x
         ended   (b,)  bool              the clip's last frame is in the row: it has an end
         text    (b, 1 + text_len) int64, text_len (b,) int64     [kind, ids...], valid tokens
         kind    (b,)  int64             number in KINDS
-        prompt  (b, prompt_frames, 2D)  float32, prompt_len (b,) int64
+        prompt  (b, prompt_frames, 2D)  as x, prompt_len (b,) int64
+        with word_rate (frames a second; the inner monologue of calm.py):
+        words   (b, frames) int64       bytes beside the frames (word_stream); text is then [kind]
+        aligned (b,)  bool              the manifest has words for the clip
 
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
     later has no text (it is not aligned), nor has speech whose text exceeds text_len; captions
@@ -774,11 +850,12 @@ class LatentBatches:
     .. prompt_frames, from another clip of the speaker; else from the same clip outside the row;
     else none."""
 
-    def __init__(self, clips, cache, cfg, batch, dim):
+    def __init__(self, clips, cache, cfg, batch, dim, word_rate=0.0):
         if cache.dim != dim or len(cache) != len(clips):
             raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
                              f"{len(clips)} of {dim}; build it for these clips")
         self.clips, self.cache, self.cfg, self.batch, self.dim = clips, cache, cfg, batch, dim
+        self.word_rate = word_rate
         self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
         self.half = -(-cfg.prompt_frames // 2)            # fewest frames of a prompt
         self.voices = {}                                  # speaker -> clips long enough for one
@@ -788,11 +865,14 @@ class LatentBatches:
 
     def __call__(self, step, rows=None):
         rows, c = global_rows(step, rows, self.batch), self.cfg
-        b, D2 = len(rows), 2 * self.dim
-        x, prompt = torch.zeros(b, c.frames, D2), torch.zeros(b, c.prompt_frames, D2)
+        b, levels = len(rows), self.cache.levels
+        width, kind = (levels, np.int64) if levels else (2 * self.dim, np.float32)
+        x, prompt = (torch.from_numpy(np.zeros((b, n, width), kind))
+                     for n in (c.frames, c.prompt_frames))
         text = torch.full((b, 1 + c.text_len), first_special(c))
+        words = torch.full((b, c.frames), PAD)
         small = {k: torch.zeros(b, dtype=torch.int64)
-                 for k in ("frames", "ended", "text_len", "kind", "prompt_len")}
+                 for k in ("frames", "ended", "text_len", "kind", "prompt_len", "aligned")}
         for r, row in enumerate(rows):
             i, g = self.order.index(row), rng("row", c.seed, row)
             clip, latents = self.clips[i], self.cache.get(i)
@@ -800,15 +880,20 @@ class LatentBatches:
             late, place = g.random() >= 0.5, g.random()
             start = 1 + int(place * (T - n)) if late and T > n else 0
             ids = self.tokens(clip, start)
+            if self.word_rate and clip.words:
+                ids = ids[:1]
+                stream = word_stream(clip.words, T, self.word_rate)
+                words[r, :n] = torch.from_numpy(stream[start:start + n])
             voice = self.prompt(i, start, start + n, g)
-            x[r, :n] = torch.from_numpy(latents[start:start + n].astype(np.float32))
-            prompt[r, :len(voice)] = torch.from_numpy(voice.astype(np.float32))
+            x[r, :n] = torch.from_numpy(latents[start:start + n].astype(kind))
+            prompt[r, :len(voice)] = torch.from_numpy(voice.astype(kind))
             text[r, :len(ids)] = torch.tensor(ids)
             for k, v in (("frames", n), ("ended", start + n == T), ("text_len", len(ids)),
-                         ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice))):
+                         ("kind", KINDS.index(clip.kind)), ("prompt_len", len(voice)),
+                         ("aligned", bool(self.word_rate and clip.words))):
                 small[k][r] = int(v)
-        small["ended"] = small["ended"].bool()
-        return {"x": x, "text": text, "prompt": prompt, **small}
+        small["ended"], small["aligned"] = small["ended"].bool(), small["aligned"].bool()
+        return {"x": x, "text": text, "words": words, "prompt": prompt, **small}
 
     def tokens(self, clip, start):
         cfg, special = self.cfg, int(self.cfg.kind_token)
@@ -824,7 +909,7 @@ class LatentBatches:
     def prompt(self, i, start, end, g):
         """Frames (n, 2D) of the voice of clip i, never those of its row [start, end)."""
         clip, P = self.clips[i], self.cfg.prompt_frames
-        none = np.zeros((0, 2 * self.dim), np.float16)
+        none = np.zeros((0, self.cache.levels or 2 * self.dim), np.float16)
         wanted, n, who, where = g.random(), g.integers(self.half, P + 1), g.random(), g.random()
         if clip.kind != "speech" or P == 0 or wanted >= self.cfg.prompt_prob:
             return none
@@ -866,9 +951,26 @@ def main(argv=None):
     s.add_argument("--out", help="write the good clips here, with their durations")
     s = command("info", "Clips, hours, speakers and durations, by kind.")
     s.add_argument("manifest", help=".jsonl or a folder of audio")
+    s = command("describe", "Write a manifest whose texts are descriptions, for all kinds alike: "
+                "templates with paraphrases, or sentences from another tool. Train on it, and "
+                "write such sentences to sample.py.")
+    s.add_argument("manifest", help=".jsonl or a folder of audio")
+    s.add_argument("--out", required=True, help="the manifest to write, .jsonl")
+    s.add_argument("--seed", type=int, default=0, help="of the paraphrases, default: 0")
+    s.add_argument("--rewritten", help='.jsonl of {"id", "text"}: used in place of the templates')
     a = p.parse_args(argv)
 
-    if a.command == "scan":
+    if a.command == "describe":
+        clips = load_manifest(a.manifest)
+        given = read_rewritten(a.rewritten) if a.rewritten else {}
+        if a.rewritten and not set(given) & {c.id for c in clips}:
+            raise BadInput(f"{a.rewritten}: no id of it is in {a.manifest}")
+        if a.seed < 0:
+            raise BadInput("--seed: cannot be negative; set 0 or more")
+        write_manifest(a.out, [replace(c, text=given.get(c.id) or describe(c, a.seed))
+                               for c in clips])
+        print(f"{len(clips)} clips -> {a.out}")
+    elif a.command == "scan":
         clips = scan(a.dir, a.layout, a.kind)
         write_manifest(a.out, clips)
         print(f"{len(clips)} clips -> {a.out}")

@@ -2,7 +2,8 @@
 says.
 
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
-                       [--json figures.json] [--metrics pesq,stoi,dnsmos,wer]
+                       [--json figures.json] [--metrics pesq,stoi,dnsmos,wer,sim]
+    python evaluate.py --run out/quickstart --what lm --sweep steps [--values 1,2,4,10]
 
     held-out clips ─► VAE ─► reconstructions ─┬─► log-mel distance (any corpus)
     held-out texts ─► CALM ─► generations ────┴─► the toy corpus's oracle: digits, counts, pitch,
@@ -14,10 +15,15 @@ SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² 
 codecs that keep the waveform. STFT distance: spectral convergence + log magnitudes at 2048, 1024,
 512, 256 (vae.py). Rate: KL in nats a second, or K log2(entries) bits a second.
 --metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band) and stoi against the
-original; dnsmos (overall) and wer (Whisper, --whisper NAME or folder) of original and
-reconstruction. The oracle (toy.py)
-measures each fact that a text of the toy corpus states; "chance" is what guessing gives. On other
-corpora it is left out.
+original; dnsmos (overall), wer (Whisper, --whisper NAME or folder) of original, reconstruction and
+generations; sim, the cosine of d-vectors (Resemblyzer) of a generation and the clip that lent its
+voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
+guessing gives. On other corpora it is left out. Length: share of generations that end within two
+latent frames of the held-out clip's end (two clips of one text differ too).
+Generations: every held-out text, in the voice of another held-out clip of its speaker where the run
+was trained with voice prompts.
+--sweep generates with one setting at several values (the last stage, or --stage): steps of the head
+(CALM Table 6), temperature (its Fig. 3), cfg; a table, and with --wavs a picture of the curves.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -30,9 +36,10 @@ import torch
 from tqdm import tqdm
 
 import toy
-from config import load_checkpoint, open_run
+from config import MODELS, load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
-                  load_clips, load_manifest, save_audio)
+                  load_clips, load_manifest, save_audio, seconds_of)
+from discrete import DISCRETE
 from vae import kl_loss, mel_filters, spectral_losses, stft
 
 
@@ -73,7 +80,9 @@ def word_errors(said, heard):
     return row[-1]
 
 
-METRICS = ("pesq", "stoi", "dnsmos", "wer")
+METRICS = ("pesq", "stoi", "dnsmos", "wer", "sim")
+SWEEPS = {"steps": (1, 2, 4, 10, 20), "temperature": (0.3, 0.5, 0.7, 0.9, 1.0),
+          "cfg": (1.0, 1.5, 2.0, 3.0)}
 
 
 class Judges:
@@ -95,6 +104,9 @@ class Judges:
             if "wer" in names:
                 from faster_whisper import WhisperModel
                 self.whisper = WhisperModel(whisper, device="cpu", compute_type="int8")
+            if "sim" in names:
+                from resemblyzer import VoiceEncoder
+                self.voice = VoiceEncoder("cpu", verbose=False).embed_utterance
         except ImportError as e:
             raise BadInput(
                 f"--metrics: {e.name} is not installed: pip install -e .[eval]") from None
@@ -117,13 +129,19 @@ class Judges:
         if "stoi" in self.names:
             self.add("stoi", self.stoi(x, y, 16000))
         for name, w in (("original", x), ("reconstruction", y)):
-            if "dnsmos" in self.names:
-                self.add(f"dnsmos {name}", self.dnsmos.run(w, 16000)["ovrl_mos"])
-            if "wer" in self.names and text:
-                segments, _ = self.whisper.transcribe(w, language="en", beam_size=1,
-                                                      condition_on_previous_text=False)
-                heard = words(" ".join(s.text for s in segments))
-                self.add(f"wer {name}", word_errors(words(text), heard), len(words(text)))
+            self.hear(name, w, text)
+
+    def hear(self, name, w, text, voice=None):
+        """w (S,) numpy at 16 kHz: dnsmos and wer of it, sim to voice (S',)."""
+        if "dnsmos" in self.names:
+            self.add(f"dnsmos {name}", self.dnsmos.run(w, 16000)["ovrl_mos"])
+        if "wer" in self.names and text:
+            segments, _ = self.whisper.transcribe(w, language="en", beam_size=1,
+                                                  condition_on_previous_text=False)
+            heard = words(" ".join(s.text for s in segments))
+            self.add(f"wer {name}", word_errors(words(text), heard), len(words(text)))
+        if "sim" in self.names and voice is not None:
+            self.add(f"sim {name}", float(self.voice(w) @ self.voice(voice)))    # unit vectors
 
     def figures(self):
         return {name: round(float(total / count), 4)
@@ -192,34 +210,105 @@ def judge_vae(vae, clips, limit, folder, judges=None):
     return out
 
 
-def judge_lm(lm, vae, cfg, clips, repeats, limit, steps, folder):
-    """{kind: share of facts right} over every distinct held-out text, `repeats` draws of each.
+def spread(items, limit):
+    """At most `limit` of them, evenly spaced."""
+    n = min(limit, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
-    Texts of equal length share a batch: the model takes no padding when it generates.
+
+@torch.no_grad()
+def voice_of(clip, clips, lm, vae, cfg):
+    """(latents (1, P, D), wav (ch, S)) of another held-out clip of the speaker, or None: a voice
+    prompt.
     """
-    out, chance = {}, {}
+    seconds = cfg.data.prompt_frames / vae.cfg.frame_rate
+    other = [c for c in clips if c.speaker == clip.speaker != "" and c.audio != clip.audio
+             and seconds_of(c) >= seconds]
+    if clip.kind != "speech" or not cfg.data.prompt_frames or not other:
+        return None
+    wav = torch.tensor(load_audio(other[0].audio, vae.cfg.sample_rate, vae.cfg.channels))
+    latents = lm.listen(vae, wav[None])
+    first = (latents.shape[1] - cfg.data.prompt_frames) // 2         # its middle: no silence
+    return latents[:, first:first + cfg.data.prompt_frames], wav
+
+
+def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **options):
+    """{kind: share of facts right}, guessing's, {kind: share of clips that end within two frames of
+    the true end} over every distinct held-out text, `repeats` draws of each; `judges` hears the
+    speech. options: steps, temperature, guidance.
+
+    Texts of equal length share a batch, with an inner monologue all texts: the model takes no
+    padding when it generates.
+    """
+    out, chance, on_time, rate = {}, {}, {}, cfg.vae.sample_rate
     for kind in KINDS:
         held = {c.text: c for c in clips if c.kind == kind and c.text}
-        texts, heard, shown = sorted(held)[:limit], [], 0
-        lengths = {}
+        texts, heard, late, groups, manifest = spread(sorted(held), limit), [], [], {}, []
+        voices = {t: voice_of(held[t], clips, lm, vae, cfg) for t in texts}
         for text in texts:
-            lengths.setdefault(len(encode_text(text, kind, cfg.data)), []).append(text)
-        for length, group in tqdm(sorted(lengths.items()), desc=f"generate {kind}", leave=False):
-            group = [text for text in group for _ in range(repeats)]
-            tokens = torch.tensor([encode_text(text, kind, cfg.data) for text in group])
-            wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                             steps=steps, temperature=cfg.sample.temperature,
-                             guidance=cfg.sample.cfg,
-                             generator=torch.Generator().manual_seed(length))
-            heard += [facts(w, held[t], cfg.vae.sample_rate) for w, t in zip(wavs, group)]
-            if folder and shown < 3:
-                shown += 1
-                name = group[0].replace(" ", "_").replace(",", "")
-                save_audio(f"{folder}/{kind}_{name}.wav", wavs[0].numpy(), cfg.vae.sample_rate)
+            n = 0 if getattr(lm.cfg, "monologue", False) else len(encode_text(text, kind, cfg.data))
+            groups.setdefault((n, voices[text] is not None), []).append(text)
+        batches = [group[i:i + 32] for _, group in sorted(groups.items())
+                   for i in range(0, len(group), 32)]
+        for at, group in enumerate(tqdm(batches, desc=f"generate {kind}", leave=False)):
+            ids = [encode_text(t, kind, cfg.data) for t in group]
+            longest = max(map(len, ids))             # spaces: nothing for a monologue to say
+            tokens = torch.tensor([i + [32] * (longest - len(i)) for i in ids])
+            prompt = None
+            if voices[group[0]] is not None:
+                prompt = torch.cat([voices[t][0] for t in group])
+            for draw in range(repeats):
+                seed = torch.Generator().manual_seed(1000 * draw + at)
+                wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                                 prompt=prompt, generator=seed, **options)
+                heard += [facts(w, held[t], rate) for w, t in zip(wavs, group)]
+                late += [abs(w.shape[-1] / rate - seconds_of(held[t]))
+                         for w, t in zip(wavs, group)]
+                for text, wav in zip(group, wavs):
+                    if judges is not None and kind == "speech":
+                        voice = voices[text]
+                        judges.hear("generation", soxr.resample(wav[0].numpy(), rate, 16000), text,
+                                    None if voice is None else soxr.resample(voice[1][0].numpy(),
+                                                                             rate, 16000))
+                    if folder and draw == 0:
+                        name = held[text].id or os.path.splitext(
+                            os.path.basename(held[text].audio))[0]
+                        save_audio(f"{folder}/{name}.wav", wav.numpy(), rate)
+                        manifest.append({"id": name, "text": text, "kind": kind,
+                                         "audio": f"{name}.wav",
+                                         "speaker": held[text].speaker})
+        if manifest:
+            with open(f"{folder}/{kind}.jsonl", "w") as f:
+                f.writelines(json.dumps(row) + "\n" for row in manifest)
         if share(heard) is not None:
             out[kind] = share(heard)
             chance[kind] = round(sum(toy.chance(t, kind) for t in texts) / len(texts), 4)
-    return out, chance
+        if late:
+            on_time[kind] = mean_of([s <= 2 / vae.cfg.frame_rate for s in late])
+    return out, chance, on_time
+
+
+def sweep(name, values, judged, folder):
+    """judged(value) -> {figure: number} for each value; a table, and curves.png in `folder`."""
+    found = {value: judged(value) for value in tqdm(values, desc=f"sweep {name}", leave=False)}
+    keys = list(dict.fromkeys(k for row in found.values() for k in row))
+    print(f"{name:>12s}" + "".join(f"{k:>26s}" for k in keys))
+    for value, row in found.items():
+        print(f"{value:12g}" + "".join(f"{row[k]:26.4f}" if k in row else " " * 26 for k in keys))
+    if folder and keys:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        fig, axes = plt.subplots(1, len(keys), squeeze=False, layout="constrained",
+                                 figsize=(3 * len(keys), 2.5))
+        for ax, key in zip(axes[0], keys):
+            ax.plot([v for v in found if key in found[v]],
+                    [row[key] for row in found.values() if key in row], "o-")
+            ax.set_title(key, fontsize=8)
+            ax.set_xlabel(name)
+        fig.savefig(f"{folder}/sweep_{name}.png", dpi=100)
+        plt.close(fig)
+    return {str(value): row for value, row in found.items()}
 
 
 @torch.no_grad()
@@ -253,9 +342,15 @@ def main():
     p.add_argument("--repeats", type=int, default=6, help="draws of each text (default 6)")
     p.add_argument("--limit", type=int, default=40,
                    help="clips and texts of each kind (default 40)")
-    p.add_argument("--wavs", help="folder for all reconstructions, three generations of each kind "
-                                  "and model, overview.png")
+    p.add_argument("--wavs", help="folder for all reconstructions and generations, their texts, "
+                                  "overview.png")
     p.add_argument("--json", help="write the figures here")
+    p.add_argument("--stage", default="", help="of the language models only this, e.g. lm")
+    p.add_argument("--steps", type=int, default=0, help="head steps; 0 = the objective's own")
+    p.add_argument("--temperature", type=float, help="default: the config's")
+    p.add_argument("--cfg", type=float, help="latent guidance; default: the config's")
+    p.add_argument("--sweep", choices=list(SWEEPS), help="generate at several values of this")
+    p.add_argument("--values", help="of the sweep, parted by commas")
     p.add_argument("--metrics", default="",
                    help=f"any of {','.join(METRICS)}: needs the eval extra")
     p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
@@ -273,12 +368,18 @@ def main():
     metrics = [m for m in a.metrics.split(",") if m]
     for name in set(metrics) - set(METRICS):
         raise BadInput(f"--metrics: unknown '{name}'; valid: {', '.join(METRICS)}")
-    judges = Judges(metrics, a.whisper) if metrics else None
+    judges = Judges(metrics, a.whisper) if metrics and a.what != "lm" and not a.sweep else None
+    try:
+        values = [(int if a.sweep == "steps" else float)(v) for v in a.values.split(",")] if (
+            a.values) else SWEEPS.get(a.sweep)
+    except ValueError:
+        raise BadInput(f"--values {a.values}: numbers parted by commas, for steps whole ones"
+                       ) from None
     cfg, vae, _, _ = open_run(a.run)
     manifest = a.manifest or ("" if cfg.data.manifest else f"{a.run}/toy/valid.jsonl")
     clips = load_manifest(manifest) if manifest else load_clips(cfg.data)[1]
     figures, rows, models = {"run": a.run, "clips": len(clips)}, [], {}
-    if a.what in ("all", "vae"):
+    if a.what in ("all", "vae") and not a.sweep:
         figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs, judges)
         if judges is not None:
             figures["speech"] = judges.figures()
@@ -291,20 +392,49 @@ def main():
         rows += [(name, {"speech": value}) for name, value in figures.get("speech", {}).items()]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
-    stages = [s for s in ("lm", "consistency")
+    stages = [s for s in reversed(MODELS)
               if os.path.exists(f"{a.run}/{s}.pt")] if a.what in ("all", "lm") else []
-    for stage in stages:
+    if a.stage:
+        if a.stage not in stages:
+            raise BadInput(f"--stage: {a.run} has no '{a.stage}'; it has {', '.join(stages)}")
+        stages = [a.stage]
+    if a.sweep and not stages:
+        raise BadInput(f"--sweep: {a.run} has no language model to generate with")
+    for stage in stages[-1:] if a.sweep else stages:
         if not load_checkpoint(f"{a.run}/{stage}.pt")["done"]:
             raise BadInput(f"{a.run}/{stage}.pt: its training is not finished; "
                            "run train.py again, it goes on")
         _, _, lm, _ = open_run(a.run, stage)
         objective = lm.cfg.head.objective
-        steps = lm.cfg.head.sample_steps
-        folder = f"{a.wavs}/{stage}" if a.wavs else ""
-        found, chance = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, steps, folder)
-        models[f"{objective}, {steps} step{'s' * (steps > 1)}"] = lm
-        figures[stage] = {"objective": objective, "steps": steps, "facts": found, "chance": chance}
-        rows.append((f"generation, {list(models)[-1]}: facts right", found))
+        steps = a.steps or lm.cfg.head.sample_steps
+        options = {"steps": steps,
+                   "temperature": (cfg.sample.temperature if a.temperature is None
+                                   else a.temperature),
+                   "guidance": cfg.sample.cfg if a.cfg is None else a.cfg}
+        if a.sweep:
+            def judged(value):
+                heard = Judges(metrics, a.whisper) if metrics else None
+                name = {"cfg": "guidance"}.get(a.sweep, a.sweep)
+                found, _, late = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit, judges=heard,
+                                          **options | {name: value})
+                return {f"facts {k}": v for k, v in found.items()} | {
+                    f"length {k}": v for k, v in late.items()} | (
+                    heard.figures() if heard else {})
+            figures[f"sweep {a.sweep}"] = sweep(a.sweep, values, judged, a.wavs)
+            continue
+        heard = Judges(metrics, a.whisper) if metrics else None
+        found, chance, on_time = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit,
+                                          f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
+        name = objective if objective in DISCRETE else (
+            f"{objective}, {steps} step{'s' * (steps > 1)}")
+        models[name] = lm
+        figures[stage] = {"objective": objective, **options, "facts": found, "chance": chance,
+                          "length": on_time}
+        rows.append((f"generation, {name}: facts right", found))
+        rows.append((f"generation, {name}: length right", on_time))
+        if heard is not None:
+            figures[stage]["speech"] = heard.figures()
+            rows += [(f"{key}, {name}", {"speech": v}) for key, v in heard.figures().items()]
         if stage == stages[-1]:
             rows.append(("chance", chance))
     print(f"{'':52s}" + "".join(f"{k:>9s}" for k in KINDS))
@@ -312,7 +442,7 @@ def main():
         if any(v is not None for v in row.values()):
             print(f"{name:52s}" + "".join(
                 f"{row[k]:9.3f}" if row.get(k) is not None else f"{'-':>9s}" for k in KINDS))
-    if a.wavs:
+    if a.wavs and not a.sweep:
         overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:
         try:

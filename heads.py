@@ -51,7 +51,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-OBJECTIVES = ("rectified_flow", "trigflow", "consistency", "lsd")
+OBJECTIVES = ("rectified_flow", "trigflow", "consistency", "lsd", "rq", "delay")
 SOLVERS = ("euler", "heun")
 HALF_PI = math.pi / 2
 
@@ -59,13 +59,14 @@ HALF_PI = math.pi / 2
 @dataclass
 class HeadConfig:
     """The [lm.head] table."""
-    # What the head learns: rectified_flow | trigflow | consistency | lsd. TrigFlow is the paper's
+    # What the head learns: rectified_flow | trigflow | consistency | lsd, or the discrete baselines
+    # rq | delay (discrete.py; they need [vae] bottleneck = "rvq"). TrigFlow is the paper's
     # best and slowest (Tab. 4), consistency its choice for real time, lsd that of its third version
     # for speech; consistency starts well from TrigFlow's weights (Consistency.load_flow).
     objective: str = "trigflow"
-    # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M).
+    # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M); rq: 1024.
     width: int = 512
-    # Residual blocks. Tab. 9: 12 (music), 6 (speech).
+    # Residual blocks. Tab. 9: 12 (music), 6 (speech); rq: 6 transformer layers.
     blocks: int = 6
     # Head batch multiplier M (4.4, Tab. 9: 8): draws of (t, eps) per position and step. One pass of
     # the backbone serves M losses; memory and time of the head grow M times.
@@ -96,6 +97,12 @@ class HeadConfig:
     # Steps when sample() is not told: 0 = 1 for consistency and lsd, 20 for the flows. Tab. 4
     # has 1 and 4 for consistency, 100 for TrigFlow; consistency gets worse beyond 4 to 10 (Tab. 6).
     steps: int = 0
+    # rq: attention heads (Tab. 9: 16), sets of weights: one for each of the first levels, the rest
+    # share the last; 0 = as many as levels.
+    depth_heads: int = 16
+    sets: int = 0
+    # rq, delay: draw among so many likeliest codes; 0 = all (MusicGen's default is 250).
+    top_k: int = 0
 
     def __post_init__(self):
         for key, valid, says in (
@@ -108,7 +115,12 @@ class HeadConfig:
                 ("tangent_c", self.tangent_c > 0, "a number above 0"),
                 ("distill", 0 < self.distill < 1, "a number between 0 and 1"),
                 ("solver", self.solver in SOLVERS, " | ".join(SOLVERS)),
-                ("steps", self.steps >= 0, "an integer of at least 0")):
+                ("steps", self.steps >= 0, "an integer of at least 0"),
+                ("depth_heads", self.depth_heads >= 1
+                 and (self.objective != "rq" or self.width % self.depth_heads == 0),
+                 "an integer that divides width"),
+                ("sets", self.sets >= 0, "an integer of at least 0"),
+                ("top_k", self.top_k >= 0, "an integer of at least 0")):
             if not valid:
                 raise ValueError(f"head.{key}: {getattr(self, key)!r} is wrong; valid: {says}")
 
@@ -445,9 +457,9 @@ class LSD(nn.Module):
         D L = (1-distill) ||F(x_t, t, t) - (eps - x)||² + distill ||df/ds - sg(F(f, s, s))||²
 
     ∂F/∂s is one jvp, and the gradient goes through it (reverse over forward). A quarter of the M
-    draws, at least one, has the second term: it costs two passes, and is mostly noise-free. Pocket
-    TTS computes it on a random quarter of the steps instead; the expectation is the same. The
-    target is a constant; with the gradient through its x (not its weights) they found the same.
+    draws, at least one, has the second term, which costs two passes more. Pocket TTS computes it on a
+    random quarter of the steps instead; the expectation is the same. The target is a constant; with
+    the gradient through its x (not its weights) they found the same quality.
     """
 
     def __init__(self, net, cfg):

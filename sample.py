@@ -31,7 +31,7 @@ from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_aud
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", "lm", "consistency"],
+    p.add_argument("--stage", default="", choices=["", "lm", "consistency", "audiocalm"],
                    help="which model; default: the last trained")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)
@@ -41,7 +41,8 @@ def parse():
     p.add_argument("--prompt-seconds", type=float,
                    help="of a prompt to continue, its last so many seconds")
     p.add_argument("--steps", type=int,
-                   help="head steps a latent; default: 1 for consistency, 20 for flows")
+                   help="steps a latent (audiocalm: a block); default: 1 for consistency and lsd, "
+                        "20 for flows")
     p.add_argument("--temperature", type=float,
                    help="variance of the noise, 0 .. 1; default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
@@ -79,7 +80,7 @@ def main():
     a = parse()
     if a.threads:
         torch.set_num_threads(a.threads)
-    cfg, vae, lm, stage = open_run(a.run, a.stage, a.device)
+    cfg, vae, lm, stage = open_run(a.run, a.stage, a.device, a.kind)
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     if a.int8:
@@ -103,7 +104,7 @@ def main():
         wav = torch.tensor(load_audio(a.prompt, rate, cfg.vae.channels)).to(a.device)
         wav = wav[:, -round(seconds * rate):] if seconds else wav
         with torch.no_grad():
-            latents = vae.normalize(vae.encode(wav[None])[0])                            # (1, T, D)
+            latents = lm.listen(vae, wav[None])                              # (1, T, D) or codes
         if a.text is not None and not a.prompt_text:
             if not cfg.data.prompt_frames:
                 raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
@@ -141,8 +142,8 @@ def main():
     if keep_prompt:
         emit(lead)
     with torch.no_grad():
-        for wav, n, _ in lm.stream(vae, tokens, max_frames=frames, history=history, state=state,
-                                   parallel=a.parallel, **options):
+        drawn = lm.generate(tokens, max_frames=frames, history=history, **options)
+        for wav, n, _ in vae.decode_stream(drawn, state, a.parallel):
             emit(wav)
             new += n
             first = first or time.perf_counter() - begin

@@ -10,6 +10,7 @@ drawn from (seed, step, row).
                                                    │ encode all clips once ─► latents/
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
     [consistency]   the same weights, one-step objective ─► consistency.pt
+      [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
@@ -44,12 +45,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import toy
-from calm import CALM
-from config import (build, dump, load, load_checkpoint, load_weights, save_checkpoint, stage_model,
-                    Config)
+from config import (MODELS, build, dump, load, load_checkpoint, load_weights, make_model,
+                    save_checkpoint, Config)
 from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
-                  load_manifest, save_audio, seconds_of, vocabulary)
+                  load_manifest, save_audio, seconds_of)
+from discrete import DISCRETE
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -157,8 +158,8 @@ class VAEStage:
 
 
 class LMStage:
-    """Cached latents and text -> CALM. As "consistency" it starts from lm.pt and changes the
-    objective.
+    """Cached latents and text -> the language model of the stage's name. "consistency" starts from
+    lm.pt and changes the objective.
     """
 
     def __init__(self, cfg, runtime, clips, valid, name):
@@ -172,15 +173,19 @@ class LMStage:
             k[4:]: v for k, v in state["model"].items() if k.startswith("vae.")}
         load_weights(self.vae, weights, f"{cfg.out}/vae.pt")
         self.vae.to(runtime.device).eval()
-        self.key = digest(weights, [c.audio for c in clips])      # a new VAE or corpus: new latents
+        table = getattr(cfg, MODELS[name][1])
+        self.levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0     # of codes
+        what = [self.levels] if self.levels else []
+        # a new VAE or corpus: new latents
+        self.key = digest(weights, [c.audio for c in clips], *what)
         train, held = (self.cache(clips, self.key),
-                       self.cache(valid, digest(weights, [c.audio for c in valid])))
+                       self.cache(valid, digest(weights, [c.audio for c in valid], *what)))
         stage = getattr(cfg.train, name)
-        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim)
+        rate = cfg.vae.frame_rate if getattr(table, "monologue", False) else 0.0
+        self.batch = LatentBatches(clips, train, cfg.data, stage.batch, cfg.vae.latent_dim, rate)
         self.held = LatentBatches(valid, held, dataclasses.replace(cfg.data, weights={}),
-                                  len(valid), cfg.vae.latent_dim)
-        self.name, self.model = name, CALM(stage_model(cfg, name), cfg.vae.latent_dim,
-                                           vocabulary(cfg.data), KINDS)
+                                  len(valid), cfg.vae.latent_dim, rate)
+        self.name, self.model = name, make_model(cfg, name)
         if name == "consistency":
             state = load_checkpoint(f"{cfg.out}/lm.pt", "cpu")
             weights = state["ema"] or state["model"]
@@ -195,18 +200,21 @@ class LMStage:
 
         @torch.no_grad()
         def encode(wav):
+            wav = wav.to(self.runtime.device)
             with self.runtime.autocast():
-                return torch.cat(self.vae.encode(wav.to(self.runtime.device)), -1).cpu()
+                return (self.vae.encode_codes(wav) if self.levels
+                        else torch.cat(self.vae.encode(wav), -1)).cpu()
 
         if self.runtime.rank == 0:
             LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                               sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
-                              hop=cfg.vae.hop, dim=cfg.vae.latent_dim, batch_seconds=60.0)
+                              hop=cfg.vae.hop, dim=cfg.vae.latent_dim, levels=self.levels,
+                              batch_seconds=60.0)
         if self.runtime.world > 1:
             dist.barrier()
         return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                                  sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
-                                 hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
+                                 hop=cfg.vae.hop, dim=cfg.vae.latent_dim, levels=self.levels,
                                  batch_seconds=60.0, show=False)
 
     def compile(self):
@@ -214,7 +222,12 @@ class LMStage:
         self.model.head.net.compile()
 
     def prepare(self, batch):
-        """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D)."""
+        """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D).
+
+        Codes (B, T, K) stay as they are.
+        """
+        if self.levels:
+            return batch
         for name in ("x", "prompt"):
             mean, logvar = batch[name].chunk(2, -1)
             batch[name] = self.vae.normalize(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
@@ -247,7 +260,7 @@ class LMStage:
                     longer[:: max(1, len(longer) // cfg.sample.count)][:cfg.sample.count]):
                 wav = torch.tensor(load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
                                               seconds=cfg.sample.prompt_seconds))
-                history = self.vae.normalize(self.vae.encode(wav[None].to(self.runtime.device))[0])
+                history = model.listen(self.vae, wav[None].to(self.runtime.device))
                 self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}",
                             kind, "", i, history=history)
         return {f"valid_{k}": v.item() for k, v in metrics.items()}
@@ -441,6 +454,11 @@ def train(stage, name, cfg, runtime):
         raise BadInput(
             f"train.{name}.micro_batch: {micro} does not divide the {mine} rows of a process")
     stage.model.to(runtime.device).train()
+    parts = dict(stage.averaged.named_children())
+    for part in c.freeze:
+        if part not in parts:
+            raise BadInput(f"train.{name}.freeze: unknown '{part}'; valid: {', '.join(parts)}")
+        parts[part].requires_grad_(False)
     optimizers = make_optimizers(stage, c, runtime.device)
     ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
     if os.path.exists(path):
@@ -588,7 +606,7 @@ def same_model(cfg, path, stage):
     """Refuse to go on with a checkpoint whose model tables differ from the config's."""
     state = load_checkpoint(path, "cpu")
     saved = build(Config, state["config"])
-    for table in ("vae",) if stage == "vae" else ("vae", "lm"):
+    for table in ("vae",) if stage == "vae" else ("vae", MODELS[stage][1]):
         old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
         wrong = next(((a, b) for a, b in zip(old, new) if a != b), None)
         if wrong:

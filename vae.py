@@ -20,7 +20,7 @@
         + λ_distill (1 - cos(W z, WavLM))          (speech, CALM 5.1)   + λ_commit L_commit  (rvq)
 
 T = ceil(S / hop), hop = product of `ratios` times `inner`. Everything is causal: latent t is a
-function of the samples before (t + 1) · hop. The conv decoder gives samples [t · hop, (t + 1) · hop)
+function of the samples before (t + 1) · hop. The conv decoder gives samples t · hop to (t + 1) · hop
 from the latents up to t; the iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until
 the next frames have been overlapped.
 
@@ -48,6 +48,7 @@ Precision: spectra, losses and discriminator logits in fp32; convolutions and tr
 autocast dtype.
 """
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -169,6 +170,11 @@ class VAEConfig:
     @property
     def n_fft(self):
         return self.stft_size or 4 * self.stft_hop
+
+    @property
+    def codes(self):
+        """rvq: levels K and entries of a codebook."""
+        return self.codebooks, self.codebook_size
 
     def levels(self, spectral):
         """Ratios left to the convolutions, decoder order, and the channels at their wave-side end.
@@ -405,7 +411,7 @@ class ResidualVQ(nn.Module):
     Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
     2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share
     is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries
-    at the first step. In training half of the rows use the first n levels only, n uniform (quantiser
+    at the first step. In training half of the rows use the first n levels only, n uniform (quantizer
     dropout). Statistics and replacements are shared by all processes.
     Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
     """
@@ -431,7 +437,7 @@ class ResidualVQ(nn.Module):
         return torch.stack(codes, -1).view(*x.shape[:2], -1)
 
     def decode(self, codes):
-        """codes (B, T, K') of the first K' <= K levels -> (B, T, D)."""
+        """codes (.., K') of the first K' <= K levels -> (.., D)."""
         return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
 
     @torch.no_grad()
@@ -604,6 +610,12 @@ class VAE(nn.Module):
         mean, logvar = h.chunk(2, -1)
         return mean, logvar.clamp(-12.0, 4.0)   # std in [.0025, 7.4]: no overflow, no division by 0
 
+    def encode_codes(self, wav):
+        """rvq: wav (B, ch, S) -> codes (B, T, K), int64; denormalize(codes) is what encode gives.
+        """
+        wav = F.pad(wav, (0, -wav.shape[-1] % self.cfg.hop))
+        return self.quantizer.encode(self.encoder(wav).float())
+
     def decode(self, z, state=None):
         """z (B, T, D) -> wav (B, ch, T · hop).
 
@@ -612,6 +624,40 @@ class VAE(nn.Module):
         if z.shape[1] == 0:
             return z.new_zeros(z.shape[0], self.cfg.channels, 0)
         return self.decoder(z, state).float()
+
+    def decode_stream(self, drawn, state=None, parallel=False):
+        """drawn: an iterator of (normalised latents (B, D), anything) -> yields waveforms
+        (B, ch, S), how many latents each is, and the last latent's anything.
+
+        The first latent is decoded at once, later ones 2, then 4 together: one alone costs 1.6
+        times its share of four (the weights of the transformer and of the first convolutions are
+        read again at each call), eight are no cheaper. At twice real time no gap can be heard.
+        parallel: decode in a thread while the next latents are drawn; worth it where a second core
+        is free.
+        """
+        state, waiting, size, doing = {} if state is None else state, [], 1, []
+
+        @torch.no_grad()                                    # a thread has its own grad mode
+        def decode(latents):
+            return self.decode(self.denormalize(torch.stack(latents, 1)), state)
+
+        with ThreadPoolExecutor(1) as pool:
+            for x, about in drawn:
+                waiting.append(x)
+                if len(waiting) < size:
+                    continue
+                ready, waiting, size = waiting, [], min(2 * size, 4)
+                if not parallel:
+                    yield decode(ready), len(ready), about
+                    continue
+                doing.append((pool.submit(decode, ready), len(ready), about))
+                while doing and (doing[0][0].done() or len(doing) > 2):
+                    done, *rest = doing.pop(0)
+                    yield done.result(), *rest
+            for done, *rest in doing:
+                yield done.result(), *rest
+            if waiting:
+                yield decode(waiting), len(waiting), about
 
     def flush(self, state):
         """(B, ch, latency): the end of a signal decoded with `state`; empty for the conv decoder.
@@ -639,6 +685,9 @@ class VAE(nn.Module):
         return (z - self.latent_mean) / self.latent_std
 
     def denormalize(self, x):
+        """The inverse; codes (.., K) become the sums of their entries."""
+        if not x.is_floating_point():
+            return self.quantizer.decode(x)
         return x * self.latent_std + self.latent_mean
 
     def forward(self, wav):

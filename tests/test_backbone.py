@@ -1,6 +1,7 @@
 """The transformer sees what it should, and feeding it piece by piece changes nothing."""
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from backbone import BackboneConfig, KVCache, Transformer, rope, rotations
 
@@ -100,3 +101,62 @@ def test_table_9_sizes_give_the_parameter_counts_of_the_paper(
 def test_impossible_sizes_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=list(changes)[0]):
         BackboneConfig(**{"dim": 32, "heads": 4, **changes})
+
+
+def test_explicit_positions_and_mask_reproduce_the_default_rule():
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    i = torch.arange(9)
+    for changes in (dict(), dict(window=4, kv_heads=2)):
+        net = model(**changes)
+        seen = i[:, None] >= i
+        if net.cfg.window:
+            seen &= i[:, None] - i < net.cfg.window
+        for mask in (seen, seen.expand(2, 1, 9, 9)):
+            torch.testing.assert_close(net(x, positions=i, mask=mask), net(x), atol=1e-12, rtol=0)
+        torch.testing.assert_close(net(x, positions=i.expand(2, 9) + torch.tensor([[0], [40]])),
+                                   net(x), atol=1e-12, rtol=0)             # only distances matter
+
+
+def test_a_permuted_sequence_with_its_positions_and_mask_is_the_same_set():
+    net, x = model(), torch.randn(1, 8, 32, dtype=torch.float64)
+    order = torch.randperm(8)
+    y = net(x[:, order], positions=order[None], mask=order[:, None] >= order)
+    torch.testing.assert_close(y, net(x)[:, order], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()                                     # flex_attention has no backward on CPU
+@pytest.mark.parametrize("changes", [dict(), dict(kv_heads=2)], ids=str)
+def test_flex_attention_gives_what_a_dense_mask_gives(changes):
+    net, x = model(**changes), torch.randn(2, 12, 32, dtype=torch.float64)
+    length = torch.tensor([12, 7])
+    rule = lambda b, h, q, k: (q // 3 >= k // 3) & ((k < length[b]) | (q == k))
+    b, i = torch.arange(2)[:, None, None], torch.arange(12)
+    mask = create_block_mask(rule, 2, None, 12, 12, device="cpu")
+    torch.testing.assert_close(net(x, mask=mask), net(x, mask=rule(b, 0, i[:, None], i)[:, None]),
+                               atol=1e-12, rtol=0)
+
+
+def test_reading_a_cache_leaves_it_as_it_was():
+    net, cache, x = model(), KVCache(), torch.randn(1, 9, 32, dtype=torch.float64)
+    net(x[:, :6], cache)
+    before = {i: (k.clone(), v.clone()) for i, (k, v) in cache.kv.items()}
+    everything = torch.ones(3, 9, dtype=torch.bool)
+    first = net(x[:, 6:], cache.copy(), mask=everything)
+    assert torch.equal(net(x[:, 6:], cache.copy(), mask=everything), first)
+    assert cache.pos == 6
+    for i, (k, v) in cache.kv.items():
+        assert torch.equal(k, before[i][0]) and torch.equal(v, before[i][1])
+    i = torch.arange(9)                              # the same, in one pass: 6 causal, then a block
+    whole = net(x, mask=(i[:, None] >= i) | (i[:, None] >= 6))
+    torch.testing.assert_close(first, whole[:, 6:], atol=1e-12, rtol=0)
+
+
+def test_a_trimmed_cache_keeps_its_first_and_last_positions_and_counts_on():
+    net, cache, x = model(), KVCache(), torch.randn(1, 10, 32, dtype=torch.float64)
+    net(x, cache)
+    k = cache.kv[1][0]
+    cache.trim(2, 5)
+    assert torch.equal(cache.kv[1][0], torch.cat([k[:, :, :2], k[:, :, 5:]], 2))
+    assert cache.pos == 10
+    cache.trim(2, 5)
+    assert cache.kv[0][0].shape[2] == 7

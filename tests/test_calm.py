@@ -199,7 +199,7 @@ def test_streamed_pieces_joined_are_the_decoded_latents(parallel):
     text = torch.zeros(1, 2, dtype=torch.long)
     options = lambda: dict(kind=0, max_frames=21, generator=torch.Generator().manual_seed(0))
     x = torch.stack([x for x, _ in net.generate(text, **options())], 1)
-    pieces = list(net.stream(vae, text, parallel=parallel, **options()))
+    pieces = list(vae.decode_stream(net.generate(text, **options()), parallel=parallel))
     assert [n for _, n, _ in pieces] == [1, 2, 4, 4, 4, 4, 2]
     torch.testing.assert_close(torch.cat([wav for wav, _, _ in pieces], -1),
                                vae.decode(vae.denormalize(x)), atol=1e-5, rtol=0)
@@ -227,3 +227,103 @@ def test_every_part_learns_from_every_objective(objective):
     silent = [name for name, p in net.named_parameters()
               if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
+
+
+# ---------------------------------------------------------------- inner monologue
+
+def talker(delay=2, **changes):
+    torch.manual_seed(0)
+    cfg = CALMConfig(backbone=BackboneConfig(dim=32, layers=2, heads=2), monologue=True,
+                     acoustic_delay=delay, head=HeadConfig(width=16, blocks=1), **changes)
+    net = CALM(cfg, D, 260, KINDS)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net.eval()
+
+
+def spoken_batch(words):
+    b = batch()
+    return b | {"text": b["text"][:, :1], "text_len": torch.ones(4, dtype=torch.long),
+                "words": words, "aligned": torch.tensor([True, True, True, False])}
+
+
+def test_row_s_has_seen_the_words_up_to_s_and_the_latents_two_frames_behind_them():
+    net, b = talker(), batch()
+    x = b["x"].clone().requires_grad_()
+    embedded = []
+    text = net.text.forward
+    net.text.forward = lambda ids: embedded.append(text(ids).detach().requires_grad_()) or (
+        embedded[-1])
+    z = net.condition(x, b["text"][:, :1], b["text_len"].clamp(max=1), b["prompt"],
+                      b["prompt_len"], torch.randint(0, 256, (4, 6)))
+    words = next(e for e in embedded if e.shape[1] == 8)     # 6 frames and the delay
+    assert z.shape[1] == 9
+    for s in range(9):
+        of_x, of_words = torch.autograd.grad(z[:, s].sum(), (x, words), retain_graph=True,
+                                             allow_unused=True)
+        seen_x, seen_words = (g.abs().sum((0, 2)) > 0 for g in (of_x, of_words))
+        assert seen_x.sum() == max(0, s - 2) and seen_x[:max(0, s - 2)].all()
+        assert seen_words.sum() == s and seen_words[:s].all()
+
+
+def test_generation_with_a_monologue_equals_the_training_pass_over_what_was_generated():
+    net, seen, said = talker(), [], []
+    text = torch.tensor([[257, *b"ab c"], [257, *b"d efg"[:4]]])
+    sample, embed = net.head.sample, net.text.forward
+    net.head.sample = lambda z, **options: seen.append(z) or sample(z, **options)
+    net.text.forward = lambda ids: said.append(ids) or embed(ids)
+    net.eos.bias.data.fill_(-100.0)
+    prompt, history = torch.randn(2, 3, D), torch.randn(2, 4, D)
+    for past in (None, history):
+        seen.clear(), said.clear()
+        xs = [x for x, _ in net.generate(text, kind=0, max_frames=7, prompt=prompt, steps=2,
+                                         history=past, generator=torch.Generator().manual_seed(0))]
+        n = 0 if past is None else 4
+        x = torch.stack(xs, 1) if past is None else torch.cat([past, torch.stack(xs, 1)], 1)
+        steps = [ids for ids in said if ids.shape == (2,)][1:]       # the first is PAD's embedding
+        words = torch.cat([torch.full((2, n), 256), torch.stack(steps, 1)], 1)[:, :n + 9]
+        audio = torch.nn.functional.pad(net.latent(x), (0, 0, 2, 0)) + embed(words)
+        z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]),
+                                    net.bos.expand(2, 1, -1), audio], 1))[:, 4:]
+        torch.testing.assert_close(torch.stack(seen, 1), z[:, n + 2:n + 9], atol=1e-5, rtol=0)
+
+
+def test_a_given_text_is_said_word_by_word_and_whole_before_the_clip_may_end():
+    net = talker()
+    net.eos.bias.data.fill_(100.0)                   # would end at once
+    text, tokens = torch.tensor([[257, *b"hi  you"]]), []
+    embed = net.text.forward
+    net.text.forward = lambda ids: tokens.append(ids) or embed(ids)
+    frames = len(list(net.generate(text, kind=0, max_frames=400, steps=1,
+                                   generator=torch.Generator().manual_seed(1))))
+    stream = [int(ids) for ids in tokens if ids.shape == (1,)][1:]
+    assert bytes(t for t in stream if t != 256) == b"hi you "
+    first = stream.index(ord("y"))
+    assert stream[first:first + 4] == list(b"you ")  # a word's bytes follow each other
+    assert frames <= len(stream) < 400
+
+
+def test_the_text_loss_knows_words_up_to_the_delay_behind_an_end_and_no_unaligned_rows():
+    net = talker(delay=3, prefix_dropout=0.0)
+    b = spoken_batch(torch.randint(0, 256, (4, 6)))
+    logits = torch.zeros(4, 9, 260, requires_grad=True)
+    net.word.forward = lambda z: logits
+    net.loss(b)[0].backward()
+    counted = (logits.grad.abs().sum(-1) > 0).sum(1).tolist()
+    assert counted == [9, 7, 6, 0]                   # 6 + 3, 4 + 3, 6 (goes on), not aligned
+
+
+def test_a_word_learns_to_begin_where_the_manifest_says():
+    """Trained on one clip, the text logits give its words back at their frames."""
+    torch.manual_seed(0)
+    net = talker(prefix_dropout=0.0, noise=0.0, monologue_weight=1.0).train()
+    words = torch.full((4, 6), 256)
+    words[:, 2:4] = torch.tensor([ord("a"), 32])
+    b = spoken_batch(words) | {"aligned": torch.ones(4, dtype=torch.bool)}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net.loss(b)[0].backward()
+        optimizer.step()
+    z = net.eval().condition(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"], words)
+    assert net.word(z)[0, :6].argmax(-1).tolist() == words[0].tolist()

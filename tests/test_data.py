@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data                                                                 # noqa: E402
 from data import (AudioBatches, BadInput, Clip, DataConfig, LatentBatches, LatentCache, Order,
                   PAD, Prefetch, decode_text, encode_text, load_audio, load_clips, load_manifest,
-                  save_audio, scan, write_manifest)                         # noqa: E402
+                  save_audio, scan, word_stream, write_manifest)            # noqa: E402
 
 RATE, HOP, D = 8000, 400, 3
 
@@ -51,7 +51,7 @@ class Numbered:
     """A cache whose every frame says which clip and which frame it is: [clip, frame, 0 | ...]."""
 
     def __init__(self, lengths):
-        self.frames, self.dim = np.array(lengths), D
+        self.frames, self.dim, self.levels = np.array(lengths), D, 0
 
     def __len__(self):
         return len(self.frames)
@@ -218,6 +218,46 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
     assert [c.duration for c in load_manifest(clean)][0] == 0.3
     code, out, _ = run("info", clean)
     assert code == 0 and "speech        3" in out
+
+
+# ---------------------------------------------------------------------------- descriptions
+
+def clip(kind="speech", text="hello there", **more):
+    return Clip(**{"audio": "x.wav", "text": text, "kind": kind, "duration": 0.8, "id": "a", **more})
+
+
+def test_a_description_keeps_every_word_of_its_text_and_depends_on_seed_and_id_only():
+    for kind in data.KINDS:
+        found = {data.describe(clip(kind, id=str(i))) for i in range(40)}
+        assert len(found) >= 5 and all("hello there" in t.lower() for t in found)
+        assert [data.describe(clip(kind), s) for s in range(9)] == [
+            data.describe(clip(kind), s) for s in range(9)]
+        assert len({data.describe(clip(kind), s) for s in range(40)}) >= 5
+    assert data.describe(clip(text="")) == ""
+
+
+def test_speech_says_who_and_how_fast_and_quotes_word_for_word():
+    said = lambda **more: {data.describe(clip(id=str(i), **more)) for i in range(30)}
+    assert all("speaker anna" in t.lower() and '"hello there"' in t for t in said(speaker="anna"))
+    slow = lambda t: "slow" in t
+    fast = lambda t: "quickly" in t or "fast" in t
+    assert all(map(slow, said(duration=2.0))) and all(map(fast, said(duration=0.4)))
+    assert not any(slow(t) or fast(t) for t in said(duration=0.8))
+
+
+def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path, capsys):
+    corpus(tmp_path / "c", 3)
+    manifest, out, other = (tmp_path / n for n in ("m.jsonl", "d.jsonl", "r.jsonl"))
+    data.main(["scan", str(tmp_path / "c"), "--out", str(manifest)])
+    clips = load_manifest(manifest)
+    data.write_manifest(manifest, [data.replace(c, text=f"word {i}") for i, c in enumerate(clips)])
+    other.write_text(json.dumps({"id": clips[1].id, "text": "a new sentence"}) + "\n")
+    data.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
+    found = [c.text for c in load_manifest(out)]
+    assert '"word 0"' in found[0] and found[1] == "a new sentence" and '"word 2"' in found[2]
+    other.write_text("{}\n")
+    with pytest.raises(BadInput, match="line 1: needs"):
+        data.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
 
 
 # ---------------------------------------------------------------------------- text, config, digest
@@ -495,3 +535,12 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_two(capsys):
     with pytest.raises(SystemExit) as e:
         data.cli(main)
     assert e.value.code == 2 and capsys.readouterr().err == "error: a.wav: is bad\n"
+
+
+def test_words_stand_at_the_frame_where_they_begin_or_behind_the_word_before():
+    words = [["ab", 0.2, 0.3], ["c", 0.3, 0.4], ["de", 1.0, 1.2]]
+    stream = word_stream(words, 13, 10.0).tolist()
+    assert stream == [PAD, PAD, ord("a"), ord("b"), 32, ord("c"), 32, PAD, PAD, PAD,
+                      ord("d"), ord("e"), 32]
+    assert word_stream(words, 11, 10.0).tolist() == stream[:11]
+    assert word_stream(words, 4, 10.0).tolist() == stream[:4]

@@ -41,7 +41,7 @@ def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
 
 class Silence:
     """Stands for PESQ where it finds no speech, and for its siblings."""
-    names = ("pesq", "stoi", "dnsmos", "wer")
+    names = ("pesq", "stoi", "dnsmos", "wer")    # sim needs a voice
 
 
 def judges():
@@ -67,6 +67,20 @@ def test_judges_average_over_clips_and_leave_out_what_they_cannot_hear():
     found = j.figures()
     assert found["pesq"] == 3.0 and found["stoi"] == 0.5 and found["dnsmos original"] == 2.0
     assert found["wer original"] == found["wer reconstruction"] == 0.5          # (1 + 1) / 4 words
+
+
+def test_a_generation_is_compared_with_the_voice_that_it_was_given():
+    j, w = judges(), np.zeros(16000, dtype=np.float32)
+    j.voice = lambda w: np.array([1.0, 0.0]) if w[0] == 0 else np.array([0.6, 0.8])
+    j.hear("generation", w, "one three", w + 1)
+    j.hear("generation", w, "one two", None)
+    found = j.figures()
+    assert found["sim generation"] == pytest.approx(0.6) and found["wer generation"] == 0.25
+
+
+def test_a_sample_of_texts_is_spread_evenly():
+    assert evaluate.spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert evaluate.spread([1, 2], 9) == [1, 2]
 
 
 def test_contestants_take_turns_after_an_unmeasured_round():

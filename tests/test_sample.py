@@ -1,11 +1,16 @@
 """sample.py and evaluate.py as a user calls them."""
 import json
 import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import soundfile as sf
 
+import sample as sample_script
+import train
+from config import open_run
 from test_train import run, write
 
 
@@ -67,11 +72,74 @@ def test_evaluation_prints_a_table_and_writes_figures(trained):
     assert figures["vae"]["speech"]["original"] >= 0.9      # the oracle understands the synthesiser
     assert (set(figures["lm"]["facts"]) <= {"speech", "sound", "music"}
             and figures["lm"]["steps"] == 20)
-    assert os.listdir(f"{trained}/wavs/lm")
+    with open(f"{trained}/wavs/lm/speech.jsonl") as f:
+        made = [json.loads(line) for line in f]
+    assert len(made) == 2 and all(os.path.exists(f"{trained}/wavs/lm/{m['audio']}") for m in made)
+
+
+def test_a_sweep_prints_a_row_a_value_and_draws_the_curves(trained):
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "1",
+               "--threads", "1", "--sweep", "steps", "--values", "1,3", "--what", "lm",
+               "--json", f"{trained}/s.json", "--wavs", f"{trained}/sweep")
+    assert done.returncode == 0, done.stderr
+    with open(f"{trained}/s.json") as f:
+        assert set(json.load(f)["sweep steps"]) == {"1", "3"}
+    assert "facts speech" in done.stdout and os.path.exists(f"{trained}/sweep/sweep_steps.png")
+    wrong = run("evaluate.py", "--run", f"{trained}/run", "--sweep", "steps", "--values", "1.5")
+    assert wrong.returncode == 2 and "--values 1.5" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def universal(trained, tmp_path_factory):
+    """AudioCALM on the VAE of the other run."""
+    folder = str(tmp_path_factory.mktemp("universal"))
+    config = write(folder)
+    shutil.copytree(f"{trained}/run/toy", f"{folder}/run/toy")
+    shutil.copy(f"{trained}/run/vae.pt", f"{folder}/run/vae.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", config, "--stages",
+                                    '["vae", "audiocalm"]', "--train.vae.steps", "2"])
+        train.main()
+    return folder
+
+
+def test_audiocalm_trains_as_a_stage_and_speaks_through_the_same_commands(
+        universal, monkeypatch, capsys):
+    with open(f"{universal}/run/log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    assert {"head", "stop", "valid_head_speech"} <= set().union(
+        *(row for row in rows if row["stage"] == "audiocalm"))
+    wavs = {}
+    for name, more in (("plain", []), ("stream", ["--stream"]),
+                       ("guided", ["--cfg", "2", "--steps", "2", "--kind", "music"])):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{universal}/run", "--text", "two",
+                                          "--seconds", "0.4", "--out", f"{universal}/x.wav"] + more)
+        sample_script.main()
+        assert "from audiocalm" in capsys.readouterr().out
+        wavs[name] = sf.read(f"{universal}/x.wav")[0]
+    np.testing.assert_allclose(wavs["stream"], wavs["plain"], atol=2 / 32768)
+    assert 640 <= len(wavs["guided"]) <= 6400 and np.isfinite(wavs["guided"]).all()
+
+
+def test_the_speech_expert_stays_on_disk_when_sound_or_music_is_asked_for(universal):
+    size = lambda kind: sum(p.numel() for p in
+                            open_run(f"{universal}/run", kind=kind)[2].parameters())
+    assert size("speech") == size(None)
+    assert size("sound") == size("music") == size(None) - 3 * 16 * 16
+
+
+def test_audiocalm_is_judged_like_the_others(universal):
+    done = run("evaluate.py", "--run", f"{universal}/run", "--what", "lm", "--limit", "1",
+               "--repeats", "1", "--threads", "1", "--json", f"{universal}/f.json")
+    assert done.returncode == 0, done.stderr
+    with open(f"{universal}/f.json") as f:
+        found = json.load(f)["audiocalm"]
+    assert found["objective"] == "rectified_flow" and found["steps"] == 20
+    assert set(found["length"]) == {"speech", "sound", "music"}
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "toy.py",
-                                    "bench.py", "convert.py"])
+                                    "bench.py", "convert.py", "flite.py", "ablate.py"])
 def test_every_command_explains_itself(script):
     done = run(script, "-h")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8

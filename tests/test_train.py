@@ -68,6 +68,14 @@ heads = 2
 width = 16
 blocks = 1
 multiplier = 2
+[audiocalm]
+expert_dim = 16
+[audiocalm.backbone]
+dim = 16
+layers = 1
+heads = 2
+[audiocalm.head]
+width = 16
 [train.vae]
 optimizer = "muon"
 steps = 12
@@ -84,6 +92,10 @@ log_every = 1
 ema = 0.9
 [train.consistency]
 steps = 4
+batch = 4
+log_every = 1
+[train.audiocalm]
+steps = 2
 batch = 4
 log_every = 1
 [sample]
@@ -354,8 +366,7 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
     with torch.device("meta"):
         train.VAE(cfg.vae), Discriminators(cfg.vae)
         for stage in set(cfg.stages) - {"vae"}:
-            train.CALM(train.stage_model(cfg, stage), cfg.vae.latent_dim,
-                       train.vocabulary(cfg.data), train.KINDS)
+            train.make_model(cfg, stage)
 
 
 def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished, tmp_path):
@@ -370,6 +381,20 @@ def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished,
     wrong = run("train.py", "--config", f"{tmp_path}/tiny.toml", "--fresh",
                 "--train.vae.init", start, "--vae.latent_dim", "6")
     assert wrong.returncode == 2 and start in wrong.stderr
+
+
+def test_frozen_parts_keep_their_weights_while_the_others_learn(finished, tmp_path):
+    start = f"{finished[0]}/run/vae.pt"
+    options = ("--config", write(str(tmp_path)), "--stages", '["vae"]', "--train.vae.init", start,
+               "--train.vae.steps", "2")
+    done = run("train.py", *options, "--train.vae.freeze", '["encoder"]')
+    assert done.returncode == 0, done.stderr
+    old, new = load_checkpoint(start)["ema"], load_checkpoint(f"{tmp_path}/run/vae.pt")["ema"]
+    moved = {k for k in new if not torch.equal(old[k], new[k])}
+    assert any(k.startswith("decoder.") for k in moved)
+    assert not any(k.startswith("encoder.") for k in moved)
+    wrong = run("train.py", *options, "--fresh", "--train.vae.freeze", '["ears"]')
+    assert wrong.returncode == 2 and "ears" in wrong.stderr and "decoder" in wrong.stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):

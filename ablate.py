@@ -1,0 +1,131 @@
+"""A table of experiments: train several configs with several seeds, judge each, print mean ± error.
+
+    python ablate.py configs/ablation/toy_*.toml [--seeds 0,1] [--out out/ablation]
+                     [--evaluate "--limit 20 --repeats 2"] [--json table.json] [--train.lm.steps 300]
+
+    config A ─┬─ seed 0 ─► train.py ─► out/ablation/A_0 ─► evaluate.py ─► figures.json ─┐
+              └─ seed 1 ─► ...                                                          ├─► table
+    config B ─┬─ ...                                                                    ┘
+
+Configs whose [vae], [train.vae], [data], [toy] tables are equal share one VAE and its latents: the
+first run trains it, all others link to it (seeds and rows then differ in the language model alone;
+--own-vae turns that off). A row is a config, a column a figure: share of facts right (toy corpus),
+clips that end on time, the held-out loss, and whatever --evaluate adds ("--metrics wer,dnsmos").
+The error is half of the 95 % confidence interval of the mean over seeds (Student's t: with two
+seeds 12.7 standard errors, so that few differences are ever shown by two).
+Runs that are finished are not run again; an interrupted one goes on. Other options go to train.py.
+Exit status: 0 done, 2 your mistake.
+"""
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+
+from tqdm import tqdm
+
+from config import MODELS, dump, load
+from data import BadInput, Parser, atomic, cli
+
+HOME = os.path.dirname(os.path.abspath(__file__))
+# two-sided 95 % points of Student's t for n - 1 degrees of freedom, n = 2, 3, ...
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_and_error(values):
+    """Mean and half of its 95 % confidence interval; error None for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    t = STUDENT[len(values) - 2] if len(values) < 2 + len(STUDENT) else 1.96
+    return mean, t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def show(mean, error):
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+def run(*command):
+    """A command of ours; its last line of stderr when it fails."""
+    done = subprocess.run([sys.executable, *command], cwd=HOME, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BadInput(f"{command[0]} {' '.join(command[1:])}: {last.removeprefix('error: ')}")
+
+
+def read(folder):
+    """{figure: number} of a judged run: the last stage's figures and its held-out loss."""
+    with open(f"{folder}/figures.json") as f:
+        figures = json.load(f)
+    stage = next(s for s in MODELS if s in figures)
+    found = {f"{name} {kind}": v for name in ("facts", "length")
+             for kind, v in figures[stage][name].items()} | figures[stage].get("speech", {})
+    with open(f"{folder}/log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        if row["stage"] == stage and "valid_head" in row:
+            found["held-out loss"] = row["valid_head"]
+    return found
+
+
+def link_vae(source, folder):
+    """Hard links to a finished VAE and its latents, where there are none yet."""
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(f"{folder}/vae.pt"):
+        os.link(f"{source}/vae.pt", f"{folder}/vae.pt")
+    for name in ("latents", "toy"):
+        if os.path.isdir(f"{source}/{name}") and not os.path.exists(f"{folder}/{name}"):
+            os.symlink(os.path.abspath(f"{source}/{name}"), f"{folder}/{name}")
+
+
+def main():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("configs", nargs="+", help="one experiment each")
+    p.add_argument("--seeds", default="0,1", help="default: 0,1")
+    p.add_argument("--out", default="out/ablation", help="folder of run folders")
+    p.add_argument("--evaluate", default="", help="options for evaluate.py, in quotes")
+    p.add_argument("--own-vae", action="store_true", help="train the VAE anew in each run")
+    p.add_argument("--json", help="write the table here")
+    a, overrides = p.parse_known_args()
+    try:
+        seeds = [int(s) for s in a.seeds.split(",")]
+    except ValueError:
+        raise BadInput(f"--seeds {a.seeds}: whole numbers parted by commas") from None
+    names = [os.path.splitext(os.path.basename(c))[0] for c in a.configs]
+    if len(set(names)) < len(names):
+        raise BadInput("two configs have the same name; rename one")
+    out, table, trained = os.path.abspath(a.out), {name: {} for name in names}, {}
+    loaded = [load(path, overrides) for path in a.configs]         # mistakes first, not after hours
+    jobs = [(seed, *job) for seed in seeds for job in zip(names, a.configs, loaded)]
+    for seed, name, path, cfg in tqdm(jobs, unit="run"):
+        folder = f"{out}/{name}_{seed}"
+        same = tuple(map(dump, (cfg.vae, cfg.data, cfg.toy, cfg.train.vae)))
+        if same in trained and not a.own_vae:
+            link_vae(trained[same], folder)
+        options = ("--seed", str(seed), "--out", folder)
+        run("train.py", "--config", os.path.abspath(path), *options, *overrides)
+        trained.setdefault(same, folder)
+        if not os.path.exists(f"{folder}/figures.json"):
+            run("evaluate.py", "--run", folder, "--what", "lm", "--json", f"{folder}/figures.json",
+                *shlex.split(a.evaluate))
+        for figure, value in read(folder).items():
+            table[name].setdefault(figure, []).append(value)
+    columns = list(dict.fromkeys(f for row in table.values() for f in row))
+    wide = max(map(len, names)) + 2
+    print(" " * wide + "".join(f"{c:>20s}" for c in columns))
+    result = {}
+    for name, row in table.items():
+        cells = {c: mean_and_error(row[c]) for c in columns if c in row}
+        result[name] = {c: {"mean": m, "error": e, "seeds": row[c]} for c, (m, e) in cells.items()}
+        print(f"{name:{wide}s}" + "".join(
+            f"{show(*cells[c]) if c in cells else '-':>20s}" for c in columns))
+    if a.json:
+        with atomic(a.json) as temp, open(temp, "w") as f:
+            json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,406 @@
+"""AudioCALM: blocks of latents, denoised by iterating the transformer itself over the noisy block.
+
+    text (B, L)   voice prompt (B, P, D)   clean latents (B, T, D)      noisy latents (M, B, T, D)
+      └─ embed ─┐    └─ linear ─┐            └─ + noise s, linear ─┐      └─ linear + time(t) ─┐
+                ▼               ▼                                  ▼                           ▼
+              [ text          | prompt | x¹⁻⁴ | x⁵⁻⁸ | x⁹⁻¹² ...   | x_t¹⁻⁴ | x_t⁵⁻⁸ | x_t⁹⁻¹² .. ]
+    position    0 1 2 ...       l ...    l+p ...                     l+p ...           the same again
+                                  │  one pass of the backbone, one mask
+                                  ▼
+                 hidden, clean (B, T, C)          hidden, noisy (B, M·T, C)
+                                  │                                │
+                stop logit a frame: "the clip                read-out with x_t and t
+                ends with or before this one"                      │
+                                                      velocity F = ε - x (M, B, T, D)
+    who sees whom (query below, key right; block 2):
+                 text prompt │ clean 1 2 3 4 │ noisy 1 2 3 4
+        text     causal      │               │                     a position sees
+        clean 3  ■■■■ ■■■■   │       ■ ■ ■   │                       what is clean and earlier,
+        noisy 3  ■■■■ ■■■■   │       ■ ■     │           ■           and its own block, whole
+
+    L = mean over blocks of ||F - (ε - x)||² / D + stop_weight · BCE(stop logits)
+
+Generation: text and prompt go into a KV cache; then, block after block, N evaluations of F read the
+cache with the noisy block behind it and leave no trace, and one clean pass of the finished block
+appends its keys and values. The mask is the same as in training, so the numbers are too
+(tests/test_audiocalm.py: 1e-5). `python audiocalm.py mask.png` draws it.
+
+Source: AudioCALM (arXiv 2606.23080): block-causal AR-Flow, flow head and stop head on the hidden
+states, exposure-bias noise on the history, clean-prefix noise on the prompt, one description
+interface, A-MoME (moe.py). The two halves in one pass are BD3-LM's (Arriola et al. 2025) and
+ACDiT's (Hu et al. 2024). Objective and solver are those of heads.py; what shares one t is a block.
+
+Not given in the paper; we chose:
+- Time enters where the noise does: an embedding of t is added to the noisy positions' input, and
+  the read-out (heads.AdaLNMLP, thin) gets t and x_t once more. Text, prompt and history never
+  depend on t, so their keys and values are computed once for all steps, and the layers stay those
+  of a plain language model, so that one can be loaded. The read-out's x_t spares the residual
+  stream from carrying ε to the output.
+- The true length inside the last block: latents behind the end are zeros (the mean latent), which
+  the flow learns to draw like everything else, and a stop logit a frame says "the clip is over with
+  this frame". Its value at a block's last frame is the paper's stop head, "this is the last block";
+  the first positive one is where to cut. Without the zeros a noisy block would have to know its
+  length before it is drawn; with a logit a block the clip would end on a multiple of the block.
+- The stop logits are read from the clean pass: it sees what was drawn, and costs nothing more.
+- Guidance F = F_null + a (F_cond - F_null), in each step. The null condition is a learned embedding
+  in every place of text and prompt: as long as the condition, so that both rows of a guided batch
+  have the same positions and cache, and no mask. Trained by dropping text and prompt together.
+- History noise: x̃ = (1-s) x + s ε, s ~ U(0, history_noise) for each block, unknown to the model.
+- `window` latents of history beside text and prompt: memory and time a block are then constant.
+  Positions go on counting; distances to the text beyond those of training are extrapolated.
+- multiplier M: M draws of (t, ε) share one clean half: [text | prompt | clean | noisy x M].
+Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
+"""
+import argparse
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+
+from backbone import BackboneConfig, KVCache, Transformer
+from heads import AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
+from moe import EXPERTS, Experts
+
+FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow}
+
+
+@dataclass
+class FlowConfig(HeadConfig):
+    """The [audiocalm.head] table: a HeadConfig with AudioCALM's values. width and blocks are the
+    read-out's.
+    """
+    objective: str = "rectified_flow"   # or trigflow; consistency needs a jvp of the whole backbone
+    width: int = 256
+    blocks: int = 1                     # thin: the backbone does the work
+    multiplier: int = 1                 # M, noise draws that share one clean half
+    p_mean: float = 0.0                 # logit-normal(0, 1) times (Esser et al. 2024)
+    p_std: float = 1.0
+
+
+@dataclass
+class AudioCALMConfig:
+    """The [audiocalm] table."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal, window: not used
+    head: FlowConfig = field(default_factory=FlowConfig)
+    # latents drawn together, which see each other (the paper sweeps it, the value is not public); 1
+    # = frame by frame, as CALM. The first audio comes after one block
+    block: int = 4
+    # largest share s of noise in the history that training shows; at generation there is none
+    history_noise: float = 0.3
+    # the same for the voice prompt: a prompt is a recording, not our own errors, so less
+    prompt_noise: float = 0.1
+    # share of training rows without text and prompt: what guidance needs
+    text_dropout: float = 0.1
+    experts: str = "speech"     # none | speech (A-MoME) | all (one for each kind: the control)
+    expert_dim: int = 256       # hidden width of an expert
+    stop_weight: float = 0.1    # weight of the end-of-clip loss
+    window: int = 0             # latents of history seen and cached, whole blocks; 0 = all
+
+    def __post_init__(self):
+        for name in ("history_noise", "prompt_noise", "text_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
+        if self.block < 1 or self.expert_dim < 1 or self.stop_weight < 0:
+            raise ValueError("block, expert_dim >= 1 and stop_weight >= 0: "
+                             "one of these does not hold")
+        if self.experts not in EXPERTS:
+            raise ValueError(f"experts: unknown '{self.experts}'; valid: {', '.join(EXPERTS)}")
+        if self.window < 0 or self.window % self.block:
+            raise ValueError(f"window: must be whole blocks of {self.block}, got {self.window}")
+        if self.head.objective not in FLOWS:
+            raise ValueError(f"head.objective: '{self.head.objective}' cannot go through the "
+                             f"backbone; valid: {', '.join(FLOWS)}")
+
+
+def rule(order, copy, valid, window=0):
+    """Who sees whom -> sees(row, head, query, key), as flex_attention asks.
+
+    order (S,): block number of latents, negative for text and prompt, counting up to -1.
+    copy (S,): 0 for what is clean, m for noisy draw m. valid (B, S): not padding. window: blocks.
+    """
+    def sees(b, h, q, k):
+        earlier = (copy[k] == 0) & (order[k] < order[q]) & valid[b, k]
+        if window:
+            earlier = earlier & ((order[k] < 0) | (order[q] - order[k] <= window))
+        return earlier | ((copy[k] == copy[q]) & (order[k] == order[q]))
+    return sees
+
+
+def make_mask(sees, B, S, device):
+    """The rule as a BlockMask on CUDA (no S x S tensor), as a dense one (B, 1, S, S) elsewhere."""
+    if device.type == "cuda":
+        return create_block_mask(sees, B, None, S, S, device=device)
+    b, i = torch.arange(B, device=device)[:, None, None], torch.arange(S, device=device)
+    return sees(b, 0, i[:, None], i)[:, None]
+
+
+@dataclass
+class Context:
+    """What the noisy blocks stand behind: given as embeddings (training) or cached (generation).
+
+    known (B, K, C): text, prompt, clean latents; positions (B, K + N), mask: of known and noisy.
+    Or cache. experts: as Experts.serve gives them. guidance: of a cache whose second half of rows
+    is the null condition. hidden (B, K, C): filled in by the pass, for the stop head.
+    """
+    known: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    mask: object = None
+    cache: KVCache | None = None
+    experts: list | None = None
+    guidance: float = 1.0
+    hidden: torch.Tensor | None = None
+
+
+class ARFlow(nn.Module):
+    """The network of the objective: net(x_t, t, context) -> F, a pass of the backbone.
+
+    x_t (B, n, block · D) or (M, B, n, block · D), t without the last axis.
+    """
+
+    def __init__(self, cfg, latent_dim, vocab):
+        super().__init__()
+        C = cfg.backbone.dim
+        self.block, self.dim = cfg.block, cfg.block * latent_dim
+        self.text = nn.Embedding(vocab, C)
+        self.prompt = nn.Linear(latent_dim, C)
+        self.latent = nn.Linear(latent_dim, C)
+        self.noisy = nn.Linear(latent_dim, C)
+        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
+        self.null = nn.Parameter(torch.randn(C) * 0.5)
+        nn.init.normal_(self.text.weight, std=0.5)   # the scale that the linear layers give latents
+        # the order is in the masks, so the backbone has none of its own
+        self.backbone = Transformer(replace(cfg.backbone, causal=False, window=0))
+        self.readout = AdaLNMLP(latent_dim, C, cfg.head.width, cfg.head.blocks)
+
+    def forward(self, x_t, t, z):
+        if z.guidance != 1:
+            x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+        M, B, n = (1, *t.shape)[-3:]
+        x = x_t.view(M, B, n * self.block, -1).transpose(0, 1).flatten(1, 2)    # (B, M·T, D)
+        at = t.view(M, B, n).transpose(0, 1).flatten(1)                         # (B, M·n)
+        dtype = self.noisy.weight.dtype
+        with torch.autocast(x.device.type, enabled=False):                      # times stay fp32
+            time = self.time(sinusoid(at).to(dtype))                            # (B, M·n, C)
+        h = self.noisy(x.to(dtype)) + time.repeat_interleave(self.block, 1)     # (B, M·T, C)
+        K = 0
+        if z.known is not None:
+            K, h = z.known.shape[1], torch.cat([z.known, h], 1)                 # (B, K + M·T, C)
+        y = self.backbone(h, None if z.cache is None else z.cache.copy(),
+                          positions=z.positions, mask=z.mask, experts=z.experts)
+        z.hidden = y[:, :K]
+        F = self.readout(x, at.repeat_interleave(self.block, 1), y[:, K:])      # (B, M·T, D)
+        F = F.unflatten(1, (M, -1)).transpose(0, 1).reshape(x_t.shape)
+        if z.guidance != 1:
+            cond, null = F.chunk(2)
+            F = null + z.guidance * (cond - null)
+        return F
+
+
+class AudioCALM(nn.Module):
+    """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], speech first.
+
+    only: the one kind that this copy will generate; the experts of others are then not made (load
+    the weights that `wanted` lets through).
+    """
+
+    def __init__(self, cfg: AudioCALMConfig, latent_dim, vocab, kinds, only=None):
+        super().__init__()
+        self.cfg, self.kinds = cfg, tuple(kinds)
+        net = ARFlow(cfg, latent_dim, vocab)
+        self.head = FLOWS[cfg.head.objective](net, cfg.head)
+        self.stop = nn.Linear(cfg.backbone.dim, 1)
+        owners = {"none": [], "speech": ["speech"], "all": kinds}[cfg.experts]
+        self.experts = Experts(cfg.backbone.dim, cfg.expert_dim, cfg.backbone.layers, kinds,
+                               [k for k in owners if only in (None, k)])
+
+    @property
+    def backbone(self):
+        return self.head.net.backbone
+
+    def wanted(self, state):
+        """A state_dict without the experts that this copy does not have."""
+        kinds = [f"experts.of.{k}." for k in self.kinds if k not in self.experts.of]
+        return {k: v for k, v in state.items() if not k.startswith(tuple(kinds))}
+
+    def prefix(self, text, prompt, keep):
+        """Embeddings of text (B, L) and prompt (B, P, D), or the null's where not keep (B,)."""
+        net = self.head.net
+        given = torch.cat([net.text(text), net.prompt(prompt)], 1)          # (B, L + P, C)
+        return torch.where(keep[:, None, None], given, net.null.to(given.dtype))
+
+    def context(self, x, text, text_len, prompt, prompt_len, keep, kind):
+        """Everything clean, x (B, T, D) in whole blocks, ready for the pass with M noisy copies.
+
+        Rows sorted by kind; padding of text and prompt stays where it is, seen by nobody, and
+        positions count as if it were not there.
+        """
+        B, T, _ = x.shape
+        L, P, M, b = text.shape[1], prompt.shape[1], self.cfg.head.multiplier, self.cfg.block
+        known = torch.cat([self.prefix(text, prompt, keep), self.head.net.latent(x)], 1)
+        i = torch.arange(max(L, P, T), device=x.device)
+        start = (text_len + prompt_len)[:, None]
+        audio = start + i[:T]                                               # (B, T)
+        positions = torch.cat([i[:L].expand(B, L), text_len[:, None] + i[:P]]
+                              + [audio] * (1 + M), 1)                       # (B, L + P + (1+M)·T)
+        order = torch.cat([torch.arange(-L - P, 0, device=x.device)] + [i[:T] // b] * (1 + M))
+        copy = torch.arange(1 + M, device=x.device).repeat_interleave(T)
+        copy = torch.cat([copy.new_zeros(L + P), copy])                     # (L + P + (1+M)·T,)
+        valid = torch.cat([i[:L] < text_len[:, None], i[:P] < prompt_len[:, None],
+                           torch.ones(B, (1 + M) * T, dtype=torch.bool, device=x.device)], 1)
+        mask = make_mask(rule(order, copy, valid, self.cfg.window // b), B, len(order), x.device)
+        counts = torch.bincount(kind, minlength=len(self.kinds)).tolist()
+        return Context(known, positions, mask, experts=self.experts.serve(counts))
+
+    def loss(self, batch):
+        """One training loss and its parts.
+
+        batch: x (B, T, D) normalised latents, frames (B,) valid ones; ended (B,) the clip ends in
+        this row; text (B, L), text_len (B,) at least 1; prompt (B, P, D), prompt_len (B,); kind
+        (B,). In eval mode the metrics also have the flow's loss of each kind that is there.
+        """
+        cfg, D = self.cfg, batch["x"].shape[2]
+        by_kind = batch["kind"].argsort(stable=True)                        # speech rows first
+        batch = {name: v[by_kind] for name, v in batch.items()}
+        frames, ended, kind = batch["frames"], batch["ended"], batch["kind"]
+        blocks = torch.where(ended, -(-frames // cfg.block), frames // cfg.block)           # (B,)
+        T, L, P = (batch[name].shape[1] for name in ("x", "text", "prompt"))
+        if not frames.is_cuda:                               # static shapes there, less work here
+            T, L, P = (int(v.max()) for v in (blocks * cfg.block, batch["text_len"],
+                                              batch["prompt_len"]))
+            T = max(T, cfg.block)
+        T = -(-T // cfg.block) * cfg.block
+        x = F.pad(batch["x"], (0, 0, 0, max(0, T - batch["x"].shape[1])))[:, :T]
+        s = torch.arange(T, device=x.device)
+        x = x * (s < frames[:, None])[..., None]                            # zeros behind the end
+
+        def noised(x, largest, each):
+            share = largest * torch.rand(*x.shape[:2], 1, device=x.device)[:, ::each]
+            share = share.repeat_interleave(each, 1)[:, :x.shape[1]]        # one a block
+            return (1 - share) * x + share * torch.randn_like(x)
+
+        B = len(x)
+        keep = torch.rand(B, device=x.device) >= cfg.text_dropout
+        z = self.context(noised(x, cfg.history_noise, cfg.block), batch["text"][:, :L],
+                         batch["text_len"], noised(batch["prompt"][:, :P], cfg.prompt_noise,
+                                                   max(P, 1)), batch["prompt_len"], keep, kind)
+        per, _ = self.head.loss(z, x.view(B, T // cfg.block, cfg.block * D))
+        real = torch.arange(T // cfg.block, device=x.device) < blocks[:, None]      # (B, blocks)
+        head = (per * real).sum() / real.sum().clamp(min=1)
+
+        over = ended[:, None] & (s >= frames[:, None] - 1)                  # over with this frame
+        known = real.repeat_interleave(cfg.block, 1)
+        logits = self.stop(z.hidden[:, L + P:]).squeeze(-1).float()         # (B, T)
+        bce = F.binary_cross_entropy_with_logits(logits, over.float(), reduction="none")
+        stop = (bce * known).sum() / known.sum().clamp(min=1)
+        metrics = {"head": head.detach(), "stop": stop.detach()}
+        if not self.training:
+            for i, name in enumerate(self.kinds):
+                mine = real & (kind == i)[:, None]
+                if mine.any():
+                    metrics[f"head_{name}"] = (per * mine).sum().detach() / mine.sum()
+        return head + cfg.stop_weight * stop, metrics
+
+    @torch.no_grad()
+    def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
+                 temperature=1.0, guidance=1.0, generator=None):
+        """Yields normalised latents (B, D) and which rows have ended (B,) until all have, or
+        max_frames. Frame by frame like CALM's, drawn block by block.
+
+        text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
+        (B, n, D): clean latents to continue (both normalised), used in whole blocks, the oldest
+        n mod block are left out. A row that has ended goes on yielding: cut it there.
+        """
+        cfg, net, B, device = self.cfg, self.head.net, text.shape[0], text.device
+        D = net.latent.in_features
+        prompt = torch.zeros(B, 0, D, device=device, dtype=self.stop.weight.dtype) \
+            if prompt is None else prompt
+        keep = torch.ones(B, dtype=torch.bool, device=device)
+        known = self.prefix(text, prompt, keep)                             # (B, K, C)
+        if guidance != 1:                                                   # (2B, K, C)
+            known = torch.cat([known, self.prefix(text, prompt, ~keep)])
+        K, rows = known.shape[1], len(known)
+        counts = [rows * (i == kind) for i in range(len(self.kinds))]
+        cache, experts = KVCache(), self.experts.serve(counts)
+        causal = torch.ones(K, K, dtype=torch.bool, device=device).tril()
+        self.backbone(known, cache, mask=causal, experts=experts)
+
+        def remember(x):
+            """The clean pass: x (B, block, D) into the cache -> stop logits (B, block)."""
+            h = net.latent(x.to(net.latent.weight.dtype)).repeat(rows // B, 1, 1)
+            hidden = self.backbone(h, cache, experts=experts)
+            if cfg.window:
+                cache.trim(K, cfg.window)
+            return self.stop(hidden[:B]).squeeze(-1)
+
+        if history is not None:
+            for x in history[:, history.shape[1] % cfg.block:].split(cfg.block, 1):
+                remember(x)
+        z = Context(cache=cache, experts=experts, guidance=guidance)
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        for first in range(0, max_frames, cfg.block):
+            x = self.head.sample(z, steps=steps, temperature=temperature, generator=generator,
+                                 shape=(B, 1, net.dim)).view(B, cfg.block, D)
+            over = remember(x) > 0                                          # (B, block)
+            for i in range(min(cfg.block, max_frames - first)):
+                if ended.all():
+                    return
+                yield x[:, i], ended
+                ended = ended | over[:, i]
+            if ended.all():
+                return
+
+    @torch.no_grad()
+    def listen(self, vae, wav):
+        """wav (B, ch, S) -> normalised latents (B, T, D)."""
+        return vae.normalize(vae.encode(wav)[0])
+
+    @torch.no_grad()
+    def render(self, vae, text, *, seconds, history=None, **options):
+        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
+        ended; history (B, n, D), normalised, stands at the front of each.
+        """
+        max_frames = max(1, round(seconds * vae.cfg.frame_rate))
+        drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))
+        past = [] if history is None else [history]
+        x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)    # (B, n + T, D)
+        wav = vae.decode(vae.denormalize(x))                                # (B, ch, (n + T) · hop)
+        frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
+        return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
+
+
+def draw_mask(path, prefix=4, blocks=3, block=4):
+    """The mask as a picture: a row is what looks, a column what is seen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    T = blocks * block
+    order = torch.cat([torch.arange(-prefix, 0)] + [torch.arange(T) // block] * 2)
+    copy = torch.cat([torch.zeros(prefix + T), torch.ones(T)])
+    S = len(order)
+    mask = make_mask(rule(order, copy, torch.ones(1, S, dtype=torch.bool)), 1, S, copy.device)[0, 0]
+    part = 1 + (torch.arange(S) >= prefix).long() + (torch.arange(S) >= prefix + T)    # of the key
+    fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+    colors = matplotlib.colors.ListedColormap(["#f4f4f4", "#7a7a7a", "#3b6fb6", "#c8553d"])
+    ax.imshow(mask * part, cmap=colors, vmin=0, vmax=3)
+    edges = [0, prefix, *range(prefix + block, S, block)]
+    for at in edges:
+        ax.axhline(at - 0.5, color="white", lw=1)
+        ax.axvline(at - 0.5, color="white", lw=1)
+    middle = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:] + [S])]
+    names = ["text,\nprompt"] + [f"{half}\n{i + 1}" for half in ("clean", "noisy")
+                                 for i in range(blocks)]
+    ax.set_xticks(middle, names, fontsize=8)
+    ax.set_yticks(middle, names, fontsize=8)
+    ax.set_xlabel("is seen")
+    ax.set_ylabel("looks")
+    ax.tick_params(length=0)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=draw_mask.__doc__)
+    parser.add_argument("out", help="picture to write, e.g. mask.png")
+    draw_mask(parser.parse_args().out)
