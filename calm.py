@@ -283,6 +283,33 @@ class CALM(nn.Module):
             loss, metrics = loss + cfg.monologue_weight * text, metrics | {"text": text.detach()}
         return loss, {"head": head.detach(), "eos": eos.detach(), **metrics}
 
+    def regress(self, batch, teacher, guidance):
+        """Distillation into this model's backbone (third version of CALM; Pocket TTS):
+
+            L = mean over positions of ||z - (z_null + a (z_cond - z_null))||² / C,  a = guidance
+
+        z of this model, the rest of the teacher; both read the same noised latents, with text and
+        prompt (z_null without). Guidance then costs nothing in sampling, and the teacher's head and
+        EOS, copied, fit as they are. Positions: every row that has a next latent, and the end.
+        batch as in loss. metrics: explained = 1 - L / variance of the target, 1 = the teacher.
+        """
+        x, frames = batch["x"], batch["frames"]
+        k = self.cfg.noise * torch.rand(*x.shape[:2], 1, device=x.device)
+        noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
+
+        def z(net, share):
+            return net.condition(noised, batch["text"], batch["text_len"] * share, batch["prompt"],
+                                 batch["prompt_len"] * share).float()
+        with torch.no_grad():
+            null = z(teacher, 0)
+            target = null + guidance * (z(teacher, 1) - null)               # (B, 1 + T, C)
+        real = torch.arange(1 + x.shape[1], device=x.device) <= frames[:, None]
+        weight = real / real.sum()
+        loss = ((z(self, 1) - target).square().mean(-1) * weight).sum()
+        mean = (target * weight[..., None]).sum((0, 1))
+        spread = ((target - mean).square().mean(-1) * weight).sum()
+        return loss, {"explained": 1 - loss.detach() / spread}
+
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
                  temperature=1.0, guidance=1.0, generator=None):

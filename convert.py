@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from backbone import BackboneConfig
 from calm import CALM, CALMConfig
-from config import Config, SampleConfig, dump, load, save_checkpoint
+from config import Config, SampleConfig, dump, load, make_model, save_checkpoint
 from data import (KINDS, BadInput, DataConfig, Parser, cli, first_special, load_audio,
                   load_manifest, vocabulary)
 from heads import HeadConfig
@@ -350,7 +350,7 @@ def convert_text(a):
                               data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
     cfg.train.lm.init = f"{a.out}/text.pt"
     torch.manual_seed(cfg.seed)
-    lm, ids = CALM(cfg.lm, cfg.vae.latent_dim, vocabulary(cfg.data), KINDS), first_special(cfg.data)
+    lm, ids = make_model(cfg, "lm"), first_special(cfg.data)
     if ids > len(table):
         raise BadInput(f"{a.weights}: its tokenizer knows {ids} tokens, "
                        f"its embedding has {len(table)} rows")

@@ -31,7 +31,8 @@ from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_aud
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", "lm", "consistency", "audiocalm"],
+    p.add_argument("--stage", default="", choices=["", "lm", "consistency", "distill",
+                                                          "audiocalm"],
                    help="which model; default: the last trained")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)
