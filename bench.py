@@ -11,7 +11,8 @@
                      weights in vae.py: the outputs are compared first, then timed in turn
     sample  text and voice to audio: a prefix of --prefix positions (24 of text, the rest voice, its
           latents given), then `seconds` of audio whatever the EOS says. Real-time factor, time to
-          the first audio, CPU seconds a second of audio; beside it the time of one latent alone
+          the first audio, CPU seconds a second of audio; beside it the time of one latent alone.
+          fp32, also on CUDA
           --config   a config with random weights, also rounded to int8 (on a CPU)
           --peer     pocket-tts: its English model with random weights, as it is and with its own
                      quantize=True, against the same weights in calm.py and vae.py. It draws and
