@@ -122,19 +122,36 @@ def rope(x, cos, sin):
 class KVCache:
     """Keys and values of the positions seen so far, one (k, v) pair a layer; `pos` counts
     positions.
+
+    Without gradients new positions are written behind the old ones, into a buffer of twice the
+    size: a step copies what is new, not what is there. Whoever replaces a pair in `kv` (select)
+    only makes the next append allocate.
     """
 
     def __init__(self):
-        self.kv, self.pos = {}, 0
+        self.kv, self.pos, self.buffers = {}, 0, {}
 
     def append(self, layer, k, v, window):
         """Add new k, v (B, H, T, d); return all that the new queries can see; keep window - 1 of
         them.
         """
-        if layer in self.kv:
+        buffer = None
+        if layer in self.kv and torch.is_grad_enabled():
             k, v = torch.cat([self.kv[layer][0], k], 2), torch.cat([self.kv[layer][1], v], 2)
+        elif layer in self.kv:
+            old, new = self.kv[layer], k.shape[2]
+            n = old[0].shape[2]
+            keys, values, end, view = self.buffers.get(layer) or (k, v, 0, None)
+            if view is not old[0] or end + new > keys.shape[2]:
+                size = (*k.shape[:2], 2 * (n + new) + 64, k.shape[3])
+                keys, values, end = k.new_empty(size), v.new_empty(size), n
+                keys[:, :, :n], values[:, :, :n] = old
+            keys[:, :, end:end + new], values[:, :, end:end + new] = k, v
+            buffer = keys, values, end + new
+            k, v = keys[:, :, end - n:end + new], values[:, :, end - n:end + new]
         keep = min(window - 1, k.shape[2]) if window else k.shape[2]
         self.kv[layer] = (k[:, :, k.shape[2] - keep:], v[:, :, v.shape[2] - keep:])
+        self.buffers[layer] = buffer and (*buffer, self.kv[layer][0])
         return k, v
 
     def select(self, rows):
@@ -144,9 +161,11 @@ class KVCache:
         self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
 
     def copy(self):
-        """A cache to read with: what a call appends to the copy, this one never sees."""
+        """A cache to read with: what a call appends to the copy, this one never sees (it may stand in
+        the spare room of the shared buffer, where the next append of either writes over it).
+        """
         other = KVCache()
-        other.kv, other.pos = dict(self.kv), self.pos
+        other.kv, other.pos, other.buffers = dict(self.kv), self.pos, dict(self.buffers)
         return other
 
     def trim(self, first, last):

@@ -3,6 +3,7 @@
     python bench.py --what vae [--config configs/paper/vae_music.toml] [--peer moshi|pocket-tts]
                     [--seconds 10] [--repeats 7] [--threads 1] [--json figures.json]
     python bench.py --what heads [--domain speech music] [--repeats 3] [--threads 1] [--json ...]
+    python bench.py --what sample [--config ... | --peer pocket-tts] [--prefix 90] [--seconds 10]
 
     vae   encode and decode `seconds` of audio offline, decode latent by latent as a stream, one
           training step (forward, backward) of 1-second crops; all as milliseconds a second of audio
@@ -10,6 +11,14 @@
                      decoder (conv or iSTFT) where the config allows one
           --peer     Mimi as PyPI `moshi` or `pocket-tts` build it, random weights, against the same
                      weights in vae.py: the outputs are compared first, then timed in turn
+    sample  text and voice to audio: a prefix of --prefix positions (24 of text, the rest voice, its
+          latents given), then `seconds` of audio whatever the EOS says. Real-time factor, time to
+          the first audio, CPU seconds a second of audio; beside it the time of one latent alone.
+          fp32, also on CUDA
+          --config   a config with random weights, also rounded to int8 (on a CPU)
+          --peer     pocket-tts: its English model with random weights, as it is and with its own
+                     quantize=True, against the same weights in calm.py and vae.py. It draws and
+                     decodes in two Python threads, as `parallel` does here
 
     heads one frame of CALM at the sizes of configs/paper (random weights, one row): the backbone
           with a cache of 15 s, the short-context transformer, and each head drawing x from z:
@@ -30,15 +39,19 @@ import dataclasses
 import json
 import math
 import statistics
+import tempfile
+import threading
 import time
+import warnings
 
 import torch
 from tqdm import tqdm
 
 import convert
 from backbone import BackboneConfig, KVCache, Transformer
+from calm import CALM, to_int8
 from config import load
-from data import BadInput, Parser, cli
+from data import KINDS, BadInput, Parser, cli, vocabulary
 from discrete import RQ, pick
 from heads import HEADS, TrigFlow
 from vae import VAE, VAEGAN
@@ -280,6 +293,173 @@ def heads(domains, repeats, device):
     return out
 
 
+
+# ---------------------------------------------------------------- sampling
+
+def pocket_tts_model(frames):
+    """Pocket TTS's English model with random weights, made to draw so many latents."""
+    import importlib.resources
+
+    import tokenizers
+    import yaml
+    from pocket_tts.models.tts_model import TTSModel
+    from pocket_tts.utils.config import Config
+    text = (importlib.resources.files("pocket_tts") / "config" / "english.yaml").read_text()
+    table = yaml.safe_load(text)
+    table["weights_path"] = table["weights_path_without_voice_cloning"] = None
+    with tempfile.TemporaryDirectory() as folder:                # its words: w0 w1 ... w3999
+        path = table["flow_lm"]["lookup_table"]["tokenizer_path"] = f"{folder}/tokenizer.json"
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+            {f"w{i}": i for i in range(4000)}, "w0"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.save(path)
+        peer = TTSModel._from_pydantic_config_with_weights(
+            Config(**table), 0.7, 1, None, float("inf"))         # EOS never
+    peer._estimate_max_gen_len = lambda tokens: frames
+    return peer.eval()
+
+
+def peer_runs(peer, text, voice, frames):
+    """(whole(), latents(n)): audio to the end, yielding its pieces; n latents without audio."""
+    from pocket_tts.modules.stateful_module import init_states
+    words = " ".join(f"w{i}" for i in text[0].tolist())
+
+    def prefix(room):
+        state = init_states(peer.flow_lm, 1, room)
+        peer._run_flow_lm_and_increment_step(state, audio_conditioning=voice)
+        return state
+
+    @torch.no_grad()
+    def whole():
+        for wav in peer._generate_audio_stream_short_text(
+                prefix(voice.shape[1]), words, 2, False, threading.Event()):
+            yield wav.shape[-1]
+
+    @torch.no_grad()
+    def latents(n):
+        state = prefix(voice.shape[1] + text.shape[1] + n)
+        peer._run_flow_lm_and_increment_step(state, text_tokens=text)
+        x, times = torch.full((1, 1, peer.flow_lm.ldim), math.nan), []
+        for _ in range(n):
+            start = time.perf_counter()
+            x, _ = peer._run_flow_lm_and_increment_step(state, backbone_input_latents=x)
+            times.append(time.perf_counter() - start)
+        return times[1:]
+    return whole, latents
+
+
+def own_runs(lm, vae, text, voice, frames, device, parallel=False, alone=False):
+    options = {"kind": 0, "prompt": voice, "temperature": 0.7}
+
+    def whole():
+        if not alone:
+            drawn = lm.generate(text, max_frames=frames, **options)
+            for wav, _, _ in vae.decode_stream(drawn, parallel=parallel):
+                yield wav.shape[-1]
+            return
+        state = {}
+        for x, _ in lm.generate(text, max_frames=frames, **options):
+            with torch.no_grad():
+                yield vae.decode(vae.denormalize(x)[:, None], state).shape[-1]
+
+    def latents(n):
+        times, start = [], 0.0
+        for _ in lm.generate(text, max_frames=n, **options):
+            now = clock(device)
+            times.append(now - start)
+            start = now
+        return times[1:]
+    return whole, latents
+
+
+def sample_contestants(a):
+    """{name: (whole, latents)}, samples a second."""
+    tokens = 24
+    if a.prefix <= tokens:
+        raise BadInput(f"--prefix: must be above {tokens}, its tokens of text")
+    if a.peer:
+        try:
+            frames = round(a.seconds * 12.5)
+            peer = pocket_tts_model(frames)
+        except ImportError as e:
+            raise BadInput(f"--peer {a.peer}: {e.name} is not installed: pip install {a.peer}"
+                           ) from None
+        state = peer.state_dict()
+        part = lambda name: {k.removeprefix(name): v for k, v in state.items()
+                             if k.startswith(name)}
+        vae_cfg, codec = convert.mimi(part("mimi."))
+        lm_cfg, weights, codec["latent_mean"], codec["latent_std"] = convert.pocket_tts(
+            part("flow_lm."))
+        rows = len(weights["text.weight"])
+    else:
+        cfg = load(a.config)
+        lm_cfg, vae_cfg, rows = cfg.lm, cfg.vae, vocabulary(cfg.data)
+        frames = max(3, round(a.seconds * vae_cfg.frame_rate))
+    text = torch.randint(0, min(rows, 4000), (1, tokens), device=a.device)
+    voice = torch.randn(1, a.prefix - tokens - lm_cfg.prompt_bos, vae_cfg.latent_dim,
+                        device=a.device)
+
+    def pair():
+        lm, vae = CALM(lm_cfg, vae_cfg.latent_dim, rows, KINDS), VAE(vae_cfg)
+        if a.peer:
+            lm.load_state_dict(weights)
+            vae.load_state_dict(codec)
+        lm.eos.bias.data -= 1e4                                              # EOS never
+        if a.compile:
+            lm.backbone.compile(), lm.head.net.compile(), vae.decoder.compile()
+        return lm.to(a.device).eval(), vae.to(a.device).eval()
+    lm, vae = pair()
+    runs = lambda *models, **how: own_runs(*models, text, voice, frames, a.device, **how)
+    found = {"nanoCALM": runs(lm, vae), "nanoCALM, parallel": runs(lm, vae, parallel=True)}
+    if not a.peer:
+        found["latent by latent"] = runs(lm, vae, alone=True)
+    if a.device == "cpu":
+        small = pair()
+        to_int8(*small)
+        found |= {"nanoCALM int8": runs(*small),
+                  "nanoCALM int8, parallel": runs(*small, parallel=True)}
+    if a.peer:
+        from pocket_tts.quantization import RECOMMENDED_CONFIG, apply_dynamic_int8
+        voice = torch.randn(1, a.prefix - tokens, lm_cfg.backbone.dim)
+        found[a.peer] = peer_runs(peer, text, voice, frames)
+        small = copy.deepcopy(peer)
+        small._estimate_max_gen_len = peer._estimate_max_gen_len
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            apply_dynamic_int8(small.flow_lm, RECOMMENDED_CONFIG)
+        found[f"{a.peer} int8"] = peer_runs(small, text, voice, frames)
+    return found, vae_cfg.sample_rate
+
+
+def bench_sample(a):
+    """Contestants take turns; medians; ratios of real-time factors to the first's, turn by turn."""
+    contestants, rate = sample_contestants(a)
+    if a.threads:                                # last: pocket-tts sets one thread when imported
+        torch.set_num_threads(a.threads)
+    print(f"{a.peer or a.config}: prefix {a.prefix}, {a.seconds:g} s of audio, torch "
+          f"{torch.__version__}, {torch.get_num_threads()} threads an operation", flush=True)
+    rows = {name: [] for name in contestants}
+    for i in tqdm(range(a.repeats + 1), leave=False, desc="timing"):
+        for name, (whole, latents) in contestants.items():
+            start, work, first, samples = clock(a.device), time.process_time(), None, 0
+            for n in whole():
+                samples, first = samples + n, first or clock(a.device) - start
+            took, work, seconds = clock(a.device) - start, time.process_time() - work, samples / rate
+            if i:
+                rows[name].append((seconds / took, first, work / seconds,
+                                   statistics.median(latents(25))))
+    figures, lead = {}, rows[next(iter(rows))]
+    for name, row in rows.items():
+        rtf, first, work, latent = map(statistics.median, zip(*row))
+        ratio = statistics.median(r[0] / f[0] for r, f in zip(row, lead))
+        figures[name] = {"real_time_factor": round(rtf, 3), "ratio": round(ratio, 3),
+                         "first_audio_ms": round(1000 * first, 1),
+                         "latent_ms": round(1000 * latent, 2), "cpu": round(work, 4)}
+        print(f"{name:26s} {rtf:7.2f} x real time ({ratio:.2f})   first audio {1000 * first:6.0f} ms"
+              f"   a latent {1000 * latent:6.1f} ms   CPU {work:.3f} s a second", flush=True)
+    return figures
+
+
 def write_json(path, figures):
     if path:
         try:
@@ -291,7 +471,7 @@ def write_json(path, figures):
 
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--what", default="vae", choices=["vae", "heads"])
+    p.add_argument("--what", default="vae", choices=["vae", "heads", "sample"])
     p.add_argument("--config", default="configs/quickstart.toml")
     p.add_argument("--domain", nargs="+", default=["speech", "music"], choices=["speech", "music"],
                    help="heads: default both; music wants 12 GB, speech 11 GB in fp32")
@@ -301,7 +481,8 @@ def main():
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    choices=["cpu", "cuda"])
-    p.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
+    p.add_argument("--prefix", type=int, default=90, help="sample: positions before the audio")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks")
     p.add_argument("--json", help="write the figures here")
     a = p.parse_args()
     if a.repeats < 1 or not a.seconds > 0:
@@ -316,6 +497,10 @@ def main():
                  else f"fp32, {torch.get_num_threads()} threads")
         print(f"one frame of CALM and RQ, torch {torch.__version__}, {where}")
         return write_json(a.json, heads(a.domain, a.repeats, a.device))
+    if a.what == "sample":
+        if a.peer == "moshi" or a.peer and a.device != "cpu":
+            raise BadInput("--what sample: races pocket-tts alone, on --device cpu")
+        return write_json(a.json, bench_sample(a))
     if a.peer:
         parts, length = peer_race(a.peer, a.seconds)
     else:

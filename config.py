@@ -28,10 +28,10 @@ from discrete import DISCRETE
 from toy import ToyConfig
 from vae import VAE, VAEConfig
 
-STAGES = ("vae", "lm", "consistency", "audiocalm", "audiocalm_lsd")
+STAGES = ("vae", "lm", "consistency", "distill", "audiocalm", "audiocalm_lsd")
 # stages of a language model, last trained first -> its class and its table of the config
 MODELS = {"audiocalm_lsd": (AudioCALM, "audiocalm"), "audiocalm": (AudioCALM, "audiocalm"),
-          "consistency": (CALM, "lm"), "lm": (CALM, "lm")}
+          "distill": (CALM, "lm"), "consistency": (CALM, "lm"), "lm": (CALM, "lm")}
 # stages that go on from another's weights -> that stage; and what they make of its objective
 FASTER = {"consistency": "lm", "audiocalm_lsd": "audiocalm"}
 FEW_STEPS = {"trigflow": "consistency", "rectified_flow": "lsd", "consistency": "consistency"}
@@ -79,10 +79,20 @@ class StageConfig:
 
 
 @dataclass
+class DistillConfig(StageConfig):
+    """[train.distill]: [lm] is the student; what is not its backbone is the teacher's, copied."""
+    # checkpoint of a trained CALM (lm.pt or consistency.pt of another run) on the same latents, of
+    # the same width, text and head, with more layers
+    teacher: str = ""
+    guidance: float = 1.5       # a in Z_null + a (Z_cond - Z_null), learned with (v3: 1.5)
+
+
+@dataclass
 class Stages:
     vae: StageConfig = field(default_factory=StageConfig)
     lm: StageConfig = field(default_factory=StageConfig)
     consistency: StageConfig = field(default_factory=StageConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     audiocalm: StageConfig = field(default_factory=StageConfig)
     audiocalm_lsd: StageConfig = field(default_factory=StageConfig)
 
@@ -125,6 +135,9 @@ class Config:
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")
+        if "distill" in self.stages and not self.train.distill.teacher:
+            raise ValueError("train.distill.teacher: stage \"distill\" needs one, the lm.pt of "
+                             "a trained run")
         if "consistency" in self.stages and self.lm.head.objective not in FEW_STEPS:
             raise ValueError("stages: consistency goes on from a flow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")

@@ -7,8 +7,8 @@
             beside the weights, or --tokenizer)
     qwen3, llama    a text model, as a folder with config.json, *.safetensors, tokenizer.json
             -> a run folder with config.toml (that of --config, with the text model's sizes and
-            tokenizer) and text.pt: CALM whose backbone and text embedding are the text model's,
-            the rest random. python train.py --config RUN/config.toml trains from there.
+            tokenizer) and text.pt: CALM (or --stage audiocalm) whose backbone and text embedding
+            are the text model's, the rest random. python train.py --config RUN/config.toml trains from there.
 
     model.layers.0.self_attn.q_proj  (H d, C)   ─► backbone.blocks.0.attention.wq   (H d, C)
                         k_proj, v_proj          ─►                          wkv     (2 Hkv d, C)
@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from backbone import BackboneConfig
 from calm import CALM, CALMConfig
-from config import Config, SampleConfig, dump, load, save_checkpoint
+from config import Config, SampleConfig, dump, load, make_model, save_checkpoint
 from data import (KINDS, BadInput, DataConfig, Parser, cli, first_special, load_audio,
                   load_manifest, vocabulary)
 from heads import HeadConfig
@@ -346,19 +346,23 @@ def convert_text(a):
         raise BadInput(f"{a.weights}: is not a {a.what} model, its config.json says otherwise")
     cfg = load(a.config) if a.config else Config()
     tokenizer = keep_tokenizer(f"{a.weights}/tokenizer.json", a.out)
-    cfg = dataclasses.replace(cfg, out=a.out, lm=dataclasses.replace(cfg.lm, backbone=backbone),
+    model = dataclasses.replace(getattr(cfg, a.stage), backbone=backbone)
+    cfg = dataclasses.replace(cfg, out=a.out, **{a.stage: model},
                               data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
-    cfg.train.lm.init = f"{a.out}/text.pt"
+    getattr(cfg.train, a.stage).init = f"{a.out}/text.pt"
     torch.manual_seed(cfg.seed)
-    lm, ids = CALM(cfg.lm, cfg.vae.latent_dim, vocabulary(cfg.data), KINDS), first_special(cfg.data)
+    lm, ids = make_model(cfg, a.stage), first_special(cfg.data)
     if ids > len(table):
         raise BadInput(f"{a.weights}: its tokenizer knows {ids} tokens, "
                        f"its embedding has {len(table)} rows")
-    lm.backbone.load_state_dict(state)
+    net = lm if a.stage == "lm" else lm.head.net
+    net.backbone.load_state_dict(state)
     with torch.no_grad():
-        for p in (lm.text.weight, lm.bos, *lm.latent.parameters(), *lm.prompt.parameters()):
-            p *= table.std() / 0.5                           # .5: the scale that CALM gives them
-        lm.text.weight[:ids] = table[:ids]
+        for p in [net.text.weight, net.bos if a.stage == "lm" else net.null] + [
+                p for name in ("latent", "prompt", "noisy") if hasattr(net, name)
+                for p in getattr(net, name).parameters()]:
+            p *= table.std() / 0.5                           # .5: the scale that they start with
+        net.text.weight[:ids] = table[:ids]
     path, size = save_run(a.out, cfg, "text", lm.state_dict())
     print(f"{path}: {size:.1f}M parameters, {ids} tokens of text; "
           f"train it: python train.py --config {a.out}/config.toml")
@@ -413,6 +417,8 @@ def main():
                         help="positions that a transformer layer sees (Mimi: 250)")
     parser.add_argument("--data", help="manifest or folder of audio to measure the latents on")
     parser.add_argument("--sample-rate", type=int, default=24000, help="Hz (Mimi: 24000)")
+    parser.add_argument("--stage", default="lm", choices=["lm", "audiocalm"],
+                        help="qwen3, llama: the model that gets the backbone (default: lm, CALM)")
     parser.add_argument("--config", help="qwen3, llama: the experiment that gets this backbone "
                         "(default: the defaults of config.py)")
     parser.add_argument("--tokenizer", help="pocket-tts: its tokenizer.json "

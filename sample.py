@@ -26,6 +26,7 @@ import time
 import soundfile as sf
 import torch
 
+from calm import to_int8
 from config import MODELS, open_run
 from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio
 
@@ -53,6 +54,9 @@ def parse():
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    p.add_argument("--int8", action="store_true", help="CPU: round the big matrices to 8 bits")
+    p.add_argument("--parallel", action="store_true",
+                   help="decode in a second thread (with --threads 1 on two free cores)")
     p.add_argument("--out", default="sample.wav", help="default: sample.wav")
     a = p.parse_args()
     if a.text is not None and not a.text.strip():
@@ -93,6 +97,13 @@ def sentences(text, fits):
     return [piece for part in parts for piece in sentences(part, fits)]
 
 
+def noted(drawn, heard):
+    """The same latents, kept in the list `heard` as they pass."""
+    for x, ended in drawn:
+        heard.append(x)
+        yield x, ended
+
+
 def main():
     a = parse()
     if a.threads:
@@ -100,6 +111,10 @@ def main():
     cfg, vae, lm, stage = open_run(a.run, a.stage, a.device, a.kind)
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
+    if a.int8:
+        if a.device != "cpu":
+            raise BadInput("--int8: is for --device cpu")
+        to_int8(lm, vae)
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
     said = f"{a.prompt_text} " if a.prompt_text else ""
 
@@ -161,14 +176,14 @@ def main():
     with torch.no_grad():
         for text in texts:
             tokens, heard = torch.tensor([encode(text)], device=a.device), []
-            for x, ended in lm.generate(tokens, max_frames=frames, history=history, **options):
-                emit(vae.decode(vae.denormalize(x)[:, None], state))
-                heard.append(x)
+            drawn = noted(lm.generate(tokens, max_frames=frames, history=history, **options), heard)
+            for wav, n, _ in vae.decode_stream(drawn, state, a.parallel):
+                emit(wav)
+                new += n
                 first = first or time.perf_counter() - begin
-                if not a.stream and (new + len(heard)) % 25 == 0:
-                    print(f"{(new + len(heard)) * hop / rate:.1f} of at most "
-                          f"{seconds * len(texts):.1f} s", flush=True)
-            new += len(heard)
+                if not a.stream and new % 24 < n:
+                    print(f"{new * hop / rate:.1f} of at most {seconds * len(texts):.1f} s",
+                          flush=True)
             voice = torch.stack(heard, 1) if history is None else history
             if cfg.data.prompt_frames and "prompt" not in options:
                 options["prompt"] = voice[:, :cfg.data.prompt_frames]

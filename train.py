@@ -11,6 +11,7 @@ drawn from (seed, step, row).
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
     [consistency]   the same weights, one-step objective ─► consistency.pt   (of TrigFlow; LSD, if
                                                             the flow was rectified_flow)
+    [distill]       another run's model with guidance ─► a smaller backbone, distill.pt
       [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
   [audiocalm_lsd]   the same weights, a block in 1 to 4 passes ─► audiocalm_lsd.pt
 
@@ -47,8 +48,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import toy
+from calm import CALM
 from config import (FASTER, MODELS, build, dump, load, load_checkpoint, load_weights, make_model,
-                    save_checkpoint, Config)
+                    save_checkpoint, stage_model, Config)
 from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
                   load_manifest, save_audio, seconds_of)
@@ -281,6 +283,50 @@ class LMStage:
 
     def finish(self, model):
         pass
+
+
+class DistillStage(LMStage):
+    """A student's backbone learns the teacher's guided Z (CALM.regress); head and EOS are the
+    teacher's and stay. Nothing is dropped: with guidance learned, sample with cfg = 1. The VAE is
+    the one beside the teacher, unless the student's run has one.
+    """
+
+    def __init__(self, cfg, runtime, clips, valid, name):
+        path = cfg.train.distill.teacher
+        state, vae = load_checkpoint(path, "cpu"), f"{os.path.dirname(path)}/vae.pt"
+        if runtime.rank == 0 and not os.path.exists(f"{cfg.out}/vae.pt") and os.path.exists(vae):
+            shutil.copyfile(vae, f"{cfg.out}/vae.pt")
+        if runtime.world > 1:
+            dist.barrier()
+        super().__init__(cfg, runtime, clips, valid, name)
+        other = build(Config, state["config"])
+        if MODELS.get(state["stage"], (None,))[0] is not CALM:
+            raise BadInput(f"train.distill.teacher: {path} is no CALM but \"{state['stage']}\"")
+        theirs = stage_model(other, state["stage"])
+        for table in (cfg.lm, theirs):
+            if table.monologue or table.head.objective in DISCRETE:
+                raise BadInput("train.distill: is for latents with text before them, "
+                               "not for a monologue or codes")
+        if cfg.lm.head.objective != theirs.head.objective:
+            raise BadInput(f"lm.head.objective: must be the teacher's, '{theirs.head.objective}'")
+        teacher = make_model(other, state["stage"])
+        weights = state["ema"] or state["model"]
+        load_weights(teacher, weights, path)
+        self.teacher = [teacher.to(runtime.device).eval().requires_grad_(False)]   # not ours to save
+        copied = {k: v for k, v in weights.items() if not k.startswith("backbone.")}
+        load_weights(self.model, {k: v for k, v in self.model.state_dict().items()
+                                  if k.startswith("backbone.")} | copied, path)
+        self.model.head.requires_grad_(False)
+        self.model.eos.requires_grad_(False)
+
+    def losses(self, batch, step):
+        loss, metrics = self.model.regress(self.prepare(batch), self.teacher[0],
+                                           self.cfg.train.distill.guidance)
+        yield self.name, loss, metrics
+
+    def compile(self):
+        super().compile()
+        self.teacher[0].backbone.compile()
 
 
 def draw_losses(out):
@@ -650,7 +696,8 @@ def main():
             continue
         torch.manual_seed(cfg.seed)
         stage = (VAEStage(cfg, runtime, clips, valid) if name == "vae"
-                 else LMStage(cfg, runtime, clips, valid, name))
+                 else (DistillStage if name == "distill" else LMStage)(
+                     cfg, runtime, clips, valid, name))
         train(stage, name, cfg, runtime)
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
     if runtime.world > 1:

@@ -48,6 +48,7 @@ Precision: spectra, losses and discriminator logits in fp32; convolutions and tr
 autocast dtype.
 """
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -225,6 +226,8 @@ class Conv(nn.Module):
         self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
+        if self.past == 0:                                  # nothing to keep, nothing to copy
+            return self.conv(x)
         past = None if state is None else state.get(self)
         if past is None:
             past = x[..., :1] if self.replicate else x.new_zeros(*x.shape[:2], 1)
@@ -249,8 +252,10 @@ class ConvTranspose(nn.Module):
         y = self.conv(x)                                             # (B, Cout, (L + 1) · stride)
         if state is None:
             return y[..., :n]
-        if self in state:
+        if self in state and torch.is_grad_enabled():
             y = torch.cat([y[..., :self.stride] + state[self], y[..., self.stride:]], -1)
+        elif self in state:
+            y[..., :self.stride] += state[self]
         state[self] = y[..., n:] - self.conv.bias[:, None]           # the bias counts once
         return y[..., :n]
 
@@ -622,6 +627,40 @@ class VAE(nn.Module):
         if z.shape[1] == 0:
             return z.new_zeros(z.shape[0], self.cfg.channels, 0)
         return self.decoder(z, state).float()
+
+    def decode_stream(self, drawn, state=None, parallel=False):
+        """drawn: an iterator of (normalised latents (B, D), anything) -> yields waveforms
+        (B, ch, S), how many latents each is, and the last latent's anything.
+
+        The first latent is decoded at once, later ones 2, then 4 together: one alone costs 1.6
+        times its share of four (the weights of the transformer and of the first convolutions are
+        read again at each call), eight are no cheaper. At twice real time no gap can be heard.
+        parallel: decode in a thread while the next latents are drawn; worth it where a second core
+        is free.
+        """
+        state, waiting, size, doing = {} if state is None else state, [], 1, []
+
+        @torch.no_grad()                                    # a thread has its own grad mode
+        def decode(latents):
+            return self.decode(self.denormalize(torch.stack(latents, 1)), state)
+
+        with ThreadPoolExecutor(1) as pool:
+            for x, about in drawn:
+                waiting.append(x)
+                if len(waiting) < size:
+                    continue
+                ready, waiting, size = waiting, [], min(2 * size, 4)
+                if not parallel:
+                    yield decode(ready), len(ready), about
+                    continue
+                doing.append((pool.submit(decode, ready), len(ready), about))
+                while doing and (doing[0][0].done() or len(doing) > 2):
+                    done, *rest = doing.pop(0)
+                    yield done.result(), *rest
+            for done, *rest in doing:
+                yield done.result(), *rest
+            if waiting:
+                yield decode(waiting), len(waiting), about
 
     def flush(self, state):
         """(B, ch, latency): the end of a signal decoded with `state`; empty for the conv decoder.

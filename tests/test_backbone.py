@@ -27,10 +27,37 @@ def test_output_at_every_prefix_is_the_output_of_the_prefix_alone(changes):
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
 @pytest.mark.parametrize("sizes", [[1] * 14, [3, 1, 6, 4], [13, 1], [1, 12, 1]], ids=str)
-def test_a_cache_fed_in_any_pieces_equals_the_full_forward(changes, sizes):
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_cache_fed_in_any_pieces_equals_the_full_forward(changes, sizes, grad):
     net, x, cache = model(**changes), torch.randn(2, 14, 32, dtype=torch.float64), KVCache()
-    parts = [net(piece, cache) for piece in x.split(sizes, 1)]
+    with torch.set_grad_enabled(grad):
+        parts = [net(piece, cache) for piece in x.split(sizes, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), net(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@torch.no_grad()
+def test_a_cache_survives_its_buffer_filling_up_and_a_choice_of_rows(window):
+    net, x, cache = model(window=window), torch.randn(2, 200, 32, dtype=torch.float64), KVCache()
+    parts = [net(piece, cache) for piece in x[:, :150].split(1, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), net(x[:, :150]), atol=1e-12, rtol=0)
+    kept = [k.clone() for k, _ in cache.kv.values()]
+    cache.select(torch.tensor([1, 0, 1]))
+    rows = x[torch.tensor([1, 0, 1])]
+    parts = [net(piece, cache) for piece in rows[:, 150:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), net(rows)[:, 150:], atol=1e-12, rtol=0)
+    assert len(kept) == 2 and cache.pos == 200
+
+
+@torch.no_grad()
+def test_a_cached_step_writes_in_place_of_copying_what_is_cached():
+    net, cache = model(), KVCache()
+    net(torch.randn(1, 10, 32, dtype=torch.float64), cache)
+    for i in range(40):
+        net(torch.randn(1, 1, 32, dtype=torch.float64), cache)
+        where = cache.kv[0][0].data_ptr()
+        assert i == 0 or where == first
+        first = where
 
 
 def test_a_window_limits_both_the_view_and_the_cache():

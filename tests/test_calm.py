@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from backbone import BackboneConfig
-from calm import CALM, CALMConfig, pack
+from backbone import BackboneConfig, Transformer
+from calm import CALM, CALMConfig, pack, to_int8
 from heads import HeadConfig
 from vae import VAE, VAEConfig
 
@@ -189,6 +189,36 @@ def test_rendered_clips_are_cut_where_their_row_ended():
     assert [w.shape[-1] // 8 for w in wavs] == [3, 6]         # the first latent always exists
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+@torch.no_grad()
+def test_streamed_pieces_joined_are_the_decoded_latents(parallel):
+    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1,
+                                      encoder_layers=0, decoder_layers=1, latent_dim=D)).eval()
+    net.eos.bias.data.fill_(-100.0)
+    vae.latent_mean.normal_()
+    text = torch.zeros(1, 2, dtype=torch.long)
+    options = lambda: dict(kind=0, max_frames=21, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([x for x, _ in net.generate(text, **options())], 1)
+    pieces = list(vae.decode_stream(net.generate(text, **options()), parallel=parallel))
+    assert [n for _, n, _ in pieces] == [1, 2, 4, 4, 4, 4, 2]
+    torch.testing.assert_close(torch.cat([wav for wav, _, _ in pieces], -1),
+                               vae.decode(vae.denormalize(x)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_int8_keeps_latents_close_and_touches_only_the_big_matrices():
+    net, text = model(objective="lsd"), torch.randint(0, VOCAB, (1, 4))
+    net.eos.bias.data.fill_(-100.0)
+    run = lambda: torch.stack([x for x, _ in net.generate(
+        text, kind=1, max_frames=5, generator=torch.Generator().manual_seed(0))])
+    exact = run()
+    to_int8(net)
+    error = (run() - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.1
+    assert isinstance(net.head.net.cond, torch.nn.Linear)
+    assert not isinstance(net.backbone.blocks[0].mlp.up, torch.nn.Linear)
+
+
 @pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency", "lsd"])
 def test_every_part_learns_from_every_objective(objective):
     net, b = model(objective=objective), batch()
@@ -297,3 +327,48 @@ def test_a_word_learns_to_begin_where_the_manifest_says():
         optimizer.step()
     z = net.eval().condition(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"], words)
     assert net.word(z)[0, :6].argmax(-1).tolist() == words[0].tolist()
+
+
+def deeper(**changes):
+    """A teacher for model(): the same but for its backbone."""
+    net = model(short_layers=0, **changes)
+    net.backbone = Transformer(BackboneConfig(dim=32, layers=4, heads=2)).eval()
+    for p in net.backbone.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net.requires_grad_(False)
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_at_guidance_one_and_some_at_three():
+    teacher, b = model(short_layers=0), batch()
+    assert model(short_layers=0).regress(b, teacher, 1.0)[0] < 1e-10
+    assert model(short_layers=0).regress(b, teacher, 3.0)[0] > 1e-2
+
+
+def test_frames_behind_the_end_do_not_reach_the_students_loss():
+    net, teacher, b = model(short_layers=0), deeper(), batch()
+    torch.manual_seed(5)
+    first = net.regress(b, teacher, 1.5)[0]
+    b["x"] = torch.where(torch.arange(6)[:, None] < b["frames"][:, None, None],
+                         b["x"], torch.randn(4, 6, D) * 100)
+    torch.manual_seed(5)
+    torch.testing.assert_close(net.regress(b, teacher, 1.5)[0], first)
+
+
+def test_a_student_learns_its_teachers_guided_z():
+    """Of 4 layers and guidance 1.5 into 2 layers; the student's plain Z becomes the guided one."""
+    torch.manual_seed(0)
+    teacher, net = deeper(noise=0.3), model(short_layers=0, noise=0.3).train()
+    net.load_state_dict({k: v for k, v in net.state_dict().items() if k.startswith("backbone.")}
+                        | {k: v for k, v in teacher.state_dict().items()
+                           if not k.startswith("backbone.")})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    explained = []
+    for step in range(100):
+        b = batch() | {"x": torch.randn(16, 6, D), "frames": torch.full((16,), 6)}
+        b = {k: v if len(v) == 16 else v.repeat(4, *[1] * (v.dim() - 1)) for k, v in b.items()}
+        loss, metrics = net.regress(b, teacher, 1.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        explained.append(metrics["explained"].item())
+    assert explained[0] < 0.4 and sum(explained[-10:]) / 10 > 0.75, explained[::10]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import convert
 from backbone import BackboneConfig, Transformer
 from calm import CALM
-from config import load, load_checkpoint, load_weights, open_run
+from config import load, load_checkpoint, load_weights, make_model, open_run
 from data import (KINDS, BadInput, DataConfig, decode_text, encode_text, first_special,
                   vocabulary)
 from vae import VAE, ConvTranspose, VAEConfig
@@ -402,6 +402,21 @@ def test_a_text_models_weights_in_calm_give_its_hidden_states_and_logits(
     assert encode_text("w5  w7", "music", cfg.data) == [63, 5, 7] and lm.text.num_embeddings == 64
     with pytest.raises(BadInput, match="exists"):
         convert.main()
+
+
+@torch.no_grad()
+def test_audiocalm_gets_a_text_models_backbone_too(tmp_path, monkeypatch):
+    net, run = text_folder(tmp_path / "text", "qwen3"), tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["convert.py", "qwen3", str(tmp_path / "text"), "--out",
+                                     str(run), "--stage", "audiocalm"])
+    convert.main()
+    cfg = load(run / "config.toml")
+    model = make_model(cfg, "audiocalm").eval()
+    load_weights(model, load_checkpoint(cfg.train.audiocalm.init)["model"], "text.pt")
+    text, ours = torch.randint(0, 60, (1, 9)), model.head.net
+    past = torch.ones(9, 9, dtype=torch.bool).tril()         # it has no order but its masks'
+    torch.testing.assert_close(ours.backbone(ours.text(text), mask=past),
+                               net.model(text).last_hidden_state, atol=1e-4, rtol=0)
 
 
 def test_what_a_backbone_cannot_do_and_a_missing_shard_are_refused_by_name(tmp_path):

@@ -161,6 +161,27 @@ def test_audiocalm_is_judged_like_the_others(universal):
     assert set(found["length"]) == {"speech", "sound", "music"}
 
 
+def test_int8_and_a_decoding_thread_give_sound_too(trained):
+    plain = sample(trained, "--text", "two", "--seed", "3")
+    thread = sample(trained, "--text", "two", "--seed", "3", "--parallel", out="p.wav")
+    np.testing.assert_allclose(thread, plain, atol=2 / 32768)
+    rounded = sample(trained, "--text", "two", "--seed", "3", "--int8", out="i.wav")
+    assert np.isfinite(rounded).all() and len(rounded) >= 640
+
+
+def test_sampling_is_timed_end_to_end(trained):
+    done = run("bench.py", "--what", "sample", "--config", f"{trained}/tiny.toml", "--repeats", "1",
+               "--seconds", "0.4", "--threads", "1", "--json", f"{trained}/b.json")
+    assert done.returncode == 0, done.stderr
+    with open(f"{trained}/b.json") as f:
+        figures = json.load(f)
+    assert set(figures) == {"nanoCALM", "nanoCALM, parallel", "latent by latent", "nanoCALM int8",
+                            "nanoCALM int8, parallel"}
+    for row in figures.values():
+        assert min(row.values()) > 0
+        assert row["first_audio_ms"] <= 400 / row["real_time_factor"]
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "toy.py",
                                     "bench.py", "convert.py", "flite.py", "ablate.py"])
 def test_every_command_explains_itself(script):

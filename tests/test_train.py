@@ -371,6 +371,31 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
             train.make_model(cfg, stage)
 
 
+def test_a_student_is_distilled_with_the_teachers_head_untouched(finished, tmp_path):
+    teacher = f"{finished[0]}/run/lm.pt"
+    config = write(str(tmp_path))
+    with open(config, "a") as f:
+        f.write(f"[train.distill]\nteacher = \"{teacher}\"\nsteps = 4\nbatch = 4\nlog_every = 1\n")
+    command = ["train.py", "--config", config, "--stages", '["distill"]',
+               "--lm.backbone.layers", "2"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in logged(f"{tmp_path}/run") if row["stage"] == "distill"]
+    assert len(rows) >= 4 and all("explained" in row for row in rows[:4])
+    theirs, ours = load_checkpoint(teacher), load_checkpoint(f"{tmp_path}/run/distill.pt")["model"]
+    theirs = theirs["ema"] or theirs["model"]
+    for k in ours:
+        if k.startswith(("head.", "eos.")):
+            assert torch.equal(ours[k], theirs[k]), k
+    assert not torch.equal(ours["latent.weight"], theirs["latent.weight"])
+    assert "backbone.blocks.1.mlp.down.weight" in ours and len(theirs) < len(ours)
+    assert open_run(f"{tmp_path}/run")[3] == "distill"
+    wrong = run(*command, "--fresh", "--lm.head.width", "8")
+    assert wrong.returncode == 2 and "does not fit" in wrong.stderr, wrong.stderr
+    wrong = run("train.py", "--config", write(str(tmp_path)), "--stages", '["distill"]')
+    assert wrong.returncode == 2 and "train.distill.teacher" in wrong.stderr
+
+
 def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished, tmp_path):
     start = f"{finished[0]}/run/vae.pt"
     done = run("train.py", "--config", write(str(tmp_path)), "--stages", '["vae"]',
