@@ -60,7 +60,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbone import BackboneConfig, KVCache, Transformer
-from data import PAD
+from data import END, PAD
 from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, delay_codes
 from heads import HEADS, HeadConfig
 
@@ -133,14 +133,15 @@ class Monologue:
     """The text stream while it is generated: (B,) tokens at a time, PAD where nothing is new.
 
     texts: B lists of byte tokens, words parted by spaces; an empty one lets the model write. A text
-    is kept to: the model's probability of anything but PAD is that of the next word's beginning;
-    a word's bytes follow each other.
+    is kept to: the model's probability of anything but PAD is that of the next word's beginning,
+    behind the last one of END; a word's bytes follow each other.
     """
 
     def __init__(self, texts):
         spoken = [bytes(t).split() for t in texts]
         self.free = [not words for words in spoken]
-        self.left = [[list(word + b" ") for word in words] for words in spoken]
+        self.left = [[list(word + b" ") for word in words] + [[END]] * bool(words)
+                     for words in spoken]
         self.now = [[] for _ in spoken]
 
     def step(self, logits, generator):

@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 KINDS = ("speech", "sound", "music")
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
+END = 10                                            # line feed: the words of a clip are over
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
@@ -489,12 +490,17 @@ def rng(purpose, *numbers):
 
 def word_stream(words, frames, rate):
     """[[word, start, end], ...] in seconds -> (frames,) int64: the bytes of each word and a space
-    in consecutive frames from the one where it starts (or where the word before is through), PAD
-    elsewhere; what does not fit before the end is cut. rate: frames a second.
+    in consecutive frames from the one where it starts (or where the word before is through), a
+    line feed where the last word ends, PAD elsewhere; what does not fit before the end is cut.
+    rate: frames a second.
+
+    The line feed says that nothing more will be said: without it "no word yet" and "no word any
+    more" would be the same, and a text half said could stop for seconds.
     """
     stream, free = np.full(frames, PAD), 0
-    for word, start, _ in words:
-        ids = [*word.encode("utf-8"), 32]
+    ids = [[*word.encode("utf-8"), 32] for word, _, _ in words] + [[END]]
+    starts = [start for _, start, _ in words] + [words[-1][2]]
+    for ids, start in zip(ids, starts):
         at = max(int(start * rate), free)
         free = at + len(ids)
         stream[at:free] = ids[:max(0, frames - at)]

@@ -297,7 +297,7 @@ def test_a_given_text_is_said_word_by_word_and_whole_before_the_clip_may_end():
     frames = len(list(net.generate(text, kind=0, max_frames=400, steps=1,
                                    generator=torch.Generator().manual_seed(1))))
     stream = [int(ids) for ids in tokens if ids.shape == (1,)][1:]
-    assert bytes(t for t in stream if t != 256) == b"hi you "
+    assert bytes(t for t in stream if t != 256) == b"hi you \n"
     first = stream.index(ord("y"))
     assert stream[first:first + 4] == list(b"you ")  # a word's bytes follow each other
     assert frames <= len(stream) < 400

@@ -539,8 +539,8 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_two(capsys):
 
 def test_words_stand_at_the_frame_where_they_begin_or_behind_the_word_before():
     words = [["ab", 0.2, 0.3], ["c", 0.3, 0.4], ["de", 1.0, 1.2]]
-    stream = word_stream(words, 13, 10.0).tolist()
+    stream = word_stream(words, 15, 10.0).tolist()
     assert stream == [PAD, PAD, ord("a"), ord("b"), 32, ord("c"), 32, PAD, PAD, PAD,
-                      ord("d"), ord("e"), 32]
+                      ord("d"), ord("e"), 32, 10, PAD]          # 10: the last word is over
     assert word_stream(words, 11, 10.0).tolist() == stream[:11]
     assert word_stream(words, 4, 10.0).tolist() == stream[:4]
