@@ -1,15 +1,16 @@
 """A table of experiments: train several configs with several seeds, judge each, print mean ± error.
 
-    python ablate.py configs/ablation/toy_*.toml [--seeds 0,1] [--out out/ablation]
-                     [--evaluate "--limit 20 --repeats 2"] [--json table.json] [--train.lm.steps 300]
+    python ablate.py configs/ablation/toy_*.toml [--seeds 0,1] [--out out/ablation] [--vae RUN]
+                     [--evaluate "--limit 20 --repeats 2"] [--json table.json]
+                     [--train.lm.steps 300]
 
     config A ─┬─ seed 0 ─► train.py ─► out/ablation/A_0 ─► evaluate.py ─► figures.json ─┐
               └─ seed 1 ─► ...                                                          ├─► table
     config B ─┬─ ...                                                                    ┘
 
-Configs whose [vae], [train.vae], [data], [toy] tables are equal share one VAE and its latents: the
-first run trains it, all others link to it (seeds and rows then differ in the language model alone;
---own-vae turns that off). A row is a config, a column a figure: share of facts right (toy corpus),
+Configs with equal [vae], [train.vae] and [toy] tables and the same manifest share one VAE and its
+latents: the first run trains it (or --vae RUN has it), all others link to it. Seeds and rows then
+differ in the language model alone; --own-vae turns that off. A row is a config, a column a figure: share of facts right (toy corpus),
 clips that end on time, the held-out loss, and whatever --evaluate adds ("--metrics wer,dnsmos").
 The error is half of the 95 % confidence interval of the mean over seeds (Student's t: with two
 seeds 12.7 standard errors, so that few differences are ever shown by two).
@@ -66,8 +67,9 @@ def read(folder):
     with open(f"{folder}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
     for row in rows:
-        if row["stage"] == stage and "valid_head" in row:
-            found["held-out loss"] = row["valid_head"]
+        if row["stage"] == stage:
+            found |= {k.replace("valid_head", "held-out loss").replace("loss_", "loss "): v
+                      for k, v in row.items() if k.startswith("valid_head")}
     return found
 
 
@@ -87,6 +89,7 @@ def main():
     p.add_argument("--seeds", default="0,1", help="default: 0,1")
     p.add_argument("--out", default="out/ablation", help="folder of run folders")
     p.add_argument("--evaluate", default="", help="options for evaluate.py, in quotes")
+    p.add_argument("--vae", help="a run whose VAE all of them use")
     p.add_argument("--own-vae", action="store_true", help="train the VAE anew in each run")
     p.add_argument("--json", help="write the table here")
     a, overrides = p.parse_known_args()
@@ -102,7 +105,9 @@ def main():
     jobs = [(seed, *job) for seed in seeds for job in zip(names, a.configs, loaded)]
     for seed, name, path, cfg in tqdm(jobs, unit="run"):
         folder = f"{out}/{name}_{seed}"
-        same = tuple(map(dump, (cfg.vae, cfg.data, cfg.toy, cfg.train.vae)))
+        same = (cfg.data.manifest, *map(dump, (cfg.vae, cfg.toy, cfg.train.vae)))
+        if a.vae:
+            trained.setdefault(same, a.vae)
         if same in trained and not a.own_vae:
             link_vae(trained[same], folder)
         options = ("--seed", str(seed), "--out", folder)

@@ -174,7 +174,7 @@ class CALM(nn.Module):
         unknown = set(cfg.short_kinds) - set(kinds)
         if unknown:
             raise ValueError(f"short_kinds: unknown '{min(unknown)}'; valid: {', '.join(kinds)}")
-        self.cfg = cfg
+        self.cfg, self.kinds = cfg, tuple(kinds)
         self.codes = codes if cfg.head.objective in DISCRETE else None    # x are (B, T, K) int64
 
         def embedding():
@@ -235,7 +235,7 @@ class CALM(nn.Module):
 
         batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
         (B,) the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
-        (B,); kind (B,);
+        (B,); kind (B,). In eval mode the metrics also have the head's loss of each kind.
         monologue: words (B, T) tokens beside the latents, aligned (B,) rows that have them.
         """
         cfg, x, frames = self.cfg, batch["x"], batch["frames"]
@@ -262,12 +262,18 @@ class CALM(nn.Module):
 
         s = torch.arange(1 + T, device=x.device)
         real = s[:T] < frames[:, None] + self.lag                           # x^{s+1} exists
+        kind = batch["kind"][:, None].expand(B, T)
         if x.is_cuda:                               # static shapes: compute padding too, weigh it 0
             per, metrics = self.head.loss(Z[:, :T], x)
             head = (per * real).sum() / real.sum().clamp(min=1)
         else:
             per, metrics = self.head.loss(Z[:, :T][real], x[real])
-            head = per.mean()
+            kind, real, head = kind[real], torch.ones_like(per, dtype=torch.bool), per.mean()
+        if not self.training:
+            for i, name in enumerate(self.kinds):
+                mine = real & (kind == i)
+                if mine.any():
+                    metrics[f"head_{name}"] = (per * mine).sum() / mine.sum()
         over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
         known = (s < frames[:, None]) | over
         bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),

@@ -229,6 +229,16 @@ def test_every_part_learns_from_every_objective(objective):
     assert silent == []
 
 
+def test_the_held_out_loss_of_all_is_that_of_the_kinds_weighted_by_their_frames():
+    net, b = model(), batch()
+    torch.manual_seed(3)
+    _, metrics = net.loss(b)
+    frames = {"speech": 6 + 2, "sound": 4, "music": 6}
+    whole = sum(n * metrics[f"head_{kind}"] for kind, n in frames.items()) / 18
+    torch.testing.assert_close(whole, metrics["head"])
+    assert "head_speech" not in net.train().loss(b)[1]
+
+
 # ---------------------------------------------------------------- inner monologue
 
 def talker(delay=2, **changes):
