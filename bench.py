@@ -444,7 +444,8 @@ def bench_sample(a):
             start, work, first, samples = clock(a.device), time.process_time(), None, 0
             for n in whole():
                 samples, first = samples + n, first or clock(a.device) - start
-            took, work, seconds = clock(a.device) - start, time.process_time() - work, samples / rate
+            took, work = clock(a.device) - start, time.process_time() - work
+            seconds = samples / rate
             if i:
                 rows[name].append((seconds / took, first, work / seconds,
                                    statistics.median(latents(25))))
@@ -455,8 +456,8 @@ def bench_sample(a):
         figures[name] = {"real_time_factor": round(rtf, 3), "ratio": round(ratio, 3),
                          "first_audio_ms": round(1000 * first, 1),
                          "latent_ms": round(1000 * latent, 2), "cpu": round(work, 4)}
-        print(f"{name:26s} {rtf:7.2f} x real time ({ratio:.2f})   first audio {1000 * first:6.0f} ms"
-              f"   a latent {1000 * latent:6.1f} ms   CPU {work:.3f} s a second", flush=True)
+        print(f"{name:26s} {rtf:7.2f} x real time ({ratio:.2f})   "
+              f"first audio {1000 * first:6.0f} ms   a latent {1000 * latent:6.1f} ms   CPU {work:.3f} s a second", flush=True)
     return figures
 
 

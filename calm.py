@@ -204,7 +204,7 @@ class CALM(nn.Module):
         self.register_buffer("has_short", has_short, persistent=False)
 
     def voice(self, prompt, length):
-        """Voice prompt (B, P, D), valid (B,) -> (B, P or 1 + P, C) and how many of them are valid."""
+        """Voice prompt (B, P, D), valid (B,) -> (B, P or 1 + P, C), valid ones of these (B,)."""
         y = self.prompt(prompt)
         if not self.cfg.prompt_bos:
             return y, length

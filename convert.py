@@ -2,13 +2,14 @@
 
     mimi    Kyutai's codec, its tensors named as in PyPI `moshi` or `pocket-tts`
             -> a run folder with config.toml and vae.pt for evaluate.py, sample.py and train.py
-    pocket-tts    Kyutai's text to speech, flow LM and Mimi in one file as PyPI `pocket-tts` saves it
-            -> a run folder that speaks: vae.pt, lm.pt, config.toml, tokenizer.json (taken from
-            beside the weights, or --tokenizer)
+    pocket-tts    Kyutai's text to speech, flow LM and Mimi in one file, named as in PyPI
+            `pocket-tts` -> a run folder that speaks: vae.pt, lm.pt, config.toml, tokenizer.json
+            (taken from beside the weights, or --tokenizer)
     qwen3, llama    a text model, as a folder with config.json, *.safetensors, tokenizer.json
             -> a run folder with config.toml (that of --config, with the text model's sizes and
             tokenizer) and text.pt: CALM (or --stage audiocalm) whose backbone and text embedding
-            are the text model's, the rest random. python train.py --config RUN/config.toml trains from there.
+            are the text model's, the rest random. Train it:
+            python train.py --config RUN/config.toml
 
     model.layers.0.self_attn.q_proj  (H d, C)   ─► backbone.blocks.0.attention.wq   (H d, C)
                         k_proj, v_proj          ─►                          wkv     (2 Hkv d, C)
@@ -31,8 +32,9 @@ no weights: it begins text with a capital and ends it with a full stop, ignores 
 latents and goes on for a few after it. Heads without times (drifting, pointwise) and Mimi decoders
 unlike their encoder (its models below 90M) are refused.
 
-Mimi: sizes (ratios, widths, layers, strides) are read off the tensors. What tensors do not tell is Mimi's
-own unless given: --heads 8, --context 250 (positions of the transformers), --sample-rate 24000.
+Mimi: sizes (ratios, widths, layers, strides) are read off the tensors. What tensors do not tell is
+Mimi's own unless given: --heads 8, --context 250 (positions of the transformers), --sample-rate
+24000.
 
 Changes to Mimi's weights, all exact:
 - in_proj (3 C, C) becomes wq and wkv. Mimi rotates neighbouring channels (2i, 2i + 1), backbone.py

@@ -312,7 +312,8 @@ class DistillStage(LMStage):
         teacher = make_model(other, state["stage"])
         weights = state["ema"] or state["model"]
         load_weights(teacher, weights, path)
-        self.teacher = [teacher.to(runtime.device).eval().requires_grad_(False)]   # not ours to save
+        # in a list: not ours to save
+        self.teacher = [teacher.to(runtime.device).eval().requires_grad_(False)]
         copied = {k: v for k, v in weights.items() if not k.startswith("backbone.")}
         load_weights(self.model, {k: v for k, v in self.model.state_dict().items()
                                   if k.startswith("backbone.")} | copied, path)
