@@ -88,13 +88,17 @@ class CALMConfig:
     monologue: bool = False
     acoustic_delay: int = 2     # frames that the audio lags behind its words (monologue only)
     monologue_weight: float = 0.1    # weight of the text's cross-entropy
+    # generation: frames without text after which the next word begins whatever the model says (a
+    # model that missed its moment knows no pause so long and may wait for ever)
+    longest_pause: int = 25
 
     def __post_init__(self):
         for name in ("noise", "short_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
         for name, least in (("short_layers", 0), ("short_context", 1), ("eos_weight", 0),
-                            ("acoustic_delay", 0), ("monologue_weight", 0)):
+                            ("acoustic_delay", 0), ("monologue_weight", 0),
+                            ("longest_pause", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
 
@@ -134,15 +138,15 @@ class Monologue:
 
     texts: B lists of byte tokens, words parted by spaces; an empty one lets the model write. A text
     is kept to: the model's probability of anything but PAD is that of the next word's beginning,
-    behind the last one of END; a word's bytes follow each other.
+    behind the last one of END; a word's bytes follow each other. pause: CALMConfig.longest_pause.
     """
 
-    def __init__(self, texts):
+    def __init__(self, texts, pause):
         spoken = [bytes(t).split() for t in texts]
         self.free = [not words for words in spoken]
         self.left = [[list(word + b" ") for word in words] + [[END]] * bool(words)
                      for words in spoken]
-        self.now = [[] for _ in spoken]
+        self.now, self.silent, self.pause = [[] for _ in spoken], [0] * len(spoken), pause
 
     def step(self, logits, generator):
         """logits (B, vocab) of the next text token -> tokens (B,)."""
@@ -151,8 +155,9 @@ class Monologue:
         written = torch.multinomial(p, 1, generator=generator)[:, 0].tolist()
         tokens = []
         for r, start in enumerate(begin.tolist()):
-            if not self.now[r] and self.left[r] and start:
+            if not self.now[r] and self.left[r] and (start or self.silent[r] >= self.pause):
                 self.now[r] = self.left[r].pop(0)
+            self.silent[r] = 0 if self.now[r] else self.silent[r] + 1
             tokens.append(self.now[r].pop(0) if self.now[r]
                           else written[r] if self.free[r] else PAD)
         return torch.tensor(tokens, device=p.device)
@@ -334,7 +339,9 @@ class CALM(nn.Module):
             history = line.past
         n = 0 if history is None else history.shape[1]
         bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
-        words = Monologue(text[:, 1:].tolist()) if self.cfg.monologue else None
+        words = None
+        if self.cfg.monologue:
+            words = Monologue(text[:, 1:].tolist(), self.cfg.longest_pause)
         if words is not None:
             text = text[:, :1]
         nothing = self.text(torch.full((B,), PAD, device=device)) if words is not None else 0.0

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from backbone import BackboneConfig, Transformer
-from calm import CALM, CALMConfig, pack, to_int8
+from calm import CALM, CALMConfig, Monologue, pack, to_int8
 from heads import HeadConfig
 from vae import VAE, VAEConfig
 
@@ -311,6 +311,15 @@ def test_a_given_text_is_said_word_by_word_and_whole_before_the_clip_may_end():
     first = stream.index(ord("y"))
     assert stream[first:first + 4] == list(b"you ")  # a word's bytes follow each other
     assert frames <= len(stream) < 400
+
+
+def test_a_word_is_not_waited_for_longer_than_the_longest_pause():
+    words = Monologue([list(b"hi you"), []], pause=3)
+    never = torch.zeros(2, 260)
+    never[:, 256] = 1e4                              # the model says PAD for ever
+    stream = [words.step(never, None).tolist() for _ in range(14)]
+    assert [t for t, _ in stream] == [256] * 3 + list(b"hi ") + [256] * 3 + list(b"you ") + [256]
+    assert all(t == 256 for _, t in stream)          # a row without a text writes its own
 
 
 def test_the_text_loss_knows_words_up_to_the_delay_behind_an_end_and_no_unaligned_rows():
