@@ -14,7 +14,8 @@ differ in the language model alone; --own-vae turns that off. A row is a config,
 clips that end on time, the held-out loss, and whatever --evaluate adds ("--metrics wer,dnsmos").
 The error is half of the 95 % confidence interval of the mean over seeds (Student's t: with two
 seeds 12.7 standard errors, so that few differences are ever shown by two).
-Runs that are finished are not run again; an interrupted one goes on. Other options go to train.py.
+Runs that are finished are not run again (for other settings choose another --out); an interrupted
+one goes on. Other options go to train.py.
 Exit status: 0 done, 2 your mistake.
 """
 import argparse
@@ -33,7 +34,8 @@ from data import BadInput, Parser, atomic, cli
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 # two-sided 95 % points of Student's t for n - 1 degrees of freedom, n = 2, 3, ...
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+           2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
 def mean_and_error(values):
@@ -41,7 +43,7 @@ def mean_and_error(values):
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
-    t = STUDENT[len(values) - 2] if len(values) < 2 + len(STUDENT) else 1.96
+    t = STUDENT[len(values) - 2] if len(values) < 2 + len(STUDENT) else 2.08
     return mean, t * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -51,7 +53,8 @@ def show(mean, error):
 
 def run(*command):
     """A command of ours; its last line of stderr when it fails."""
-    done = subprocess.run([sys.executable, *command], cwd=HOME, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, f"{HOME}/{command[0]}", *command[1:]],
+                          capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"{command[0]} {' '.join(command[1:])}: {last.removeprefix('error: ')}")
@@ -61,7 +64,10 @@ def read(folder):
     """{figure: number} of a judged run: the last stage's figures and its held-out loss."""
     with open(f"{folder}/figures.json") as f:
         figures = json.load(f)
-    stage = next(s for s in MODELS if s in figures)
+    stage = next((s for s in MODELS if s in figures), None)
+    if stage is None:
+        raise BadInput(f"{folder}: no figures of a language model; the config needs such a stage, "
+                       "and --evaluate must not ask for --what vae or a --sweep")
     found = {f"{name} {kind}": v for name in ("facts", "length")
              for kind, v in figures[stage][name].items()} | figures[stage].get("speech", {})
     with open(f"{folder}/log.jsonl") as f:
@@ -74,12 +80,12 @@ def read(folder):
 
 
 def link_vae(source, folder):
-    """Hard links to a finished VAE and its latents, where there are none yet."""
+    """A finished VAE, its latents and its toy corpus as symbolic links, where there are none yet."""
+    if not os.path.exists(f"{source}/vae.pt"):
+        raise BadInput(f"{source}: has no vae.pt; train it first, or leave --vae out")
     os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(f"{folder}/vae.pt"):
-        os.link(f"{source}/vae.pt", f"{folder}/vae.pt")
-    for name in ("latents", "toy"):
-        if os.path.isdir(f"{source}/{name}") and not os.path.exists(f"{folder}/{name}"):
+    for name in ("vae.pt", "latents", "toy"):
+        if os.path.exists(f"{source}/{name}") and not os.path.lexists(f"{folder}/{name}"):
             os.symlink(os.path.abspath(f"{source}/{name}"), f"{folder}/{name}")
 
 
@@ -94,7 +100,7 @@ def main():
     p.add_argument("--json", help="write the table here")
     a, overrides = p.parse_known_args()
     try:
-        seeds = [int(s) for s in a.seeds.split(",")]
+        seeds = sorted({int(s) for s in a.seeds.split(",")})
     except ValueError:
         raise BadInput(f"--seeds {a.seeds}: whole numbers parted by commas") from None
     names = [os.path.splitext(os.path.basename(c))[0] for c in a.configs]

@@ -185,8 +185,13 @@ class ARFlow(nn.Module):
                                 cfg.head.objective == "lsd", cfg.head.time_norm)
 
     def forward(self, x_t, t, z, s=None):
-        if z.guidance != 1:
-            x_t, t, s = (v if v is None else torch.cat([v, v]) for v in (x_t, t, s))
+        return self.towards(x_t, t, z)(s)
+
+    def towards(self, x_t, t, z):
+        """The pass of the backbone, which knows nothing of s -> F as a function of s, the read-out."""
+        shape, twice = x_t.shape, z.guidance != 1
+        if twice:
+            x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
         M, B, n = (1, *t.shape)[-3:]
 
         def frames(t):                                                          # (B, M·T)
@@ -207,12 +212,17 @@ class ARFlow(nn.Module):
         y = self.backbone(h, cache, experts=z.experts, **where)
         if z.hidden is None:
             z.hidden = y[:, :K]
-        F = self.readout(x, at, y[:, K:], None if s is None else frames(s))     # (B, M·T, D)
-        F = F.unflatten(1, (M, -1)).transpose(0, 1).reshape(x_t.shape)
-        if z.guidance != 1:
-            cond, null = F.chunk(2)
-            F = null + z.guidance * (cond - null)
-        return F
+
+        def read(s):
+            if s is not None:
+                s = frames(torch.cat([s, s]) if twice else s)
+            F = self.readout(x, at, y[:, K:], s)                                # (B, M·T, D)
+            F = F.unflatten(1, (M, -1)).transpose(0, 1)
+            if not twice:
+                return F.reshape(shape)
+            cond, null = F.reshape(2 * shape[0], *shape[1:]).chunk(2)
+            return null + z.guidance * (cond - null)
+        return read
 
 
 class AudioCALM(nn.Module):

@@ -249,7 +249,8 @@ class CALM(nn.Module):
             x = x.masked_fill(~there[..., None], MISSING)
             x = delay_codes(x) if self.lag else x                           # (B, T + lag, K)
         B, T, _ = x.shape                                                   # from here T + lag
-        keep = torch.rand(B, device=x.device) >= cfg.prefix_dropout
+        dropped, no_short = (cfg.prefix_dropout, cfg.short_dropout) if self.training else (0, 0)
+        keep = torch.rand(B, device=x.device) >= dropped
         noised, words = x, None
         if not self.codes:
             k = cfg.noise * torch.rand(B, T, 1, device=x.device)            # per latent
@@ -262,7 +263,7 @@ class CALM(nn.Module):
         if cfg.short_layers:
             clean = torch.cat([self.short_bos.expand(B, 1, -1), self.short_latent(x)], 1)
             on = (self.has_short[batch["kind"]]
-                  & (torch.rand(B, device=x.device) >= cfg.short_dropout))
+                  & (torch.rand(B, device=x.device) >= no_short))
             Z = Z + self.short(clean) * on[:, None, None]
 
         s = torch.arange(1 + T, device=x.device)
@@ -330,8 +331,8 @@ class CALM(nn.Module):
 
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
         (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
-        on yielding: cut it there. Monologue: the text's bytes run beside the latents, beside a
-        history nothing does; a row ends when all its words have been said.
+        on yielding: cut it there. Monologue: the bytes of a speech's text run beside the latents,
+        beside a history nothing does; a row ends when all its words have been said.
         """
         B, device, d = text.shape[0], text.device, self.delay
         if self.lag:
@@ -339,17 +340,17 @@ class CALM(nn.Module):
             history = line.past
         n = 0 if history is None else history.shape[1]
         bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
-        words = None
+        words, nothing = None, bos.new_zeros(B, bos.shape[-1])
         if self.cfg.monologue:
-            words = Monologue(text[:, 1:].tolist(), self.cfg.longest_pause)
-        if words is not None:
-            text = text[:, :1]
-        nothing = self.text(torch.full((B,), PAD, device=device)) if words is not None else 0.0
+            nothing = self.text(torch.full((B,), PAD, device=device))
+            if self.kinds[kind] == "speech":         # captions stay before the audio
+                words = Monologue(text[:, 1:].tolist(), self.cfg.longest_pause)
+                text = text[:, :1]
         # (B, d + n, C): what the backbone hears before anything is drawn
         past = bos.new_zeros(B, d, bos.shape[-1])
         if n:
             past = torch.cat([past, self.latent(history)], 1)
-        silent = past[:, :n] + (nothing[:, None] if words is not None else 0.0)
+        silent = past[:, :n] + nothing[:, None]
         prefix = [self.text(text)]
         if prompt is not None and prompt.shape[1]:
             prefix.insert(0, self.voice(prompt, torch.tensor(prompt.shape[1]))[0])

@@ -47,7 +47,8 @@ class StageConfig:
     # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
     freeze: list[str] = field(default_factory=list)
     batch: int = 16             # rows an optimizer step, over all processes
-    # rows a forward; 0 = batch / processes; less memory, the same gradient
+    # rows a forward; 0 = batch / processes; less memory. Losses are means over the positions of a
+    # forward, so rows of unequal length weigh a little differently
     micro_batch: int = 0
     # adamw (the papers) | muon: for matrices, AdamW for the rest (see train.py; torch >= 2.9)
     optimizer: str = "adamw"
@@ -147,6 +148,13 @@ class Config:
         if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
             raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
                              "set vae.bottleneck = \"rvq\"")
+        if "audiocalm_lsd" in self.stages and self.audiocalm.head.objective != "rectified_flow":
+            raise ValueError("stages: audiocalm_lsd goes on from audiocalm.head.objective = "
+                             f"\"rectified_flow\", not \"{self.audiocalm.head.objective}\"")
+        if "distill" in self.stages and self.sample.cfg != 1:
+            raise ValueError("sample.cfg: a distilled model has the guidance inside; set 1")
+        for kind in set(self.lm.short_kinds) - set(KINDS):
+            raise ValueError(f"lm.short_kinds: unknown '{kind}'; valid: {', '.join(KINDS)}")
         if self.lm.monologue and (self.data.tokenizer or not self.data.kind_token):
             raise ValueError("lm.monologue: is made of bytes behind the kind's token; it needs "
                              "data.tokenizer = \"\" and data.kind_token = true")

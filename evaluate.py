@@ -242,18 +242,20 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
     """
     out, chance, on_time, rate = {}, {}, {}, cfg.vae.sample_rate
     for kind in KINDS:
-        held = {c.text: c for c in clips if c.kind == kind and c.text}
+        held = {c.text: c for c in clips if c.kind == kind and c.text
+                and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len}
         texts, heard, late, groups, manifest = spread(sorted(held), limit), [], [], {}, []
         voices = {t: voice_of(held[t], clips, lm, vae, cfg) for t in texts}
         for text in texts:
-            n = 0 if getattr(lm.cfg, "monologue", False) else len(encode_text(text, kind, cfg.data))
+            alone = kind == "speech" and getattr(lm.cfg, "monologue", False)
+            n = 0 if alone else len(encode_text(text, kind, cfg.data))
             groups.setdefault((n, voices[text] is not None), []).append(text)
         batches = [group[i:i + 32] for _, group in sorted(groups.items())
                    for i in range(0, len(group), 32)]
         for at, group in enumerate(tqdm(batches, desc=f"generate {kind}", leave=False)):
             ids = [encode_text(t, kind, cfg.data) for t in group]
             longest = max(map(len, ids))             # spaces: nothing for a monologue to say
-            tokens = torch.tensor([i + [32] * (longest - len(i)) for i in ids])
+            tokens = torch.tensor([i + [32] * (longest - len(i)) for i in ids], dtype=torch.long)
             prompt = None
             if voices[group[0]] is not None:
                 prompt = torch.cat([voices[t][0] for t in group])
@@ -357,8 +359,9 @@ def main():
     p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()
-    if a.repeats < 1 or a.limit < 1:
-        raise BadInput("--repeats, --limit: must be at least 1")
+    if a.repeats < 1 or a.limit < 1 or a.steps < 0 or (a.temperature or 0) < 0:
+        raise BadInput("--repeats, --limit: must be at least 1; "
+                       "--steps, --temperature: not negative")
     if a.wavs:
         try:
             os.makedirs(a.wavs, exist_ok=True)
@@ -373,8 +376,11 @@ def main():
     try:
         values = [(int if a.sweep == "steps" else float)(v) for v in a.values.split(",")] if (
             a.values) else SWEEPS.get(a.sweep)
+        if any(v < (a.sweep == "steps") for v in values or ()):
+            raise ValueError
     except ValueError:
-        raise BadInput(f"--values {a.values}: numbers parted by commas, for steps whole ones"
+        raise BadInput(f"--values {a.values}: numbers that are not negative, parted by "
+                       "commas; for steps whole ones from 1"
                        ) from None
     cfg, vae, _, _ = open_run(a.run)
     manifest = a.manifest or ("" if cfg.data.manifest else f"{a.run}/toy/valid.jsonl")
@@ -426,8 +432,8 @@ def main():
         heard = Judges(metrics, a.whisper) if metrics else None
         found, chance, on_time = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit,
                                           f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
-        name = objective if objective in DISCRETE else (
-            f"{objective}, {steps} step{'s' * (steps > 1)}")
+        name = f"{stage}: {objective}" + (
+            "" if objective in DISCRETE else f", {steps} step{'s' * (steps > 1)}")
         models[name] = lm
         figures[stage] = {"objective": objective, **options, "facts": found, "chance": chance,
                           "length": on_time}

@@ -8,8 +8,7 @@
 Writes OUT/train.jsonl and OUT/valid.jsonl (100 sentences a voice that training never has), every
 line with text, speaker and words [[word, start, end], ...] in seconds: what text to speech and the
 inner monologue of calm.py need. Sentences are all different, of 3 to 12 words out of some 450; each
-is spoken by one voice. About 40 times faster than real time on one core; files that are there
-already are kept, so that an interrupted run goes on.
+is spoken by one voice. About 40 times faster than real time on one core.
 
 Why: recordings that a CPU can learn to speak from in an hour. Every voice says the same phone in
 nearly the same way (statistical voices of the CMU Arctic speakers slt, rms and awb; kal16 is
@@ -153,14 +152,13 @@ class Flite:
 
 
 def render(task):
-    """Speak one sentence into a file, unless it is there; returns its manifest line."""
+    """Speak one sentence into a file; returns its manifest line."""
     global engine
     path, text, voice = task
     if "engine" not in globals():
         engine = Flite()
     samples, rate, words = engine.speak(text, voice)
-    if not os.path.exists(path):
-        save_audio(path, samples.astype(np.float32)[None] / 32768, rate)
+    save_audio(path, samples.astype(np.float32)[None] / 32768, rate)
     return Clip(path, text, "speech", voice, words=words, duration=len(samples) / rate,
                 id=f"{voice}_{os.path.basename(path)[:-4]}")
 

@@ -499,9 +499,11 @@ class LSD(nn.Module):
         other = torch.sigmoid(cfg.p_mean + cfg.p_std * torch.randn_like(t))
         t, s = torch.maximum(t, other), torch.minimum(t, other)             # towards less noise
         x_t = x + t[..., None] * v
+        # a network that is a whole backbone gives the part that s enters: no attention in a jvp
+        part = (self.net.towards(x_t, t, z) if hasattr(self.net, "towards")
+                else lambda s: self.net(x_t, t, z, s))
         with torch.autocast(x.device.type, enabled=False):
-            F, dFds = torch.func.jvp(lambda s: fp32(self.net(x_t, t, z, s)), (s,),
-                                     (torch.ones_like(s),))
+            F, dFds = torch.func.jvp(lambda s: fp32(part(s)), (s,), (torch.ones_like(s),))
             jump = (s - t)[..., None]
             with torch.no_grad():
                 target = fp32(self.net(x_t + jump * F, s, z, s))

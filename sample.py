@@ -13,7 +13,8 @@
                                                   └── --stream: written as it comes ──┘
 
 A text longer than the run was trained on is spoken sentence by sentence (then at commas, then
-between words), all in one voice: --prompt's, or that of the first sentence.
+between words), in the voice of --prompt, else of the first sentence (in that of nobody where the run
+was trained without voice prompts).
 --prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its
 voice; with --prompt-text too, the clip is continued with the new words and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).
@@ -61,6 +62,8 @@ def parse():
     a = p.parse_args()
     if a.text is not None and not a.text.strip():
         raise BadInput("--text: is empty; say something")
+    if not a.out.lower().endswith(".wav"):
+        raise BadInput(f"--out {a.out}: only .wav is written")
     if a.prompt_text and not (a.prompt and a.text):
         raise BadInput("--prompt-text: needs --prompt (the audio it transcribes) "
                        "and --text (what comes next)")
@@ -116,7 +119,8 @@ def main():
             raise BadInput("--int8: is for --device cpu")
         to_int8(lm, vae)
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
-    said = f"{a.prompt_text} " if a.prompt_text else ""
+    monologue = getattr(lm.cfg, "monologue", False)  # its words run on from the prompt's end
+    said = f"{a.prompt_text} " if a.prompt_text and not monologue else ""
 
     def encode(text):
         return encode_text(text, a.kind, cfg.data)
@@ -125,7 +129,7 @@ def main():
         unit = "tokens" if cfg.data.tokenizer else "bytes"
         raise BadInput(f"--text: {len(encode(a.text)) - 1} {unit} are more than this run was "
                        f"trained on (data.text_len = {limit})")
-    texts = sentences(a.text or "", lambda text: len(encode(said + text)) <= 1 + limit)
+    texts = sentences((a.text or "").strip(), lambda text: len(encode(said + text)) <= 1 + limit)
     texts[0] = said + texts[0]
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
@@ -175,7 +179,7 @@ def main():
         emit(lead)
     with torch.no_grad():
         for text in texts:
-            tokens, heard = torch.tensor([encode(text)], device=a.device), []
+            tokens, heard = torch.tensor([encode(text)], dtype=torch.long, device=a.device), []
             drawn = noted(lm.generate(tokens, max_frames=frames, history=history, **options), heard)
             for wav, n, _ in vae.decode_stream(drawn, state, a.parallel):
                 emit(wav)

@@ -194,8 +194,14 @@ class LMStage:
             path = f"{cfg.out}/{FASTER[name]}.pt"
             state = load_checkpoint(path, "cpu")
             weights = state["ema"] or state["model"]
-            self.model.head.load_flow(
-                {k[5:]: v for k, v in weights.items() if k.startswith("head.")})
+            if not state["done"]:
+                raise BadInput(f"{path}: its training is not finished; "
+                               f"put \"{FASTER[name]}\" before \"{name}\" in stages")
+            try:
+                self.model.head.load_flow(
+                    {k[5:]: v for k, v in weights.items() if k.startswith("head.")})
+            except RuntimeError:
+                raise BadInput(f"{path}: its head has other sizes than the config's") from None
             load_weights(self.model, self.model.state_dict() | weights, path)
         self.averaged = self.model
         self.optimized = {name: self.model}
@@ -272,7 +278,7 @@ class LMStage:
 
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
-        tokens = torch.tensor([encode_text(text, kind, cfg.data)], device=device)
+        tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
         wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                             steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
                             guidance=cfg.sample.cfg,
@@ -684,6 +690,8 @@ def main():
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
     if arguments.fresh and runtime.rank == 0:
         start_over(cfg.out)
+    if runtime.world > 1:
+        dist.barrier()                               # nobody looks before the old ones are gone
     done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s)
             for s in cfg.stages if os.path.exists(f"{cfg.out}/{s}.pt")}
     if runtime.rank == 0:

@@ -439,3 +439,16 @@ def test_bf16_autocast_gives_the_loss_of_fp32_to_its_precision():
             found.append(net.loss(b)[0])
     assert found[1].dtype == torch.float32 and not torch.equal(*found)
     torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0.02)
+
+
+def test_attention_never_runs_inside_the_jvp_of_lsd():
+    """flex_attention, which CUDA uses, fails inside torch.func.jvp; once the whole net was in it."""
+    net, levels = model(2, objective="lsd").train(), []
+    forward = net.backbone.forward
+
+    def watched(*args, **options):
+        levels.append(torch._C._functorch.peek_interpreter_stack())
+        return forward(*args, **options)
+    net.backbone.forward = watched
+    net.loss(batch())[0].backward()
+    assert len(levels) == 3 and levels == [None] * 3          # diagonal, jump, target

@@ -298,6 +298,30 @@ def test_generation_with_a_monologue_equals_the_training_pass_over_what_was_gene
         torch.testing.assert_close(torch.stack(seen, 1), z[:, n + 2:n + 9], atol=1e-5, rtol=0)
 
 
+def test_a_monologue_leaves_captions_before_the_audio():
+    """Generation once took the text from every kind, training only from speech with its words."""
+    net, embedded = talker(), []
+    embed = net.text.forward
+    net.text.forward = lambda ids: embedded.append(ids.tolist()) or embed(ids)
+    net.eos.bias.data.fill_(100.0)
+    text = torch.tensor([[258, *b"rain"]])
+    assert len(list(net.generate(text, kind=1, max_frames=9, steps=1))) == 1     # ends at once
+    assert [258, *b"rain"] in [ids[0] for ids in embedded if isinstance(ids[0], list)]
+    assert [ids for ids in embedded if not isinstance(ids[0], list)] == [[256]]
+
+
+def test_held_out_losses_drop_no_prefix():
+    net, b = talker(prefix_dropout=1.0), spoken_batch(torch.randint(0, 256, (4, 6)))
+    kept = []
+    condition = net.condition
+    net.condition = lambda x, text, text_len, *rest: kept.append(text_len) or condition(
+        x, text, text_len, *rest)
+    net.loss(b)
+    assert kept[0].tolist() == [1, 1, 1, 1]
+    net.train().loss(b)
+    assert kept[1].tolist() == [0, 0, 0, 0]
+
+
 def test_a_given_text_is_said_word_by_word_and_whole_before_the_clip_may_end():
     net = talker()
     net.eos.bias.data.fill_(100.0)                   # would end at once

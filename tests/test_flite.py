@@ -47,7 +47,7 @@ def test_every_voice_tells_where_its_words_are(voice):
 
 
 @needs_flite
-def test_the_corpus_holds_out_sentences_and_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+def test_the_corpus_holds_out_sentences_and_comes_out_the_same_again(tmp_path, monkeypatch):
     monkeypatch.setattr(flite, "HELD_OUT", 3)
     monkeypatch.setattr(sys, "argv", ["flite.py", str(tmp_path), "--hours", "0.003",
                                       "--voices", "slt,kal16", "--processes", "1"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from test_flite import engine
 from test_train import ROOT, run, write
 
 with open(f"{ROOT}/README.md", encoding="utf8") as f:
@@ -36,13 +37,19 @@ def test_the_readme_has_commands():
 
 
 def test_the_commands_of_the_readme_run_in_order(place):
-    """data.py scan, check, train.py on the manifest (shortened), sample.py: as written but for the
+    """data.py, flite.py and train.py (shortened), sample.py: as written but for the
     paths.
     """
     for command in COMMANDS:
         words = shlex.split(command)[1:]
         words = [w.replace("RECORDINGS", f"{place}/recordings")
-                 .replace("out/quickstart", f"{place}/run") for w in words]
+                 .replace("data/flite", f"{place}/flite") for w in words]
+        words = [re.sub("out/(quickstart|audiocalm_quick|flite_tts)", f"{place}/run", w)
+                 for w in words]
+        if words[0] == "flite.py":
+            if engine is None:
+                continue
+            words += ["--hours", "0.001", "--voices", "slt", "--processes", "1"]
         words = [f"{place}/{w}" if w in ("train.jsonl", "some.wav", "out/mine", "hello.wav") else w
                  for w in words]
         if words[0] == "train.py":                   # the same command with the tiny model

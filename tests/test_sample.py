@@ -51,6 +51,7 @@ def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():
     fits = lambda text: len(text) <= 12
     pieces = sentences("One two. Three, four five, six. seven eight nine", fits)
     assert pieces == ["One two.", "Three,", "four five,", "six.", "seven", "eight nine"]
+    assert sentences("One two. Three four. ".strip(), fits) == ["One two.", "Three four."]
     assert sentences("short", fits) == ["short"] and sentences("", fits) == [""]
     with pytest.raises(BadInput, match="data.text_len"):
         sentences("incomprehensibilities", fits)
