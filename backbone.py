@@ -161,8 +161,8 @@ class KVCache:
         self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
 
     def copy(self):
-        """A cache to read with: what a call appends to the copy, this one never sees (it may stand in
-        the spare room of the shared buffer, where the next append of either writes over it).
+        """A cache to read with: what a call appends to the copy, this one never sees (it may stand
+        in the spare room of the shared buffer, where the next append of either writes over it).
         """
         other = KVCache()
         other.kv, other.pos, other.buffers = dict(self.kv), self.pos, dict(self.buffers)

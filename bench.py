@@ -457,7 +457,8 @@ def bench_sample(a):
                          "first_audio_ms": round(1000 * first, 1),
                          "latent_ms": round(1000 * latent, 2), "cpu": round(work, 4)}
         print(f"{name:26s} {rtf:7.2f} x real time ({ratio:.2f})   "
-              f"first audio {1000 * first:6.0f} ms   a latent {1000 * latent:6.1f} ms   CPU {work:.3f} s a second", flush=True)
+              f"first audio {1000 * first:6.0f} ms   a latent {1000 * latent:6.1f} ms   "
+              f"CPU {work:.3f} s a second", flush=True)
     return figures
 
 

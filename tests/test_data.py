@@ -223,7 +223,8 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
 # ---------------------------------------------------------------------------- descriptions
 
 def clip(kind="speech", text="hello there", **more):
-    return Clip(**{"audio": "x.wav", "text": text, "kind": kind, "duration": 0.8, "id": "a", **more})
+    return Clip(**{"audio": "x.wav", "text": text, "kind": kind, "duration": 0.8, "id": "a",
+                   **more})
 
 
 def test_a_description_keeps_every_word_of_its_text_and_depends_on_seed_and_id_only():
