@@ -33,9 +33,10 @@
           a backbone of [audiocalm.backbone], 24 tokens of text, a sound: no speech expert runs
           first   CALM latent by latent (consistency 1 step, TrigFlow 20; head: 3 blocks as wide as
                   the backbone) and AudioCALM block by block (32, 16, 8, 4 steps; few-step LSD 4,
-                  1): time a second of audio, time to the first latents, passes of the backbone
+                  1): time and CPU time a second of audio, time to the first latents, passes of the
+                  backbone
           then    AudioCALM with 4 steps up to each of --lengths, with its whole history and with
-                  the last --window seconds of it: time a second of audio since the length before,
+                  the last --window seconds of it: the same since the length before,
                   positions in the cache, bytes that it holds (spare room of its buffers included)
 
 Contestants take turns within each repeat, so that a noisy machine slows both; the figure is the
