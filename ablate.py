@@ -10,10 +10,11 @@
 
 Configs with equal [vae], [train.vae] and [toy] tables and the same manifest share one VAE and its
 latents: the first run trains it (or --vae RUN has it), all others link to it. Seeds and rows then
-differ in the language model alone; --own-vae turns that off. A row is a config, a column a figure: share of facts right (toy corpus),
-clips that end on time, the held-out loss, and whatever --evaluate adds ("--metrics wer,dnsmos").
-The error is half of the 95 % confidence interval of the mean over seeds (Student's t: with two
-seeds 12.7 standard errors, so that few differences are ever shown by two).
+differ in the language model alone; --own-vae turns that off. A row is a config, a column a figure:
+share of facts right (toy corpus), clips that end on time, the held-out loss, and whatever
+--evaluate adds ("--metrics wer,dnsmos"). The error is half of the 95 % confidence interval of the
+mean over seeds (Student's t: with two seeds 12.7 standard errors, so that few differences are ever
+shown by two).
 Runs that are finished are not run again (for other settings choose another --out); an interrupted
 one goes on. Other options go to train.py.
 Exit status: 0 done, 2 your mistake.

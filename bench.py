@@ -4,6 +4,8 @@
                     [--seconds 10] [--repeats 7] [--threads 1] [--json figures.json]
     python bench.py --what heads [--domain speech music] [--repeats 3] [--threads 1] [--json ...]
     python bench.py --what sample [--config ... | --peer pocket-tts] [--prefix 90] [--seconds 10]
+    python bench.py --what audiocalm [--config configs/audiocalm_quick.toml] [--seconds 10]
+                    [--lengths 5 10 20 30 60] [--window 10] [--repeats 7] [--threads 1] [--json ...]
 
     vae   encode and decode `seconds` of audio offline, decode latent by latent as a stream, one
           training step (forward, backward) of 1-second crops; all as milliseconds a second of audio
@@ -27,6 +29,16 @@
           out. The RQ-Transformers share 8 sets of weights, whatever their levels: a set is 75M
           numbers, more than any cache holds, so that a level reads its own from memory either way.
 
+    audiocalm  latents alone (their decoding is --what vae), random weights, one row, no guidance;
+          a backbone of [audiocalm.backbone], 24 tokens of text, a sound: no speech expert runs
+          first   CALM latent by latent (consistency 1 step, TrigFlow 20; head: 3 blocks as wide as
+                  the backbone) and AudioCALM block by block (32, 16, 8, 4 steps; few-step LSD 4,
+                  1): time and CPU time a second of audio, time to the first latents, passes of the
+                  backbone
+          then    AudioCALM with 4 steps up to each of --lengths, with its whole history and with
+                  the last --window seconds of it: the same since the length before,
+                  positions in the cache, bytes that it holds (spare room of its buffers included)
+
 Contestants take turns within each repeat, so that a noisy machine slows both; the figure is the
 median, ratios are medians of the repeats' ratios. fp32 on a CPU, bf16 autocast and (--compile)
 torch.compile on CUDA.
@@ -48,12 +60,13 @@ import torch
 from tqdm import tqdm
 
 import convert
+from audiocalm import AudioCALM
 from backbone import BackboneConfig, KVCache, Transformer
-from calm import CALM, to_int8
+from calm import CALM, CALMConfig, to_int8
 from config import load
 from data import KINDS, BadInput, Parser, cli, vocabulary
 from discrete import RQ, pick
-from heads import HEADS, TrigFlow
+from heads import HEADS, HeadConfig, TrigFlow
 from vae import VAE, VAEGAN
 
 
@@ -457,7 +470,127 @@ def bench_sample(a):
                          "first_audio_ms": round(1000 * first, 1),
                          "latent_ms": round(1000 * latent, 2), "cpu": round(work, 4)}
         print(f"{name:26s} {rtf:7.2f} x real time ({ratio:.2f})   "
-              f"first audio {1000 * first:6.0f} ms   a latent {1000 * latent:6.1f} ms   CPU {work:.3f} s a second", flush=True)
+              f"first audio {1000 * first:6.0f} ms   a latent {1000 * latent:6.1f} ms   "
+              f"CPU {work:.3f} s a second", flush=True)
+    return figures
+
+
+# ---------------------------------------------------------------- AudioCALM
+
+CALM_STEPS = (("consistency", 1), ("trigflow", 20))
+BLOCK_STEPS = (("rectified_flow", 32), ("rectified_flow", 16), ("rectified_flow", 8),
+               ("rectified_flow", 4), ("lsd", 4), ("lsd", 1))
+NAMES = {"consistency": "CALM consistency", "trigflow": "CALM TrigFlow",
+         "rectified_flow": "AudioCALM", "lsd": "AudioCALM LSD"}
+
+
+def same_backbone(cfg, objective):
+    """A CALM or an AudioCALM with random weights and the backbone of [audiocalm]; never ends."""
+    table = cfg.audiocalm
+    sizes = cfg.vae.latent_dim, vocabulary(cfg.data), KINDS
+    if objective in dict(CALM_STEPS):
+        head = HeadConfig(objective=objective, width=table.backbone.dim, blocks=3)
+        lm = CALM(CALMConfig(backbone=table.backbone, head=head), *sizes)
+        lm.eos.bias.data -= 1e4
+    else:
+        head = dataclasses.replace(table.head, objective=objective)
+        lm = AudioCALM(dataclasses.replace(table, head=head), *sizes, only="sound")
+        lm.stop.bias.data -= 1e4
+    return lm.eval()
+
+
+def held(cache):
+    """Positions in a KVCache, and the bytes behind them: a storage that two share counts once."""
+    pairs = [*cache.kv.values(), *(b[:2] for b in cache.buffers.values() if b)]
+    bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for pair in pairs for t in pair}
+    return cache.kv[0][0].shape[2], sum(bytes_of.values())
+
+
+def drawing(lm, text, marks, steps, rows, device):
+    """A function that draws max(marks) latents of sound and appends to `rows`, for each of marks,
+    {"at": seconds gone by, "cpu": seconds of CPU, "passes": of the backbone, "positions", "bytes":
+    of its cache}.
+    """
+    def run():
+        row, seen = [], {"passes": 0}
+        hook = lm.backbone.register_forward_pre_hook(
+            lambda net, args: seen.update(passes=seen["passes"] + 1, cache=args[1]))
+        start, work = clock(device), time.process_time()
+        with torch.autocast(device, torch.bfloat16, device == "cuda"):
+            drawn = lm.generate(text, kind=KINDS.index("sound"), max_frames=marks[-1], steps=steps)
+            for i, _ in enumerate(drawn, 1):
+                if i in marks:
+                    at, (positions, size) = clock(device) - start, held(seen["cache"])
+                    row.append({"at": at, "cpu": time.process_time() - work,
+                                "passes": seen["passes"], "positions": positions, "bytes": size})
+        hook.remove()
+        rows.append(row)
+    return run
+
+
+def bench_audiocalm(a):
+    """The two tables: {"contestants": {name: figures}, "growth": {name: [figures of a length]}}."""
+    cfg, median = load(a.config), statistics.median
+    rate, block = cfg.vae.frame_rate, cfg.audiocalm.block
+    whole = lambda seconds: block * max(1, round(seconds * rate / block))    # latents, whole blocks
+    text = torch.randint(0, min(vocabulary(cfg.data), 4000), (1, 24), device=a.device)
+    models = {o: same_backbone(cfg, o).to(a.device) for o in NAMES}
+
+    def timed(contestants, marks):
+        """{name: (model, steps)} -> {name: [a row of marks, one a repeat]}, taking turns."""
+        rows = {name: [] for name in contestants}
+        race({name: drawing(lm, text, marks, steps, rows[name], a.device)
+              for name, (lm, steps) in contestants.items()}, a.repeats, a.device)
+        return {name: each[1:] for name, each in rows.items()}              # without the first
+
+    frames, figures = whole(a.seconds), {"contestants": {}, "growth": {}}
+    rows = timed({f"{NAMES[o]}, {n} step{'s' * (n > 1)}": (models[o], n)
+                  for o, n in CALM_STEPS + BLOCK_STEPS}, [1, frames])
+    print(f"{frames / rate:g} s of audio, {rate:g} latents of {cfg.vae.latent_dim} a second, "
+          f"blocks of {block}")
+    print(f"{'':28s}{'ms a second':>12s}{'ratio':>9s}{'CPU, ms':>9s}{'first, ms':>11s}"
+          f"{'passes a second':>17s}{'real time':>11s}")
+    lead = next(iter(rows.values()))
+    for name, each in rows.items():
+        first, last = ([r[i]["at"] for r in each] for i in (0, 1))
+        ms = 1000 * median(last) * rate / frames
+        ratio = median(t / r[1]["at"] for t, r in zip(last, lead))
+        figures["contestants"][name] = f = {
+            "ms": round(ms, 3), "ratio": round(ratio, 3),
+            "cpu_ms": round(1000 * median(r[1]["cpu"] for r in each) * rate / frames, 3),
+            "first_ms": round(1000 * median(first), 2),
+            "passes": round(each[0][1]["passes"] * rate / frames, 2),
+            "real_time": round(1000 / ms, 3)}
+        print(f"{name:28s}{f['ms']:12.2f}{f['ratio']:8.2f}x{f['cpu_ms']:9.2f}"
+              f"{f['first_ms']:11.2f}{f['passes']:17.1f}{f['real_time']:10.2f}x", flush=True)
+
+    flow = models["rectified_flow"]
+    last = cfg.audiocalm.window if a.window is None and cfg.audiocalm.window else whole(
+        10.0 if a.window is None else a.window)
+    contestants = {}
+    for name, window in (("whole history", 0), (f"last {last / rate:.4g} s", last)):
+        lm = copy.copy(flow)                                                # shares the weights
+        lm.cfg = dataclasses.replace(flow.cfg, window=window)
+        contestants[name] = lm, 4
+    marks = sorted({whole(s) for s in a.lengths})
+    print(f"AudioCALM, 4 steps, as it gets longer\n{'':16s}{'length':>9s}{'total':>10s}"
+          f"{'ms a second':>13s}{'CPU, ms':>9s}{'positions':>11s}{'cache':>12s}")
+    for name, each in timed(contestants, marks).items():
+        table = figures["growth"][name] = []
+        for i, frames in enumerate(marks):
+            length = (frames - (marks[i - 1] if i else 0)) / rate
+            row = {"seconds": frames / rate, "total": round(median(r[i]["at"] for r in each), 4)}
+            for key, clocked in (("ms", "at"), ("cpu_ms", "cpu")):          # since the mark before
+                row[key] = round(1000 / length * median(
+                    r[i][clocked] - (r[i - 1][clocked] if i else 0) for r in each), 3)
+            row |= {key: each[0][i][key] for key in ("positions", "bytes")}
+            table.append(row)
+            print(f"{name:16s}{row['seconds']:7.4g} s{row['total']:8.2f} s{row['ms']:13.2f}"
+                  f"{row['cpu_ms']:9.2f}{row['positions']:11d}{row['bytes'] / 1e6:9.2f} MB",
+                  flush=True)
+        print(f"{name:16s}{table[-1]['total'] / table[0]['total']:.2f} x the time for "
+              f"{marks[-1] / marks[0]:.4g} x the length")
     return figures
 
 
@@ -472,8 +605,9 @@ def write_json(path, figures):
 
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--what", default="vae", choices=["vae", "heads", "sample"])
-    p.add_argument("--config", default="configs/quickstart.toml")
+    p.add_argument("--what", default="vae", choices=["vae", "heads", "sample", "audiocalm"])
+    p.add_argument("--config", help="default configs/quickstart.toml, of audiocalm "
+                                    "configs/audiocalm_quick.toml")
     p.add_argument("--domain", nargs="+", default=["speech", "music"], choices=["speech", "music"],
                    help="heads: default both; music wants 12 GB, speech 11 GB in fp32")
     p.add_argument("--peer", choices=["moshi", "pocket-tts"], help="race against this package")
@@ -483,11 +617,18 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    choices=["cpu", "cuda"])
     p.add_argument("--prefix", type=int, default=90, help="sample: positions before the audio")
+    p.add_argument("--lengths", type=float, nargs="+", default=[5, 10, 20, 30, 60],
+                   help="audiocalm: seconds at which to look (default 5 10 20 30 60)")
+    p.add_argument("--window", type=float,
+                   help="audiocalm: seconds of history (default: the config's, else 10)")
     p.add_argument("--compile", action="store_true", help="torch.compile the networks")
     p.add_argument("--json", help="write the figures here")
     a = p.parse_args()
-    if a.repeats < 1 or not a.seconds > 0:
-        raise BadInput("--repeats, --seconds: must be positive")
+    a.config = a.config or (
+        f"configs/{'audiocalm_quick' if a.what == 'audiocalm' else 'quickstart'}.toml")
+    if a.repeats < 1 or not min(
+            a.seconds, *a.lengths, 1 if a.window is None else a.window) > 0:
+        raise BadInput("--repeats, --seconds, --lengths, --window: must be positive")
     if a.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is none here")
     torch.manual_seed(0)
@@ -498,6 +639,14 @@ def main():
                  else f"fp32, {torch.get_num_threads()} threads")
         print(f"one frame of CALM and RQ, torch {torch.__version__}, {where}")
         return write_json(a.json, heads(a.domain, a.repeats, a.device))
+    if a.what == "audiocalm":
+        if a.peer or a.compile:
+            raise BadInput("--what audiocalm: knows no --peer and no --compile")
+        torch.set_num_threads(a.threads or torch.get_num_threads())
+        where = (torch.cuda.get_device_name() if a.device == "cuda"
+                 else f"fp32, {torch.get_num_threads()} threads")
+        print(f"{a.config}: torch {torch.__version__}, {where}")
+        return write_json(a.json, bench_audiocalm(a))
     if a.what == "sample":
         if a.peer == "moshi" or a.peer and a.device != "cpu":
             raise BadInput("--what sample: races pocket-tts alone, on --device cpu")

@@ -41,7 +41,8 @@ def parse():
     p.add_argument("--kind", default="speech", choices=KINDS)
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
     p.add_argument("--prompt-text", help="what the prompt says")
-    p.add_argument("--seconds", type=float, help="longest new audio, of a long text that of each sentence; "
+    p.add_argument("--seconds", type=float,
+                   help="longest new audio, of a long text that of each sentence; "
                         "default: the config's")
     p.add_argument("--prompt-seconds", type=float,
                    help="of a prompt to continue, its last so many seconds")

@@ -20,9 +20,9 @@
         + λ_distill (1 - cos(W z, WavLM))          (speech, CALM 5.1)   + λ_commit L_commit  (rvq)
 
 T = ceil(S / hop), hop = product of `ratios` times `inner`. Everything is causal: latent t is a
-function of the samples before (t + 1) · hop. The conv decoder gives samples t · hop to (t + 1) · hop
-from the latents up to t; the iSTFT decoder owes its last `latency` = n_fft - stft_hop samples until
-the next frames have been overlapped.
+function of the samples before (t + 1) · hop. The conv decoder gives samples t · hop to
+(t + 1) · hop from the latents up to t; the iSTFT decoder owes its last `latency` =
+n_fft - stft_hop samples until the next frames have been overlapped.
 
 Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; the convolutions are SEANet's as in
 EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden width
@@ -414,8 +414,8 @@ class ResidualVQ(nn.Module):
     Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
     2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share
     is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries
-    at the first step. In training half of the rows use the first n levels only, n uniform (quantizer
-    dropout). Statistics and replacements are shared by all processes.
+    at the first step. In training half of the rows use the first n levels only, n uniform
+    (quantizer dropout). Statistics and replacements are shared by all processes.
     Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
     """
     decay, dead = 0.99, 0.1

@@ -1,10 +1,12 @@
 """Ablations: means with honest errors, one VAE for all rows, finished runs are kept."""
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
 import ablate
+from config import load
 from test_train import ROOT, run, write
 
 
@@ -33,6 +35,15 @@ def test_two_configs_give_a_table_and_share_a_vae(tmp_path):
     assert set(table) == {"a", "b"} and len(table["a"]["held-out loss"]["seeds"]) == 1
     assert table["a"] == table["b"]                  # the same experiment
     assert os.path.samefile(f"{tmp_path}/runs/a_3/vae.pt", f"{tmp_path}/runs/b_3/vae.pt")
+
+
+@pytest.mark.parametrize("name, key, value", [
+    ("block_1", "block", 1), ("block_2", "block", 2), ("block_8", "block", 8),
+    ("history_0", "history_noise", 0.0), ("history_6", "history_noise", 0.6)])
+def test_a_sweep_of_audiocalm_differs_from_its_base_in_one_value(name, key, value):
+    base, cfg = (load(f"{ROOT}/configs/ablation/{n}.toml") for n in ("audiocalm_amome", name))
+    assert getattr(base.audiocalm, key) != value and cfg.out == f"out/ablation/{name}"
+    assert cfg == replace(base, out=cfg.out, audiocalm=replace(base.audiocalm, **{key: value}))
 
 
 def test_a_mistake_in_a_run_is_told_in_one_line(tmp_path):

@@ -97,7 +97,8 @@ def test_table_9_sizes_give_the_parameter_counts_of_the_paper(
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(heads=3), dict(kv_heads=3), dict(mlp="relu"), dict(window=-1), dict(head_dim=5)], ids=str)
+    "changes", [dict(heads=3), dict(kv_heads=3), dict(mlp="relu"), dict(window=-1),
+                dict(head_dim=5)], ids=str)
 def test_impossible_sizes_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=list(changes)[0]):
         BackboneConfig(**{"dim": 32, "heads": 4, **changes})

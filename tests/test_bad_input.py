@@ -109,6 +109,8 @@ CASES = [  # command line, what the line must say
     ("convert.py mimi {0}/good.wav --out {0}/run", "vae.pt exists"),
     ("bench.py --config {0}/tiny.toml --repeats 0", "must be positive"),
     ("bench.py --config {0}/none.toml", "no such file"),
+    ("bench.py --what audiocalm --config {0}/tiny.toml --lengths 5 0", "must be positive"),
+    ("bench.py --what audiocalm --config {0}/tiny.toml --peer moshi", "knows no --peer"),
     ("train.py --config {0}/tiny.toml --fresh --train.vae.optimizer sgd", "unknown 'sgd'; valid"),
     ("train.py --config {0}/tiny.toml --out {0}/d --vae.teacher {0}/none "
      "--vae.loss_weights.distill 1", "cannot be loaded"),

@@ -176,7 +176,8 @@ def test_moshis_own_mimi_and_ours_agree():
 def pocket_tensors(small):
     """Random tensors under the published names. small: with what its models below 90M have."""
     torch.manual_seed(0)
-    C, q, kv, F, w, D, layers, z = 128, 128, 64 if small else 128, 96, 24, 5, 2, 48 if small else 128
+    C, q, F, w, D, layers = 128, 128, 96, 24, 5, 2
+    kv, z = (64, 48) if small else (128, 128)
     shapes = {"bos_emb": (D,), "emb_mean": (D,), "speaker_proj_weight": (C, D),
               "input_linear.weight": (C, D), "bos_before_voice": (1, 1, C),
               "conditioner.embed.weight": (11, 16 if small else C), "out_eos.weight": (1, z),
@@ -319,7 +320,8 @@ def test_pocket_tts_own_model_and_ours_agree(tmp_path, monkeypatch):
     net.flow_lm.emb_std.uniform_(0.5, 1.5), net.flow_lm.emb_mean.normal_()
     safetensors.save_file({k: v.contiguous() for k, v in net.state_dict().items()},
                           tmp_path / "model.safetensors")
-    monkeypatch.setattr("sys.argv", ["convert.py", "pocket-tts", str(tmp_path / "model.safetensors"),
+    monkeypatch.setattr("sys.argv", ["convert.py", "pocket-tts",
+                                     str(tmp_path / "model.safetensors"),
                                      "--out", str(tmp_path / "run")])
     convert.main()
     cfg, vae, lm, stage = open_run(str(tmp_path / "run"))
@@ -363,7 +365,8 @@ def text_folder(folder, kind, **changes):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shared = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **changes)
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                  **changes)
     if kind == "qwen3":
         net = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
             head_dim=10, tie_word_embeddings=True, rms_norm_eps=1e-6,

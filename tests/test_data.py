@@ -223,7 +223,8 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
 # ---------------------------------------------------------------------------- descriptions
 
 def clip(kind="speech", text="hello there", **more):
-    return Clip(**{"audio": "x.wav", "text": text, "kind": kind, "duration": 0.8, "id": "a", **more})
+    return Clip(**{"audio": "x.wav", "text": text, "kind": kind, "duration": 0.8, "id": "a",
+                   **more})
 
 
 def test_a_description_keeps_every_word_of_its_text_and_depends_on_seed_and_id_only():
@@ -265,7 +266,7 @@ def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path
 def test_the_tokenizer_round_trips_unicode_and_normalises_space():
     for kind, special in zip(data.KINDS, (data.SPEECH, data.SOUND, data.MUSIC)):
         ids = encode_text("  Grüße,\n 日本 \t🎵 ", kind)
-        assert ids[0] == special and max(ids) < data.VOCAB
+        assert ids[0] == special and max(ids) < data.vocabulary()
         assert decode_text(torch.tensor(ids + [PAD, PAD])) == "Grüße, 日本 🎵"
     assert decode_text(encode_text("ﬁne e\u0301", "speech")) == "fine é"
 

@@ -568,6 +568,7 @@ def test_the_spread_norm_of_times_divides_by_the_spread_and_learns_through_the_j
     head = tiny("lsd", time_norm=True, distill=0.5)
     h = torch.randn(5, 32, dtype=torch.float64)
     norm = head.net.until[3].double()
-    torch.testing.assert_close(norm(h), norm.weight * h / (h.std(-1, keepdim=True)**2 + 1e-5).sqrt())
+    torch.testing.assert_close(norm(h),
+                               norm.weight * h / (h.std(-1, keepdim=True)**2 + 1e-5).sqrt())
     head.double().loss(torch.randn(8, 6).double(), torch.randn(8, 4).double())[0].mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.net.parameters())

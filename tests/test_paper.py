@@ -6,7 +6,7 @@ import torch
 
 from calm import CALM
 from config import load
-from data import KINDS, VOCAB
+from data import KINDS, vocabulary
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -14,7 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def build(name):
     cfg = load(f"{ROOT}/configs/paper/{name}.toml")
     with torch.device("meta"):
-        return cfg, CALM(cfg.lm, cfg.vae.latent_dim, VOCAB, KINDS, cfg.vae.codes)
+        return cfg, CALM(cfg.lm, cfg.vae.latent_dim, vocabulary(), KINDS, cfg.vae.codes)
 
 
 def millions(module):
