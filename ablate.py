@@ -81,7 +81,7 @@ def read(folder):
 
 
 def link_vae(source, folder):
-    """A finished VAE, its latents and its toy corpus as symbolic links, where there are none yet."""
+    """A finished VAE, its latents and toy corpus as symbolic links, where there are none yet."""
     if not os.path.exists(f"{source}/vae.pt"):
         raise BadInput(f"{source}: has no vae.pt; train it first, or leave --vae out")
     os.makedirs(folder, exist_ok=True)

@@ -188,7 +188,7 @@ class ARFlow(nn.Module):
         return self.towards(x_t, t, z)(s)
 
     def towards(self, x_t, t, z):
-        """The pass of the backbone, which knows nothing of s -> F as a function of s, the read-out."""
+        """The backbone's pass, which knows nothing of s -> the read-out, F as a function of s."""
         shape, twice = x_t.shape, z.guidance != 1
         if twice:
             x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])

@@ -13,8 +13,8 @@
                                                   └── --stream: written as it comes ──┘
 
 A text longer than the run was trained on is spoken sentence by sentence (then at commas, then
-between words), in the voice of --prompt, else of the first sentence (in that of nobody where the run
-was trained without voice prompts).
+between words), in the voice of --prompt, else of the first sentence (where the run was trained
+without voice prompts, each in its own).
 --prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its
 voice; with --prompt-text too, the clip is continued with the new words and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).

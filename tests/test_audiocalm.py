@@ -442,7 +442,7 @@ def test_bf16_autocast_gives_the_loss_of_fp32_to_its_precision():
 
 
 def test_attention_never_runs_inside_the_jvp_of_lsd():
-    """flex_attention, which CUDA uses, fails inside torch.func.jvp; once the whole net was in it."""
+    """flex_attention, as on CUDA, fails inside torch.func.jvp; once the whole net was in it."""
     net, levels = model(2, objective="lsd").train(), []
     forward = net.backbone.forward
 
