@@ -310,7 +310,7 @@ class AudioCALM(nn.Module):
             return (1 - share) * x + share * torch.randn_like(x)
 
         B = len(x)
-        keep = torch.rand(B, device=x.device) >= cfg.text_dropout
+        keep = torch.rand(B, device=x.device) >= (cfg.text_dropout if self.training else 0)
         z = self.context(noised(x, cfg.history_noise, cfg.block), batch["text"][:, :L],
                          batch["text_len"], noised(batch["prompt"][:, :P], cfg.prompt_noise,
                                                    max(P, 1)), batch["prompt_len"], keep, kind)

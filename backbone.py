@@ -154,12 +154,6 @@ class KVCache:
         self.buffers[layer] = buffer and (*buffer, self.kv[layer][0])
         return k, v
 
-    def select(self, rows):
-        """Keep the given batch rows (an index tensor), e.g. to grow a cache of one prompt to a
-        batch.
-        """
-        self.kv = {i: (k[rows], v[rows]) for i, (k, v) in self.kv.items()}
-
     def copy(self):
         """A cache to read with: what a call appends to the copy, this one never sees.
 

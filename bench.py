@@ -64,7 +64,7 @@ from audiocalm import AudioCALM
 from backbone import BackboneConfig, KVCache, Transformer
 from calm import CALM, CALMConfig, to_int8
 from config import load
-from data import KINDS, BadInput, Parser, cli, vocabulary
+from data import KINDS, BadInput, Parser, cli, threads, vocabulary
 from discrete import RQ, pick
 from heads import HEADS, HeadConfig, TrigFlow
 from vae import VAE, VAEGAN
@@ -613,7 +613,7 @@ def main():
     p.add_argument("--peer", choices=["moshi", "pocket-tts"], help="race against this package")
     p.add_argument("--seconds", type=float, default=10.0, help="of audio (default 10)")
     p.add_argument("--repeats", type=int, default=7, help="default 7")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    choices=["cpu", "cuda"])
     p.add_argument("--prefix", type=int, default=90, help="sample: positions before the audio")

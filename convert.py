@@ -349,8 +349,11 @@ def convert_text(a):
     cfg = load(a.config) if a.config else Config()
     tokenizer = keep_tokenizer(f"{a.weights}/tokenizer.json", a.out)
     model = dataclasses.replace(getattr(cfg, a.stage), backbone=backbone)
-    cfg = dataclasses.replace(cfg, out=a.out, **{a.stage: model},
-                              data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
+    try:
+        cfg = dataclasses.replace(cfg, out=a.out, **{a.stage: model},
+                                  data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
+    except ValueError as e:                          # an inner monologue is made of bytes
+        raise BadInput(f"--config {a.config}: {e}") from None
     getattr(cfg.train, a.stage).init = f"{a.out}/text.pt"
     torch.manual_seed(cfg.seed)
     lm, ids = make_model(cfg, a.stage), first_special(cfg.data)

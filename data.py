@@ -80,6 +80,13 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (see {self.prog} -h)")
 
 
+def threads(text):
+    """argparse type of --threads: 0 = torch's choice."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of CPU threads, use 0 or more")
+    return int(text)
+
+
 @dataclass
 class Clip:
     """One line of a manifest."""
@@ -261,6 +268,9 @@ def load_manifest(path, must_exist=True):
             if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
                     and all(isinstance(t, (int, float)) for t in word[1:])):
                 raise BadInput(f"{where}: words must be [[word, start, end], ...]; one is {word!r}")
+        ends = [t for word in row.get("words", []) for t in word[1:]]
+        if ends != sorted(ends):
+            raise BadInput(f"{where}: the times of words must not go backwards")
         row["audio"] = os.path.normpath(os.path.join(home, row["audio"]))
         if must_exist and not os.path.isfile(row["audio"]):
             gone.append(f"{where}: audio file {row['audio']} is missing")
@@ -735,28 +745,6 @@ class LatentCache:
         """
         k, first = self.place[i]
         return self.shards[k][first:first + self.frames[i]]
-
-    def stats(self, clips=None, weights=None):
-        """-> mean, std, std_sampled, float32 tensors (D,), over all frames.
-
-        std is that of the posterior means; std_sampled = sqrt(std² + E[posterior variance]) is that
-        of sampled latents. With clips and weights, the kinds count by their shares in training
-        (frames of one kind alike). Both std at least 1e-5, so that dividing is safe."""
-        per_clip = np.ones(len(self))
-        if weights:
-            kinds = np.array([c.kind for c in clips])
-            for k in set(kinds.tolist()):
-                per_clip[kinds == k] = weights.get(k, 0) / self.frames[kinds == k].sum()
-        total, sums = 0.0, np.zeros((3, self.dim))
-        for clips_of, shard in zip(self.clips_of, self.shards):
-            w = np.repeat(per_clip[clips_of], self.frames[clips_of])        # (frames of the shard,)
-            mean, logvar = np.split(shard.astype(np.float64), 2, axis=1)
-            sums += np.stack([w @ mean, w @ mean ** 2, w @ np.exp(logvar)])
-            total += w.sum()
-        mean, square, variance = sums / total
-        std = np.sqrt(np.maximum(square - mean ** 2, 0))
-        return tuple(torch.from_numpy(a).float() for a in (
-            mean, std.clip(1e-5), np.sqrt(std ** 2 + variance).clip(1e-5)))
 
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import toy
 from config import MODELS, load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
-                  load_clips, load_manifest, save_audio, seconds_of)
+                  load_clips, load_manifest, save_audio, seconds_of, threads)
 from discrete import DISCRETE
 from vae import kl_loss, mel_filters, spectral_losses, stft
 
@@ -317,7 +317,7 @@ def sweep(name, values, judged, folder):
 @torch.no_grad()
 def overview(path, vae, models, cfg, clips):
     """One column a kind: a held-out clip, its reconstruction, and each model's generation from the
-    same text.
+    same text. models: name -> (model, its options).
     """
     rate, kinds = cfg.vae.sample_rate, [
         k for k in KINDS if any(c.kind == k and c.text for c in clips)]
@@ -328,11 +328,12 @@ def overview(path, vae, models, cfg, clips):
                                       seconds=cfg.sample.seconds, allow_silence=True))
         rows[0].append((f"{kind}: {clip.text}", wav))
         rows[1].append(("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]))
-        for row, (name, lm) in zip(rows[2:], models.items()):
+        for row, (name, (lm, options)) in zip(rows[2:], models.items()):
+            voice = voice_of(clip, clips, lm, vae, cfg)
             made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind, cfg.data)]),
                               kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                              temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
-                              generator=torch.Generator().manual_seed(0))
+                              prompt=None if voice is None else voice[0],
+                              generator=torch.Generator().manual_seed(0), **options)
             row.append((f"generated from the text, {name}", made))
     draw_spectrograms(path, [picture for row in rows for picture in row], rate, columns=len(kinds))
 
@@ -357,9 +358,9 @@ def main():
     p.add_argument("--metrics", default="",
                    help=f"any of {','.join(METRICS)}: needs the eval extra")
     p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()
-    if a.repeats < 1 or a.limit < 1 or a.steps < 0 or (a.temperature or 0) < 0:
+    if a.repeats < 1 or a.limit < 1 or min(a.steps, a.temperature or 0) < 0:
         raise BadInput("--repeats, --limit: must be at least 1; "
                        "--steps, --temperature: not negative")
     if a.wavs:
@@ -434,7 +435,7 @@ def main():
                                           f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
         name = f"{stage}: {objective}" + (
             "" if objective in DISCRETE else f", {steps} step{'s' * (steps > 1)}")
-        models[name] = lm
+        models[name] = lm, options
         figures[stage] = {"objective": objective, **options, "facts": found, "chance": chance,
                           "length": on_time}
         rows.append((f"generation, {name}: facts right", found))

@@ -29,7 +29,7 @@ import torch
 
 from calm import to_int8
 from config import MODELS, open_run
-from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio
+from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio, threads
 
 
 def parse():
@@ -55,7 +55,7 @@ def parse():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--int8", action="store_true", help="CPU: round the big matrices to 8 bits")
     p.add_argument("--parallel", action="store_true",
                    help="decode in a second thread (with --threads 1 on two free cores)")

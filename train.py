@@ -264,11 +264,11 @@ class LMStage:
                 {c.text for c in clips if c.text
                  and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
             for i, text in enumerate(
-                    texts[:: max(1, len(texts) // cfg.sample.count)][:cfg.sample.count]):
+                    texts[:: max(1, len(texts) // max(1, cfg.sample.count))][:cfg.sample.count]):
                 self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
             longer = [c for c in clips if seconds_of(c) > cfg.sample.prompt_seconds + 1]
             for i, clip in enumerate(
-                    longer[:: max(1, len(longer) // cfg.sample.count)][:cfg.sample.count]):
+                    longer[:: max(1, len(longer) // max(1, cfg.sample.count))][:cfg.sample.count]):
                 wav = torch.tensor(load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
                                               seconds=cfg.sample.prompt_seconds))
                 history = model.listen(self.vae, wav[None].to(self.runtime.device))
@@ -336,13 +336,20 @@ class DistillStage(LMStage):
         self.teacher[0].backbone.compile()
 
 
+def read_log(out):
+    """The whole lines of log.jsonl: a killed run may have left half of one."""
+    if not os.path.exists(f"{out}/log.jsonl"):
+        return []
+    with open(f"{out}/log.jsonl") as f:
+        return [line for line in f if line.endswith("\n")]
+
+
 def draw_losses(out):
     """loss.png: every logged figure of every stage against the step; held-out ones are dots."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    with open(f"{out}/log.jsonl") as f:
-        rows = [json.loads(line) for line in f]
+    rows = [json.loads(line) for line in read_log(out)]
     curves = {}                                      # (stage, name) -> [(step, value), ...]
     for row in rows:
         for name in row.keys() - {"stage", "step", "rate"}:
@@ -516,7 +523,7 @@ def train(stage, name, cfg, runtime):
             raise BadInput(f"train.{name}.freeze: unknown '{part}'; valid: {', '.join(parts)}")
         parts[part].requires_grad_(False)
     optimizers = make_optimizers(stage, c, runtime.device)
-    ema, first, log = EMA(stage.averaged, c.ema) if c.ema else None, 0, []
+    ema, first = EMA(stage.averaged, c.ema) if c.ema else None, 0
     if os.path.exists(path):
         state = load_checkpoint(path, runtime.device)
         load_weights(stage.model, state["model"], path)
@@ -541,10 +548,8 @@ def train(stage, name, cfg, runtime):
                 + (f"; resuming at step {first}" if first else ""))
     # what was logged after the checkpoint will come again
     if runtime.rank == 0:
-        if os.path.exists(f"{out}/log.jsonl"):
-            with open(f"{out}/log.jsonl") as f:
-                log = [line for line in f
-                       if json.loads(line)["stage"] != name or json.loads(line)["step"] <= first]
+        log = [line for line in read_log(out)
+               if json.loads(line)["stage"] != name or json.loads(line)["step"] <= first]
         with open(f"{out}/log.jsonl", "w") as f:
             f.writelines(log)
 
@@ -658,8 +663,11 @@ def start_over(out):
     shutil.rmtree(f"{out}/latents", ignore_errors=True)
 
 
-def same_model(cfg, path, stage):
-    """Refuse to go on with a checkpoint whose model tables differ from the config's."""
+def same_model(cfg, path, stage, say):
+    """Refuse to go on with a checkpoint whose model tables differ from the config's.
+
+    -> whether it is finished; says so if its [train] table was another one.
+    """
     state = load_checkpoint(path, "cpu")
     saved = build(Config, state["config"])
     for table in ("vae",) if stage == "vae" else ("vae", MODELS[stage][1]):
@@ -669,6 +677,11 @@ def same_model(cfg, path, stage):
             raise BadInput(f"{path}: trained with [{table}] {wrong[0]}, "
                            f"the config now says {wrong[1]}; "
                            "use --fresh to start over or --out for another run folder")
+    old, new = (dataclasses.asdict(getattr(c.train, stage)) for c in (saved, cfg))
+    for key in old:
+        if state["done"] and old[key] != new[key] and not key.endswith("_every"):
+            say(f"{stage}: was trained with {key} = {old[key]}, not {new[key]}, and is finished; "
+                f"to train on, use --out with --train.{stage}.init {path}")
     return state["done"]
 
 
@@ -692,7 +705,7 @@ def main():
         start_over(cfg.out)
     if runtime.world > 1:
         dist.barrier()                               # nobody looks before the old ones are gone
-    done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s)
+    done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s, runtime.say)
             for s in cfg.stages if os.path.exists(f"{cfg.out}/{s}.pt")}
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:

@@ -37,16 +37,11 @@ def test_a_cache_fed_in_any_pieces_equals_the_full_forward(changes, sizes, grad)
 
 @pytest.mark.parametrize("window", [0, 5])
 @torch.no_grad()
-def test_a_cache_survives_its_buffer_filling_up_and_a_choice_of_rows(window):
+def test_a_cache_survives_its_buffer_filling_up(window):
     net, x, cache = model(window=window), torch.randn(2, 200, 32, dtype=torch.float64), KVCache()
-    parts = [net(piece, cache) for piece in x[:, :150].split(1, 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), net(x[:, :150]), atol=1e-12, rtol=0)
-    kept = [k.clone() for k, _ in cache.kv.values()]
-    cache.select(torch.tensor([1, 0, 1]))
-    rows = x[torch.tensor([1, 0, 1])]
-    parts = [net(piece, cache) for piece in rows[:, 150:].split(1, 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), net(rows)[:, 150:], atol=1e-12, rtol=0)
-    assert len(kept) == 2 and cache.pos == 200
+    parts = [net(piece, cache) for piece in x.split(1, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), net(x), atol=1e-12, rtol=0)
+    assert cache.pos == 200
 
 
 @torch.no_grad()

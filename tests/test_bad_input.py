@@ -38,6 +38,8 @@ def place(tmp_path_factory):
                        ("type.toml", '[vae]\nlatent_dim = "many"\n'),
                        ("broken.jsonl", '{"audio": \n'),
                        ("kind.jsonl", '{"audio": "good.wav", "kind": "noise"}\n'),
+                       ("backwards.jsonl", '{"audio": "good.wav", "words": '
+                                           '[["a", 0.2, 0.3], ["b", 0.1, 0.2]]}\n'),
                        ("gone.jsonl", '{"audio": "gone.wav"}\n')):
         with open(f"{folder}/{name}", "w") as f:
             f.write(text)
@@ -107,6 +109,10 @@ CASES = [  # command line, what the line must say
     ("convert.py mimi {0}/none.safetensors --out {0}/c", "no such file"),
     ("convert.py mimi {0}/good.wav --out {0}/c", "not a readable .safetensors file"),
     ("convert.py mimi {0}/good.wav --out {0}/run", "vae.pt exists"),
+    (SAMPLE + " --text hi --threads -1", "-1 is no number of CPU threads"),
+    ("evaluate.py --run {0}/run --threads -1", "-1 is no number of CPU threads"),
+    ("train.py --config {0}/tiny.toml --threads -1", "threads: must not be negative"),
+    ("data.py check {0}/backwards.jsonl", "times of words must not go backwards"),
     ("bench.py --config {0}/tiny.toml --repeats 0", "must be positive"),
     ("bench.py --config {0}/none.toml", "no such file"),
     ("bench.py --what audiocalm --config {0}/tiny.toml --lengths 5 0", "must be positive"),

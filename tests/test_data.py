@@ -426,20 +426,6 @@ def test_latents_of_a_wrong_shape_or_not_finite_are_refused(tmp_path):
         build(clips, tmp_path / "b", lambda x: encode(x) * 1e9)
 
 
-def test_statistics_are_those_of_all_frames_and_follow_the_weights(tmp_path):
-    clips = corpus(tmp_path, 4) + corpus(tmp_path, 3, "music", longest=1.0)
-    cache = build(clips, tmp_path / "latents")
-    rows = [np.asarray(cache.get(i), np.float64) for i in range(7)]
-    frames = np.concatenate(rows)
-    mean, std, sampled = cache.stats()
-    assert np.allclose(mean, frames[:, :D].mean(0), atol=1e-5)
-    assert np.allclose(std, frames[:, :D].std(0), atol=1e-5)
-    assert np.allclose(sampled, np.sqrt(frames[:, :D].var(0) + np.exp(-2)), atol=1e-3)
-    half = cache.stats(clips, {"speech": 0.5, "music": 0.5})[0]
-    both = [np.concatenate(r)[:, :D].mean(0) for r in (rows[:4], rows[4:])]
-    assert np.allclose(half, sum(both) / 2, atol=1e-5)
-
-
 # ---------------------------------------------------------------------------- latent rows
 
 def latent_rows(lengths, steps=40, batch=8, kinds=None, text="abc", speakers="ab", **config):

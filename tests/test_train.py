@@ -152,6 +152,18 @@ def test_finished_stages_are_skipped(finished):
     assert again.returncode == 0 and again.stdout.count("skipped") == 3
 
 
+def test_other_training_settings_for_a_finished_stage_are_answered_aloud(finished):
+    """They were dropped in silence, and config.toml then told what never happened."""
+    again = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--train.lm.lr", "0.123")
+    assert "lm: was trained with lr = " in again.stdout and "not 0.123" in again.stdout
+
+
+def test_half_a_line_of_the_log_left_by_a_kill_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "lm", "step": 20}\n{"stage": "lm", "st')
+    assert train.read_log(str(tmp_path)) == ['{"stage": "lm", "step": 20}\n']
+    assert train.read_log(str(tmp_path / "none")) == []
+
+
 def test_a_run_killed_at_any_moment_resumes_to_bitwise_the_same_losses_and_weights(
         finished, tmp_path):
     config, out = write(str(tmp_path)), f"{tmp_path}/run"
@@ -376,7 +388,7 @@ def test_a_student_is_distilled_with_the_teachers_head_untouched(finished, tmp_p
     config = write(str(tmp_path))
     with open(config, "a") as f:
         f.write(f"[train.distill]\nteacher = \"{teacher}\"\nsteps = 4\nbatch = 4\nlog_every = 1\n")
-    command = ["train.py", "--config", config, "--stages", '["distill"]',
+    command = ["train.py", "--config", config, "--sample.count", "0", "--stages", '["distill"]',
                "--lm.backbone.layers", "2"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
