@@ -4,6 +4,7 @@ says.
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
                        [--json figures.json] [--metrics pesq,stoi,dnsmos,wer,sim]
     python evaluate.py --run out/quickstart --what lm --sweep steps [--values 1,2,4,10]
+    python evaluate.py --run out/real_small --what continue [--wavs DIR]
 
     held-out clips ─► VAE ─► reconstructions ─┬─► log-mel distance (any corpus)
     held-out texts ─► CALM ─► generations ────┴─► the toy corpus's oracle: digits, counts, pitch,
@@ -24,6 +25,12 @@ Generations: every held-out text, in the voice of another held-out clip of its s
 was trained with voice prompts.
 --sweep generates with one setting at several values (the last stage, or --stage): steps of the head
 (CALM Table 6), temperature (its Fig. 3), cfg; a table, and with --wavs a picture of the curves.
+--what continue: held-out clips' first seconds (sample.prompt_seconds) continued for sample.seconds,
+without text; for each second of the new audio the share of clips that have not ended, their median
+level against the prompt in dB, and their distance to real seconds of the same kind: squared MMD
+(Gretton et al. 2012, unbiased) of log-mel means and deviations. "prompt" is the figure of the
+prompts' reconstructions. A fade, a drift to noise or an early end show as curves, in a picture too
+(CALM section 5 has none of this; Table 5's distances are over whole clips).
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -291,6 +298,90 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
     return out, chance, on_time
 
 
+def seconds_heard(wav, rate):
+    """(ch, S) -> list of (160,): mean and standard deviation over time of each whole second's
+    log-mel spectrum.
+    """
+    mels = [log_mel(second, rate) for second in wav.split(rate, -1) if second.shape[-1] == rate]
+    return [torch.cat([mel.mean(1), mel.std(1)]) for mel in mels]
+
+
+def mmd(x, y):
+    """Squared maximum mean discrepancy of x (n, F) and y (m, F), unbiased (Gretton et al. 2012, eq.
+    3); Gaussian kernel as wide as the median distance within y.
+    """
+    width = torch.pdist(y).median()
+    k = lambda a, b: (-torch.cdist(a, b).square() / (2 * width ** 2)).exp()
+    apart = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return (apart(k(x, x)) + apart(k(y, y)) - 2 * k(x, y).mean()).item()
+
+
+@torch.no_grad()
+def judge_continuation(lm, vae, cfg, clips, limit, folder="", **options):
+    """{kind: {alive, level, mmd}}, each a list: of the prompt's reconstruction, then of each second
+    of what is new; None where fewer than 4 clips go on.
+    """
+    out, rate, lead = {}, cfg.vae.sample_rate, cfg.sample.prompt_seconds
+    for kind in KINDS:
+        own = [c for c in clips if c.kind == kind and seconds_of(c) >= lead]
+        prompts = spread(own, limit)
+        if len(prompts) < 4:
+            continue
+        load = lambda c, seconds: torch.tensor(load_audio(
+            c.audio, rate, vae.cfg.channels, seconds=seconds, allow_silence=True))
+        others = [c for c in clips if c.kind == kind and c not in prompts] or own
+        real = torch.stack([x for c in tqdm(spread(others, 4 * limit), desc=f"real {kind}",
+                                            leave=False)
+                            for x in seconds_heard(load(c, 20.0), rate)])
+        wavs = [load(c, lead)[None] for c in prompts]
+        history = torch.cat([lm.listen(vae, w) for w in wavs])
+        tokens = torch.tensor([encode_text("", kind, cfg.data)] * len(prompts), dtype=torch.long)
+        made = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                         history=history, generator=torch.Generator().manual_seed(0), **options)
+        start = history.shape[1] * vae.cfg.hop
+        if folder:
+            for clip, w in zip(prompts, made):
+                save_audio(f"{folder}/{clip.id or os.path.basename(clip.audio)[:-4]}.wav",
+                           w.numpy(), rate)
+        before = [w[:, :start] for w in made]
+        level = [w.square().mean().clamp(min=1e-10).log10() * 10 for w in before]
+        columns = [[(i, w) for i, w in enumerate(before)]] + [
+            [(i, w[:, start + s * rate:start + (s + 1) * rate]) for i, w in enumerate(made)
+             if w.shape[1] >= start + (s + 1) * rate] for s in range(int(cfg.sample.seconds))]
+        rows = {"alive": [], "level": [], "mmd": []}
+        for column in columns:
+            found = torch.stack([x for _, w in column for x in seconds_heard(w, rate)]) \
+                if len(column) >= 4 else None
+            power = [w.square().mean().clamp(min=1e-10).log10() * 10 - level[i] for i, w in column]
+            rows["alive"].append(round(len(column) / len(prompts), 3))
+            rows["level"].append(None if found is None else
+                                 round(torch.stack(power).median().item(), 2))
+            rows["mmd"].append(None if found is None else round(mmd(found, real), 4))
+        out[kind] = {"clips": len(prompts), **rows}
+    return out
+
+
+def draw_continuation(path, found):
+    """Three curves a kind over the seconds, dashed: the prompts' distance."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, axes = plt.subplots(1, 3, layout="constrained", figsize=(10, 2.6))
+    for color, (kind, rows) in zip(("C0", "C1", "C2"), found.items()):
+        for ax, key in zip(axes, ("alive", "level", "mmd")):
+            points = [(s, v) for s, v in enumerate(rows[key]) if v is not None]
+            ax.plot(*zip(*points[1:]), "o-", ms=3, color=color, label=kind)
+            if key == "mmd":
+                ax.axhline(rows[key][0], ls=":", color=color)
+    for ax, title in zip(axes, ("share not ended", "level against the prompt, dB",
+                                "MMD² to real seconds (dotted: prompts)")):
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("second after the prompt", fontsize=8)
+    axes[0].legend(fontsize=8)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
 def sweep(name, values, judged, folder):
     """judged(value) -> {figure: number} for each value; a table, and curves.png in `folder`."""
     found = {value: judged(value) for value in tqdm(values, desc=f"sweep {name}", leave=False)}
@@ -342,7 +433,7 @@ def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
     p.add_argument("--manifest", help="held-out clips; default: the run's own")
-    p.add_argument("--what", default="all", choices=["all", "vae", "lm"])
+    p.add_argument("--what", default="all", choices=["all", "vae", "lm", "continue"])
     p.add_argument("--repeats", type=int, default=6, help="draws of each text (default 6)")
     p.add_argument("--limit", type=int, default=40,
                    help="clips and texts of each kind (default 40)")
@@ -401,7 +492,7 @@ def main():
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
     stages = [s for s in reversed(MODELS)
-              if os.path.exists(f"{a.run}/{s}.pt")] if a.what in ("all", "lm") else []
+              if os.path.exists(f"{a.run}/{s}.pt")] if a.what != "vae" else []
     if a.stage:
         if a.stage not in stages:
             raise BadInput(f"--stage: {a.run} has no '{a.stage}'; it has {', '.join(stages)}")
@@ -430,6 +521,17 @@ def main():
                     heard.figures() if heard else {})
             figures[f"sweep {a.sweep}"] = sweep(a.sweep, values, judged, a.wavs)
             continue
+        if a.what == "continue":
+            folder = f"{a.wavs}/continue_{stage}" if a.wavs else ""
+            found = judge_continuation(lm, vae, cfg, clips, a.limit, folder, **options)
+            figures[f"continue {stage}"] = found
+            for kind, by_second in found.items():
+                for key in ("alive", "level", "mmd"):
+                    print(f"{stage:12s} {kind:7s} {key:6s}" + "".join(
+                        f"{'-' if v is None else format(v, '.3f'):>8s}" for v in by_second[key]))
+            if a.wavs and found:
+                draw_continuation(f"{folder}.png", found)
+            continue
         heard = Judges(metrics, a.whisper) if metrics else None
         found, chance, on_time = judge_lm(lm, vae, cfg, clips, a.repeats, a.limit,
                                           f"{a.wavs}/{stage}" if a.wavs else "", heard, **options)
@@ -445,12 +547,13 @@ def main():
             rows += [(f"{key}, {name}", {"speech": v}) for key, v in heard.figures().items()]
         if stage == stages[-1]:
             rows.append(("chance", chance))
-    print(f"{'':52s}" + "".join(f"{k:>9s}" for k in KINDS))
+    if rows:
+        print(f"{'':52s}" + "".join(f"{k:>9s}" for k in KINDS))
     for name, row in rows:
         if any(v is not None for v in row.values()):
             print(f"{name:52s}" + "".join(
                 f"{row[k]:9.3f}" if row.get(k) is not None else f"{'-':>9s}" for k in KINDS))
-    if a.wavs and not a.sweep:
+    if a.wavs and not a.sweep and a.what != "continue":
         overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:
         try:

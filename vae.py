@@ -84,7 +84,7 @@ class VAEConfig:
     decoder: str = "conv"           # conv | istft: magnitude and phase replace the outermost ratios
     # samples; for stft / istft: product of the last ratios that the STFT replaces
     stft_hop: int = 0
-    # istft: direct (Vocos) | accumulated (meant for tones with encoder = stft)
+    # istft: direct (Vocos) | locked (tones that hold, for encoder = stft)
     phase: str = "direct"
     stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
     # seanet (ELU, no norm: both papers) | convnext (LayerNorm, GELU, as Vocos: learns faster)
@@ -129,7 +129,7 @@ class VAEConfig:
 
     def __post_init__(self):
         for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
-                            ("phase", ("direct", "accumulated")), ("block", ("seanet", "convnext")),
+                            ("phase", ("direct", "locked")), ("block", ("seanet", "convnext")),
                             ("aggregator", ("conv", "cls")),
                             ("transformer_style", ("plain", "mimi", "pocket")),
                             ("bottleneck", ("gaussian", "rvq"))):
@@ -341,22 +341,26 @@ class InverseSpectrum(nn.Module):
 
     (B, ch · maps · bins, L) -> (B, ch, L · hop).
 
-    phase = "direct":      maps m, p;     φ_j = p_j                                      (Vocos)
-    phase = "accumulated": maps m, p, δ;  φ_j = p_j + Σ_{i <= j} (2π k hop / n_fft + δ_i)  for bin k
+    phase = "direct": maps m, p;     φ_j = p_j                                           (Vocos)
+    phase = "locked": maps m, p, δ;  φ_j = p_j + Θ_j,  Θ_jk = Θ_{j-1,l} + 2π l hop / n_fft + δ_jl,
+                                     l the strongest bin of frame j among k-2 .. k+2
     A tone's phase turns by 2π f hop from frame to frame. A network that hears no phase (encoder =
-    "stft") cannot follow it, but can say how far f lies from the bin's centre: with the sum, as in
-    a phase vocoder (Flanagan & Golden 1966), an error in δ is a little detuning instead of a broken
-    tone.
+    "stft") cannot follow it, but can say how far f lies from a bin's centre (δ), and the turns are
+    summed up: a phase vocoder (Flanagan & Golden 1966). If each of the four or five bins under a
+    tone summed for itself, their small errors would drift apart and the tone would beat or vanish;
+    so the strongest lends its neighbours its phase (locking to peaks, Laroche & Dolson 1999), and
+    an error is a little detuning. p_j then says how they differ from it.
 
     Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so a latent's frames end
     where its samples end. Offline the last `latency` samples miss frames that will never come and
     fade out.
     """
+    REACH = 2                                     # bins: half of the main lobe of a Hann window
 
     def __init__(self, n_fft, hop, channels, phase="direct"):
         super().__init__()
         self.n_fft, self.hop, self.channels, self.latency = n_fft, hop, channels, n_fft - hop
-        self.maps = 3 if phase == "accumulated" else 2
+        self.maps = 3 if phase == "locked" else 2
         window = torch.hann_window(n_fft)
         steady = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)   # overlapped energy
         self.register_buffer("window", window / steady.repeat(n_fft // hop + 1)[:n_fft],
@@ -365,17 +369,12 @@ class InverseSpectrum(nn.Module):
     def forward(self, x, state=None):
         B, L = x.shape[0], x.shape[-1]
         x = x if x.dtype == torch.float64 else x.float()
-        tail, owed, turned, frames = (None, self.latency, 0.0, 0) if state is None else state.get(
-            self, (None, self.latency, 0.0, 0))
+        tail, owed, turned = (None, self.latency, None) if state is None else state.get(
+            self, (None, self.latency, None))
         log, phase, *rest = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L).unbind(2)
-        if rest:                                   # sums in float64: exact for hours
-            delta = rest[0].double()               # learns from its own frame: no sums of gradients
-            turn = turned + (delta.detach().cumsum(-1) - delta.detach()) + delta  # (B, ch, bins, L)
-            turned = turn[..., -1:] % (2 * math.pi)
-            bins = torch.arange(self.n_fft // 2 + 1, device=x.device)[:, None]
-            at = torch.arange(frames, frames + L, device=x.device) + 1
-            centre = bins * self.hop * at % self.n_fft * (2 * math.pi / self.n_fft)  # (bins, L)
-            phase = phase + (turn + centre).to(x.dtype)
+        if rest:
+            turns, turned = self.turns(log, rest[0], turned)
+            phase = phase + turns
         mag = log.clamp(max=7.0).exp()                       # e^7: louder than any clip
         y = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)       # (B, ch, n_fft, L)
         y = (y * self.window.to(x.dtype)[:, None]).flatten(0, 1)
@@ -387,8 +386,27 @@ class InverseSpectrum(nn.Module):
         if tail is not None:
             y = torch.cat([y[..., :self.latency] + tail, y[..., self.latency:]], -1)
         skip = min(owed, n)                                  # what lies before the signal's start
-        state[self] = (y[..., n:], owed - skip, turned, frames + L)
+        state[self] = (y[..., n:], owed - skip, turned)
         return y[..., skip:n]
+
+    @torch.compiler.disable                                                  # a loop over frames
+    def turns(self, log, delta, before=None):
+        """log, delta (B, ch, bins, L), Θ of the frame before (B, ch, bins) -> Θ of all and of the
+        last one, in radians.
+
+        A frame's δ learns from its own step only: with gradients through the sum training stalls.
+        """
+        K, reach = log.shape[2], self.REACH
+        bins = torch.arange(K, device=log.device)
+        whole = bins * self.hop % self.n_fft                                 # without whole turns
+        step = delta + (whole.to(delta.dtype) * (2 * math.pi / self.n_fft))[:, None]
+        near = F.pad(log.detach(), (0, 0, reach, reach), value=-math.inf)
+        peak = near.unfold(2, 2 * reach + 1, 1).argmax(-1) + bins[:, None] - reach
+        past = [torch.zeros_like(step[..., 0]) if before is None else before]
+        with torch.no_grad():
+            for each, its in zip(step.unbind(-1), peak.unbind(-1)):
+                past.append((past[-1] + each).gather(2, its) % (2 * math.pi))
+        return (torch.stack(past[:-1], -1) + step).gather(2, peak), past[-1]
 
     @torch.no_grad()
     def start(self, conv):

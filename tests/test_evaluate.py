@@ -42,6 +42,42 @@ def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
         nats * 4 * 12.5)
 
 
+def test_mmd_is_its_formula_and_near_zero_for_equal_distributions():
+    x, y = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.0], [1.0], [2.0]])
+    k = lambda a, b: math.exp(-(a - b) ** 2 / 2)                  # median distance within y: 1
+    xx = (k(0, 1) + k(0, 4) + k(1, 4)) / 3
+    yy = (k(0, 1) + k(0, 2) + k(1, 2)) / 3
+    xy = sum(k(a, b) for a in (0, 1, 4) for b in (0, 1, 2)) / 9
+    assert evaluate.mmd(x, y) == pytest.approx(xx + yy - 2 * xy, abs=1e-6)
+    torch.manual_seed(0)
+    a, b = torch.randn(400, 8), torch.randn(400, 8)
+    assert abs(evaluate.mmd(a, b)) < 0.01 < 0.1 < evaluate.mmd(a + 1, b)
+
+
+def test_a_continuation_that_fades_or_ends_shows_in_its_curves(tmp_path):
+    cfg = build(Config, {"vae": {"sample_rate": 16000, "ratios": [4, 10, 4, 4]},
+                         "sample": {"seconds": 3.0, "prompt_seconds": 1.0}})
+    rng, clips = np.random.default_rng(0), []
+    for i in range(12):
+        sf.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(48000), 16000)
+        clips.append(Clip(str(tmp_path / f"{i}.wav"), "", "music", duration=3.0))
+    gain = torch.tensor([1.0, 1.0, 0.1, 0.1]).repeat_interleave(16000)     # 20 dB down from 2 s on
+    length = [64000, 64000, 64000, 64000, 64000, 40000]                    # one of six ends early
+
+    def render(vae, tokens, history, **options):
+        noise = torch.randn(6, 1, 64000, generator=torch.Generator().manual_seed(0))
+        return [0.1 * w[:, :n] * gain[:n] for w, n in zip(noise, length)]
+    lm = types.SimpleNamespace(listen=lambda vae, w: torch.zeros(1, 25, 32), render=render)
+    found = evaluate.judge_continuation(lm, VAE(cfg.vae), cfg, clips, 6, str(tmp_path / "out"))
+    rows = found["music"]
+    assert rows["alive"] == [1.0, 1.0, 0.833, 0.833]
+    assert rows["level"] == pytest.approx([0, 0, -20, -20], abs=0.3)
+    assert rows["mmd"][1] < 0.05 < rows["mmd"][2]
+    assert len(list((tmp_path / "out").glob("*.wav"))) == 6
+    evaluate.draw_continuation(str(tmp_path / "c.png"), found)
+    assert (tmp_path / "c.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("extra, right", [(0, 1.0), (2, 1.0), (-2, 1.0), (3, 0.0), (-3, 0.0)])
 def test_lengths_are_compared_in_whole_latents(tmp_path, extra, right):
     """A clip of 10.3 latents is coded, and ends, as 11."""
