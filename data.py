@@ -268,8 +268,8 @@ def load_manifest(path, must_exist=True):
             if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
                     and all(isinstance(t, (int, float)) for t in word[1:])):
                 raise BadInput(f"{where}: words must be [[word, start, end], ...]; one is {word!r}")
-        ends = [t for word in row.get("words", []) for t in word[1:]]
-        if ends != sorted(ends):
+        starts = [start for _, start, _ in row.get("words", [])]        # aligners may overlap words
+        if starts != sorted(starts) or any(end < start for _, start, end in row.get("words", [])):
             raise BadInput(f"{where}: the times of words must not go backwards")
         row["audio"] = os.path.normpath(os.path.join(home, row["audio"]))
         if must_exist and not os.path.isfile(row["audio"]):

@@ -341,8 +341,8 @@ def judge_continuation(lm, vae, cfg, clips, limit, folder="", **options):
         start = history.shape[1] * vae.cfg.hop
         if folder:
             for clip, w in zip(prompts, made):
-                save_audio(f"{folder}/{clip.id or os.path.basename(clip.audio)[:-4]}.wav",
-                           w.numpy(), rate)
+                name = clip.id or os.path.splitext(os.path.basename(clip.audio))[0]
+                save_audio(f"{folder}/{name}.wav", w.numpy(), rate)
         before = [w[:, :start] for w in made]
         level = [w.square().mean().clamp(min=1e-10).log10() * 10 for w in before]
         columns = [[(i, w) for i, w in enumerate(before)]] + [
@@ -362,15 +362,15 @@ def judge_continuation(lm, vae, cfg, clips, limit, folder="", **options):
 
 
 def draw_continuation(path, found):
-    """Three curves a kind over the seconds, dashed: the prompts' distance."""
+    """Three curves a kind over the seconds; dotted: the prompts' distance."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     fig, axes = plt.subplots(1, 3, layout="constrained", figsize=(10, 2.6))
     for color, (kind, rows) in zip(("C0", "C1", "C2"), found.items()):
         for ax, key in zip(axes, ("alive", "level", "mmd")):
-            points = [(s, v) for s, v in enumerate(rows[key]) if v is not None]
-            ax.plot(*zip(*points[1:]), "o-", ms=3, color=color, label=kind)
+            seconds = [s for s, v in enumerate(rows[key]) if s and v is not None]
+            ax.plot(seconds, [rows[key][s] for s in seconds], "o-", ms=3, color=color, label=kind)
             if key == "mmd":
                 ax.axhline(rows[key][0], ls=":", color=color)
     for ax, title in zip(axes, ("share not ended", "level against the prompt, dB",
@@ -524,12 +524,15 @@ def main():
         if a.what == "continue":
             folder = f"{a.wavs}/continue_{stage}" if a.wavs else ""
             found = judge_continuation(lm, vae, cfg, clips, a.limit, folder, **options)
+            if not found:
+                raise BadInput("--what continue: needs 4 held-out clips of a kind of at least "
+                               f"{cfg.sample.prompt_seconds:g} s (sample.prompt_seconds)")
             figures[f"continue {stage}"] = found
             for kind, by_second in found.items():
                 for key in ("alive", "level", "mmd"):
                     print(f"{stage:12s} {kind:7s} {key:6s}" + "".join(
                         f"{'-' if v is None else format(v, '.3f'):>8s}" for v in by_second[key]))
-            if a.wavs and found:
+            if a.wavs:
                 draw_continuation(f"{folder}.png", found)
             continue
         heard = Judges(metrics, a.whisper) if metrics else None

@@ -110,6 +110,7 @@ CASES = [  # command line, what the line must say
     ("convert.py mimi {0}/good.wav --out {0}/c", "not a readable .safetensors file"),
     ("convert.py mimi {0}/good.wav --out {0}/run", "vae.pt exists"),
     (SAMPLE + " --text hi --threads -1", "-1 is no number of CPU threads"),
+    ("evaluate.py --run {0}/run --what continue", "needs 4 held-out clips of a kind"),
     ("evaluate.py --run {0}/run --threads -1", "-1 is no number of CPU threads"),
     ("train.py --config {0}/tiny.toml --threads -1", "threads: must not be negative"),
     ("data.py check {0}/backwards.jsonl", "times of words must not go backwards"),
