@@ -175,6 +175,8 @@ def check(value, kind, key):
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key)
     if origin is list:
+        if isinstance(value, str) and args[0] is str:        # --stages vae,lm
+            value = value.split(",")
         if not isinstance(value, list):
             raise wrong
         return [check(v, args[0], key) for v in value]

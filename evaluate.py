@@ -2,7 +2,7 @@
 says.
 
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
-                       [--json figures.json] [--metrics pesq,stoi,dnsmos,wer,sim]
+                       [--json figures.json] [--metrics pesq,stoi,visqol,dnsmos,wer,sim]
     python evaluate.py --run out/quickstart --what lm --sweep steps [--values 1,2,4,10]
     python evaluate.py --run out/real_small --what continue [--wavs DIR]
 
@@ -15,8 +15,8 @@ between a clip and another one: 0 = perfect, 1 = as far as any two clips.
 SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² (Le Roux et al. 2019): above 0 only for
 codecs that keep the waveform. STFT distance: spectral convergence + log magnitudes at 2048, 1024,
 512, 256 (vae.py). Rate: KL in nats a second, or K log2(entries) bits a second.
---metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band) and stoi against the
-original; dnsmos (overall), wer (Whisper, --whisper NAME or folder) of original, reconstruction and
+--metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band), stoi and visqol
+(speech mode, lattice; clips of about a second and more) against the original; dnsmos (overall), wer (Whisper, --whisper NAME or folder) of original, reconstruction and
 generations; sim, the cosine of d-vectors (Resemblyzer) of a generation and the clip that lent its
 voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
 guessing gives. On other corpora it is left out. Length: share of generations that end within two
@@ -87,7 +87,7 @@ def word_errors(said, heard):
     return row[-1]
 
 
-METRICS = ("pesq", "stoi", "dnsmos", "wer", "sim")
+METRICS = ("pesq", "stoi", "visqol", "dnsmos", "wer", "sim")
 SWEEPS = {"steps": (1, 2, 4, 10, 20), "temperature": (0.3, 0.5, 0.7, 0.9, 1.0),
           "cfg": (1.0, 1.5, 2.0, 3.0)}
 
@@ -105,6 +105,11 @@ class Judges:
             if "stoi" in names:
                 from pystoi import stoi
                 self.stoi = stoi
+            if "visqol" in names:
+                import ai_edge_litert                    # without it another, laxer mapping is used
+                from visqol import VisqolApi
+                self.visqol = VisqolApi()
+                self.visqol.create(mode="speech")
             if "dnsmos" in names:
                 from speechmos import dnsmos
                 self.dnsmos = dnsmos
@@ -135,6 +140,11 @@ class Judges:
                 self.add("pesq", 0.0, 0)
         if "stoi" in self.names:
             self.add("stoi", self.stoi(x, y, 16000))
+        if "visqol" in self.names:
+            try:
+                self.add("visqol", self.visqol.measure_from_arrays(x, y, sample_rate=16000).moslqo)
+            except (ValueError, IndexError):             # shorter than one patch: not counted
+                self.add("visqol", 0.0, 0)
         for name, w in (("original", x), ("reconstruction", y)):
             self.hear(name, w, text)
 

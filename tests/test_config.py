@@ -19,6 +19,12 @@ def test_overrides_reach_nested_tables_with_their_types(tmp_path):
     assert cfg.data.weights == {"speech": 1.0}
 
 
+def test_a_list_of_names_can_be_given_with_commas(tmp_path):
+    path = write(tmp_path / "c.toml", "")
+    assert load(path, ["--stages", "vae"]).stages == ["vae"]
+    assert load(path, ["--stages", "vae,lm"]).stages == ["vae", "lm"]
+
+
 def test_a_dumped_config_loads_to_the_same_value(tmp_path):
     cfg = build(Config, {"sample": {"texts": {"speech": ["one \"two\"", "drei ü"]}},
                          "vae": {"loss_weights": {"mel": 2}}})

@@ -92,7 +92,6 @@ def test_lengths_are_compared_in_whole_latents(tmp_path, extra, right):
 
 class Silence:
     """Stands for PESQ where it finds no speech, and for its siblings."""
-    names = ("pesq", "stoi", "dnsmos", "wer")    # sim needs a voice
 
 
 def judges():
@@ -100,6 +99,8 @@ def judges():
     j.names, j.no_speech = evaluate.METRICS, (KeyError,)
     j.stoi, j.dnsmos, j.whisper = lambda x, y, rate: 0.5, Silence(), Silence()
     j.dnsmos.run = lambda w, rate: {"ovrl_mos": float(len(w) == 16000) + 1}
+    j.visqol = Silence()
+    j.visqol.measure_from_arrays = lambda x, y, sample_rate: types.SimpleNamespace(moslqo=4.0)
     j.whisper.transcribe = lambda w, **o: ([type("S", (), {"text": "one three"})], None)
     return j
 
@@ -112,11 +113,15 @@ def test_judges_average_over_clips_and_leave_out_what_they_cannot_hear():
         if j.calls == 1:
             raise KeyError
         return 3.0
+    def too_short(x, y, sample_rate):
+        raise IndexError
     j.pesq = pesq
     j(w, w, "one two three", 24000)
+    j.visqol.measure_from_arrays = too_short
     j(w, w, "one", 24000)
     found = j.figures()
-    assert found["pesq"] == 3.0 and found["stoi"] == 0.5 and found["dnsmos original"] == 2.0
+    assert found["pesq"] == 3.0 and found["stoi"] == 0.5 and found["visqol"] == 4.0
+    assert found["dnsmos original"] == 2.0
     assert found["wer original"] == found["wer reconstruction"] == 0.5          # (1 + 1) / 4 words
 
 

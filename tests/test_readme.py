@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import shutil
+import tomllib
 
 import numpy as np
 import pytest
@@ -72,3 +73,10 @@ def test_files_that_the_readme_shows_exist():
 def test_every_source_file_is_in_the_file_map():
     sources = {name for name in os.listdir(ROOT) if name.endswith(".py")}
     assert sources - set(re.findall(r"`(\w+\.py)`", README)) == set()
+
+
+def test_an_installation_takes_every_source_file():
+    """Guards a list of modules that had not grown with the project: moe.py was not installed."""
+    with open(f"{ROOT}/pyproject.toml", "rb") as f:
+        modules = tomllib.load(f)["tool"]["setuptools"]["py-modules"]
+    assert modules == sorted(name[:-3] for name in os.listdir(ROOT) if name.endswith(".py"))
