@@ -29,6 +29,8 @@ EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, n
 half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminators and hinge losses:
 EnCodec section 3.4; multi-scale log-mel loss: DAC (Kumar et al. 2023).
 Where this differs from the paper:
+- Discriminators see compressed spectra of equal loudness (`disc_power`): the linear ones of EnCodec
+  learnt next to nothing in a few hundred steps (LOG.md); 1 gives them back.
 - λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
 - AudioCALM says which parts its autoencoder has (appendix A.1: residual convolutions,
   self-attention on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order.
@@ -126,6 +128,12 @@ class VAEConfig:
     # steps that they learn alone before the generator hears them: one that has learnt nothing yet
     # only shakes a decoder that is already good
     disc_warmup: int = 0
+    # the discriminators see |X|^disc_power with X's phase, at equal loudness: detail 40 dB below
+    # the peaks counts; 1 = X as it is (EnCodec), from which little is learnt in few steps (LOG.md)
+    disc_power: float = 0.3
+    # 0 = the losses are added with their weights; EnCodec's .999 = the balancer with this decay,
+    # then weights of losses on the waveform are shares of its gradient
+    balance: float = 0.0
 
     def __post_init__(self):
         for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
@@ -145,6 +153,10 @@ class VAEConfig:
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
+        if not 0 < self.disc_power <= 1:
+            raise ValueError(f"disc_power: must be above 0 and at most 1, got {self.disc_power}")
+        if not 0 <= self.balance < 1:
+            raise ValueError(f"balance: must be from 0 to below 1, got {self.balance}")
         unknown = set(self.loss_weights) - set(LOSSES)
         if unknown:
             raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
@@ -819,11 +831,14 @@ class Teacher:
 class STFTDiscriminator(nn.Module):
     """Real and imaginary STFT as an image -> logits; 2-d convs dilated in time, strided in
     frequency (EnCodec).
+
+    power < 1: the clip is brought to RMS 1 and X becomes X (|X|² + 1e-6)^((power - 1) / 2), which
+    is ours: a spectrum spans 60 dB, and with X itself only its loudest partials reach the logits.
     """
 
-    def __init__(self, n_fft, channels, width):
+    def __init__(self, n_fft, channels, width, power=1.0):
         super().__init__()
-        self.n_fft = n_fft
+        self.n_fft, self.power = n_fft, power
         conv = lambda cin, cout, kernel, **options: weight_norm(nn.Conv2d(
             cin, cout, kernel,
             padding=tuple((k - 1) * d // 2
@@ -837,7 +852,11 @@ class STFTDiscriminator(nn.Module):
 
     def forward(self, wav):
         B, ch, _ = wav.shape
+        if self.power < 1:
+            wav = wav / wav.float().pow(2).mean((1, 2), keepdim=True).clamp(min=1e-6).sqrt()
         s = stft(wav.flatten(0, 1), self.n_fft) / math.sqrt(self.n_fft)     # (B ch, bins, frames)
+        if self.power < 1:
+            s = s * (torch.view_as_real(s).pow(2).sum(-1) + 1e-6) ** ((self.power - 1) / 2)
         x = torch.view_as_real(s).permute(0, 3, 2, 1).reshape(B, 2 * ch, s.shape[2], s.shape[1])
         features = []
         for conv in self.convs:
@@ -850,11 +869,46 @@ class Discriminators(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.each = nn.ModuleList(
-            STFTDiscriminator(n, cfg.channels, cfg.disc_width) for n in cfg.disc_windows)
+            STFTDiscriminator(n, cfg.channels, cfg.disc_width, cfg.disc_power)
+            for n in cfg.disc_windows)
 
     def forward(self, wav):
         """wav (B, ch, S) -> [(logits, features) for each scale]"""
         return [d(wav) for d in self.each]
+
+
+class Balancer(nn.Module):
+    """Gradients of several losses on one output, each with a fixed share (EnCodec section 3.4).
+
+    g = Σ_i  λ_i / Σ_j λ_j · g_i / <‖g_i‖>,   g_i = ∂ loss_i / ∂ output
+
+    ‖g_i‖ is the mean over rows, <·> its running mean over steps (and processes). However large a
+    loss happens to be, it pulls with its weight; the whole has norm 1 a row.
+    """
+
+    def __init__(self, names, decay):
+        super().__init__()
+        self.names, self.decay = names, decay
+        self.register_buffer("norms", torch.zeros(len(names)))      # sums of decay^age ‖g‖
+        self.register_buffer("seen", torch.zeros(len(names)))       # sums of decay^age
+
+    def forward(self, terms, weights, output):
+        """terms {name: scalar}, means over rows; output (B, ..) -> scalar 0 with gradient g."""
+        total, g = sum(weights[name] for name in terms), 0.0
+        for name, term in terms.items():
+            one, = torch.autograd.grad(term, output, retain_graph=True)
+            norm = one.flatten(1).norm(dim=1).mean() * len(one)                 # one is 1 / B of it
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(norm)
+                norm = norm / torch.distributed.get_world_size()
+            i = self.names.index(name)
+            if norm.isfinite():
+                self.norms[i] = self.decay * self.norms[i] + norm
+                self.seen[i] = self.decay * self.seen[i] + 1
+            mean = self.norms[i] / self.seen[i].clamp(min=1e-12)
+            g = g + weights[name] / total * one / mean.clamp(min=1e-12)
+        pull = (output * g).sum()
+        return pull - pull.detach()
 
 
 class VAEGAN(nn.Module):
@@ -868,6 +922,8 @@ class VAEGAN(nn.Module):
         self.cfg, self.vae = cfg, VAE(cfg)
         self.weights = {name: w for name, w in cfg.loss_weights.items() if w > 0}
         self.disc = Discriminators(cfg) if self.weights.keys() & {"adv", "feat"} else None
+        audible = [name for name in ("time", "mel", "stft", "adv", "feat") if name in self.weights]
+        self.balancer = Balancer(audible, cfg.balance) if cfg.balance else None
         if "distill" in self.weights:
             self.teacher = [Teacher(cfg)]                    # in a list: neither trained nor saved
             self.to_teacher = nn.Linear(cfg.latent_dim, self.teacher[0].dim)
@@ -910,7 +966,13 @@ class VAEGAN(nn.Module):
             terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4)
                                 for r, f in pairs) / len(pairs)
             self.disc.requires_grad_(True)
-        total = sum(self.weights.get(name, 0.0) * value for name, value in terms.items())
+        weigh = lambda some: sum(self.weights.get(name, 0.0) * terms[name] for name in some)
+        if self.balancer is None:
+            total = weigh(terms)
+        else:
+            on_wav = {name: terms[name] for name in self.balancer.names if name in terms}
+            total = (weigh(terms.keys() - on_wav.keys()) + weigh(on_wav).detach()
+                     + self.balancer(on_wav, self.weights, rec))
         yield "vae", total, {name: value.detach() for name, value in terms.items()}
         if playing:
             real, fake = self.disc(wav), self.disc(rec.detach())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from config import load
-from vae import (VAE, VAEGAN, Conv, ConvTranspose, InverseSpectrum, ResidualVQ, Spectrum, VAEConfig,
-                 kl_loss, mel_filters, spectral_losses)
+from vae import (VAE, VAEGAN, Balancer, Conv, ConvTranspose, InverseSpectrum, ResidualVQ, Spectrum,
+                 STFTDiscriminator, VAEConfig, kl_loss, mel_filters, spectral_losses, stft)
 
 SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
              heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
@@ -341,9 +341,9 @@ def test_normalised_latents_come_back(encoder, decoder, block):
     torch.testing.assert_close(net.denormalize(net.normalize(z)), z)
 
 
-def gan(**weights):
+def gan(balance=0.0, **weights):
     torch.manual_seed(0)
-    return VAEGAN(VAEConfig(**SMALL, loss_weights=weights, loss_windows=[256],
+    return VAEGAN(VAEConfig(**SMALL, loss_weights=weights, loss_windows=[256], balance=balance,
                             disc_windows=[256, 128], disc_width=4))
 
 
@@ -369,6 +369,67 @@ def test_each_adversarial_loss_moves_its_own_player_only():
         model.zero_grad(set_to_none=True)
     assert all(seen["vae"][0]) and not any(seen["vae"][1])
     assert not any(seen["disc"][0]) and all(seen["disc"][1])
+
+
+@pytest.mark.parametrize("power, same", [(0.3, True), (1.0, False)])
+def test_a_compressing_discriminator_hears_loud_and_quiet_alike(power, same):
+    """Guards discriminators that learnt next to nothing from spectra of very different sizes."""
+    one, wav = STFTDiscriminator(64, 1, 4, power), torch.randn(2, 1, 640)
+    assert torch.allclose(one(0.05 * wav)[0], one(wav)[0], atol=1e-4) == same
+
+
+def test_a_compressed_spectrum_keeps_its_phase_and_has_the_power_of_its_magnitude():
+    seen = []
+    one, wav = STFTDiscriminator(64, 1, 4, 0.3), torch.randn(1, 1, 640)
+    one.convs[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    one(wav)
+    x = stft(wav[0] / wav.pow(2).mean().sqrt(), 64) / 8                        # sqrt(64)
+    found = torch.view_as_complex(seen[0].permute(0, 3, 2, 1).contiguous())
+    loud = x.abs() > 0.03                                # far above the 1e-3 that keeps it smooth
+    torch.testing.assert_close(found[loud], torch.polar(x.abs() ** 0.3, x.angle())[loud],
+                               atol=0, rtol=1e-3)
+
+
+def test_a_silent_clip_gives_the_generator_a_finite_gradient_through_compressed_spectra():
+    wav = torch.zeros(1, 1, 640, requires_grad=True)
+    STFTDiscriminator(64, 1, 4, 0.3)(wav)[0].sum().backward()
+    assert wav.grad.isfinite().all()
+
+
+def test_the_balancer_gives_each_loss_its_share_of_the_gradient():
+    """EnCodec: λ_i / Σ λ of a gradient of norm 1 a row, whatever the losses' own scales."""
+    balancer, weights = Balancer(["time", "mel"], 0.5), {"time": 1.0, "mel": 3.0}
+    wav = torch.zeros(2, 1, 4, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in ([1., 0, 0, 0], [0, 1., 0, 0]))
+    terms = lambda size: {"time": (wav * a).sum(-1).mean() * size,
+                          "mel": (wav * b).sum(-1).mean() * 1e-3}
+    value = balancer(terms(100.0), weights, wav)
+    value.backward()
+    assert value.item() == 0.0
+    torch.testing.assert_close(wav.grad[:, 0] * 2, (a / 4 + 3 * b / 4).expand(2, 4))  # / B each
+    wav.grad = None
+    balancer(terms(400.0), weights, wav).backward()      # running mean (.5 · 100 + 400) / 1.5 = 300
+    torch.testing.assert_close(wav.grad[0, 0] * 2, a / 4 * 4 / 3 + 3 * b / 4)
+
+
+def test_balanced_and_plain_losses_have_the_same_value():
+    weights, found = dict(mel=2.0, adv=1.0, feat=1.0, kl=0.5), []
+    for balance in (0.0, 0.9):
+        model = gan(balance, **weights)
+        torch.manual_seed(1)
+        found.append(next(model.losses(torch.randn(1, 1, 800), 0))[1])
+    torch.testing.assert_close(*found)
+
+
+def test_the_balancer_knows_shares_only_and_leaves_the_kl_alone():
+    grads = []
+    for kl, mel in ((0.5, 1.0), (0.5, 100.0), (1.0, 1.0)):
+        model = gan(0.9, kl=kl, mel=mel)
+        torch.manual_seed(1)
+        next(model.losses(torch.randn(1, 1, 800), 0))[1].backward()
+        grads.append(model.vae.encoder.out.bias.grad)
+    torch.testing.assert_close(grads[0], grads[1])       # the only loss on the waveform: share 1
+    assert not torch.allclose(grads[0], grads[2])
 
 
 def test_the_discriminator_learns_to_tell_real_from_fake():
