@@ -16,9 +16,9 @@ SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² 
 codecs that keep the waveform. STFT distance: spectral convergence + log magnitudes at 2048, 1024,
 512, 256 (vae.py). Rate: KL in nats a second, or K log2(entries) bits a second.
 --metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band), stoi and visqol
-(speech mode, lattice; clips of about a second and more) against the original; dnsmos (overall), wer (Whisper, --whisper NAME or folder) of original, reconstruction and
-generations; sim, the cosine of d-vectors (Resemblyzer) of a generation and the clip that lent its
-voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
+(speech mode, lattice; clips of about a second and more) against the original; dnsmos (overall),
+wer (Whisper, --whisper NAME or folder) of original, reconstruction and generations; sim, the cosine
+of d-vectors (Resemblyzer) of a generation and the clip that lent its voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
 guessing gives. On other corpora it is left out. Length: share of generations that end within two
 latent frames of the held-out clip's end (two clips of one text differ too).
 Generations: every held-out text, in the voice of another held-out clip of its speaker where the run
