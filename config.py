@@ -175,8 +175,6 @@ def check(value, kind, key):
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key)
     if origin is list:
-        if isinstance(value, str) and args[0] is str:        # --stages vae,lm
-            value = value.split(",")
         if not isinstance(value, list):
             raise wrong
         return [check(v, args[0], key) for v in value]
@@ -231,7 +229,7 @@ def load(path, overrides=()):
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
-            value = text
+            value = text if name != "stages" else [stage.strip() for stage in text.split(",")]
         at = table
         *sections, last = name.split(".")
         for section in sections:

@@ -16,7 +16,7 @@ SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² 
 codecs that keep the waveform. STFT distance: spectral convergence + log magnitudes at 2048, 1024,
 512, 256 (vae.py). Rate: KL in nats a second, or K log2(entries) bits a second.
 --metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band), stoi and visqol
-(speech mode, lattice; clips of about a second and more) against the original; dnsmos (overall),
+(speech mode, lattice; originals from .75 s, not silent) against the original; dnsmos (overall),
 wer (Whisper, --whisper NAME or folder) of original, reconstruction and generations; sim, the cosine
 of d-vectors (Resemblyzer) of a generation and the clip that lent its voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
 guessing gives. On other corpora it is left out. Length: share of generations that end within two
@@ -106,7 +106,7 @@ class Judges:
                 from pystoi import stoi
                 self.stoi = stoi
             if "visqol" in names:
-                import ai_edge_litert                    # without it another, laxer mapping is used
+                import ai_edge_litert.interpreter        # without it another, laxer mapping is used
                 from visqol import VisqolApi
                 self.visqol = VisqolApi()
                 self.visqol.create(mode="speech")
@@ -140,11 +140,9 @@ class Judges:
                 self.add("pesq", 0.0, 0)
         if "stoi" in self.names:
             self.add("stoi", self.stoi(x, y, 16000))
-        if "visqol" in self.names:
-            try:
-                self.add("visqol", self.visqol.measure_from_arrays(x, y, sample_rate=16000).moslqo)
-            except (ValueError, IndexError):             # shorter than one patch: not counted
-                self.add("visqol", 0.0, 0)
+        if "visqol" in self.names and len(x) >= 12000 and abs(x).max() > 1e-3:
+            score = self.visqol.measure_from_arrays(x, y, sample_rate=16000).moslqo
+            self.add("visqol", score if math.isfinite(score) else 1.0)      # nan: y is silent
         for name, w in (("original", x), ("reconstruction", y)):
             self.hear(name, w, text)
 

@@ -18,7 +18,7 @@ drawn from (seed, step, row).
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
 once a step, the result is the same for any number of processes that divides the micro-batches
-(tests/test_train.py).
+(tests/test_train.py; vae.balance takes its norms a micro-batch and is close to it only).
 
     --out DIR               run folder (else the config's)
     --data.manifest M       train on your own audio: a manifest.jsonl or a folder
@@ -118,7 +118,9 @@ class VAEStage:
         except ValueError as e:                      # the teacher cannot be loaded
             raise BadInput(f"vae.{e}") from None
         self.averaged = self.model.vae
-        self.optimized = {"vae": self.model.vae}
+        learning = [part for name, part in self.model.named_children()     # the VAE, to_teacher
+                    if name not in ("disc", "balancer")]
+        self.optimized = {"vae": torch.nn.ModuleList(learning)}
         if self.model.disc is not None:
             self.optimized["disc"] = self.model.disc
         hop, rate = cfg.vae.hop, cfg.vae.sample_rate

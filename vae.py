@@ -29,8 +29,8 @@ EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, n
 half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminators and hinge losses:
 EnCodec section 3.4; multi-scale log-mel loss: DAC (Kumar et al. 2023).
 Where this differs from the paper:
-- Discriminators see compressed spectra of equal loudness (`disc_power`): the linear ones of EnCodec
-  learnt next to nothing in a few hundred steps (LOG.md); 1 gives them back.
+- disc_power < 1 (compressed spectra of equal loudness for the discriminators) is ours: from the
+  linear ones of EnCodec they learn little in a few hundred steps (LOG.md).
 - λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
 - AudioCALM says which parts its autoencoder has (appendix A.1: residual convolutions,
   self-attention on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order.
@@ -44,7 +44,8 @@ Where this differs from the paper:
   the transformer. With it and Muon (train.py) a VAE of recordings learns in minutes what it
   otherwise does not (LOG.md).
 - Generator and discriminator see the same weights of each other and step together, which lets
-  gradients accumulate over micro-batches exactly; EnCodec and DAC step one after the other.
+  gradients accumulate over micro-batches exactly (but for the balancer's norms, which are taken a
+  micro-batch); EnCodec and DAC step one after the other.
 
 Precision: spectra, losses and discriminator logits in fp32; convolutions and transformers in the
 autocast dtype.
@@ -128,11 +129,12 @@ class VAEConfig:
     # steps that they learn alone before the generator hears them: one that has learnt nothing yet
     # only shakes a decoder that is already good
     disc_warmup: int = 0
-    # the discriminators see |X|^disc_power with X's phase, at equal loudness: detail 40 dB below
-    # the peaks counts; 1 = X as it is (EnCodec), from which little is learnt in few steps (LOG.md)
-    disc_power: float = 0.3
-    # 0 = the losses are added with their weights; EnCodec's .999 = the balancer with this decay,
-    # then weights of losses on the waveform are shares of its gradient
+    # 1 = the discriminators see X as it is (EnCodec); .3: |X|^.3 with X's phase, at equal loudness,
+    # so that detail 40 dB below the peaks counts. Learns sooner, but needs the balancer (LOG.md)
+    disc_power: float = 1.0
+    # 0 = the losses are added with their weights; else the balancer with this decay (EnCodec: .999):
+    # weights of time, mel, stft, adv and feat become shares of a gradient of norm 1, beside which
+    # those of kl, commit and distill are to be chosen anew
     balance: float = 0.0
 
     def __post_init__(self):
@@ -157,6 +159,10 @@ class VAEConfig:
             raise ValueError(f"disc_power: must be above 0 and at most 1, got {self.disc_power}")
         if not 0 <= self.balance < 1:
             raise ValueError(f"balance: must be from 0 to below 1, got {self.balance}")
+        if self.disc_power < 1 and not any(self.loss_weights.get(name, 0) > 0
+                                           for name in ("time", "mel", "stft")):
+            raise ValueError("disc_power: below 1 no discriminator hears the level; it needs a "
+                             "time, mel or stft loss that does")
         unknown = set(self.loss_weights) - set(LOSSES)
         if unknown:
             raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
@@ -878,12 +884,15 @@ class Discriminators(nn.Module):
 
 
 class Balancer(nn.Module):
-    """Gradients of several losses on one output, each with a fixed share (EnCodec section 3.4).
+    """Gradients of several losses on one output, each with a fixed share (EnCodec section 3.4,
+    with its R = 1).
 
-    g = Σ_i  λ_i / Σ_j λ_j · g_i / <‖g_i‖>,   g_i = ∂ loss_i / ∂ output
+    g = Σ_i  λ_i / Σ_j λ_j · g_i / <‖g_i‖>,   g_i = B ∂ loss_i / ∂ output: of each row's own loss
 
-    ‖g_i‖ is the mean over rows, <·> its running mean over steps (and processes). However large a
-    loss happens to be, it pulls with its weight; the whole has norm 1 a row.
+    ‖g_i‖ is the mean over rows, <·> its running mean over micro-batches (and processes). However
+    large a loss happens to be, it pulls with its weight, j being the losses of this step (adv and
+    feat may have to wait). A row of g has a norm of about 1, or less where losses disagree; the
+    gradient is g / B, that of a mean over rows. EnCodec leaves out both B.
     """
 
     def __init__(self, names, decay):
@@ -893,11 +902,12 @@ class Balancer(nn.Module):
         self.register_buffer("seen", torch.zeros(len(names)))       # sums of decay^age
 
     def forward(self, terms, weights, output):
-        """terms {name: scalar}, means over rows; output (B, ..) -> scalar 0 with gradient g."""
+        """terms {name: scalar}, means over rows; output (B, ..) -> scalar 0 with gradient g / B.
+        """
         total, g = sum(weights[name] for name in terms), 0.0
         for name, term in terms.items():
-            one, = torch.autograd.grad(term, output, retain_graph=True)
-            norm = one.flatten(1).norm(dim=1).mean() * len(one)                 # one is 1 / B of it
+            one, = torch.autograd.grad(term, output, retain_graph=True)                 # g_i / B
+            norm = one.flatten(1).norm(dim=1).mean() * len(one)
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(norm)
                 norm = norm / torch.distributed.get_world_size()
@@ -961,19 +971,25 @@ class VAEGAN(nn.Module):
             with torch.no_grad():
                 real = self.disc(wav)
             fake = self.disc(rec)
-            terms["adv"] = -sum(logits.mean() for logits, _ in fake) / len(fake)
-            pairs = [(r, f) for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
-            terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4)
-                                for r, f in pairs) / len(pairs)
+            if "adv" in self.weights:
+                terms["adv"] = -sum(logits.mean() for logits, _ in fake) / len(fake)
+            if "feat" in self.weights:
+                pairs = [(r, f) for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
+                terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4)
+                                    for r, f in pairs) / len(pairs)
             self.disc.requires_grad_(True)
-        weigh = lambda some: sum(self.weights.get(name, 0.0) * terms[name] for name in some)
-        if self.balancer is None:
-            total = weigh(terms)
-        else:
-            on_wav = {name: terms[name] for name in self.balancer.names if name in terms}
-            total = (weigh(terms.keys() - on_wav.keys()) + weigh(on_wav).detach()
-                     + self.balancer(on_wav, self.weights, rec))
-        yield "vae", total, {name: value.detach() for name, value in terms.items()}
+            real = fake = pairs = None
+        weigh = lambda some: sum((self.weights[name] * value for name, value in some.items()),
+                                 rec.new_zeros(()))
+        on_wav = {name: value for name, value in terms.items()
+                  if self.balancer is not None and name in self.balancer.names}
+        total = weigh({name: value for name, value in terms.items() if name not in on_wav})
+        if on_wav:
+            total = total + weigh(on_wav).detach() + self.balancer(on_wav, self.weights, rec)
+        terms = {name: value.detach() for name, value in terms.items()}       # lets the graphs go
+        on_wav = None
+        if total.requires_grad:                          # nothing to learn from before adv plays
+            yield "vae", total, terms
         if playing:
             real, fake = self.disc(wav), self.disc(rec.detach())
             loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean()

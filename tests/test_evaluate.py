@@ -106,23 +106,32 @@ def judges():
 
 
 def test_judges_average_over_clips_and_leave_out_what_they_cannot_hear():
-    j, w = judges(), np.zeros(24000, dtype=np.float32)
+    j, w = judges(), np.full(24000, .1, dtype=np.float32)
 
     def pesq(rate, x, y, band):
         j.calls = getattr(j, "calls", 0) + 1
         if j.calls == 1:
             raise KeyError
         return 3.0
-    def too_short(x, y, sample_rate):
-        raise IndexError
     j.pesq = pesq
     j(w, w, "one two three", 24000)
-    j.visqol.measure_from_arrays = too_short
     j(w, w, "one", 24000)
     found = j.figures()
-    assert found["pesq"] == 3.0 and found["stoi"] == 0.5 and found["visqol"] == 4.0
+    assert found["pesq"] == 3.0 and found["stoi"] == 0.5
     assert found["dnsmos original"] == 2.0
     assert found["wer original"] == found["wer reconstruction"] == 0.5          # (1 + 1) / 4 words
+
+
+def test_visqol_is_for_audible_clips_of_enough_length_and_hears_lost_ones_as_bad():
+    """Guards a NaN for a silent reconstruction, which made the whole mean NaN."""
+    j, w = judges(), np.full(24000, 0.1, dtype=np.float32)
+    j.names = ("visqol",)
+    j(w, w, "", 24000)
+    j(w * 0, w, "", 24000)
+    j(w[:12000], w[:12000], "", 24000)                   # half a second
+    j.visqol.measure_from_arrays = lambda x, y, sample_rate: types.SimpleNamespace(moslqo=math.nan)
+    j(w, w * 0, "", 24000)
+    assert j.figures() == {"visqol": 2.5}                # (4 + 1) / 2
 
 
 def test_a_generation_is_compared_with_the_voice_that_it_was_given():

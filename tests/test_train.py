@@ -264,6 +264,18 @@ def test_accumulated_gradients_equal_the_large_batch(finished, monkeypatch, stag
         torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-3)
 
 
+def test_every_part_that_learns_has_an_optimizer(finished, monkeypatch):
+    """Guards the projection to WavLM, which nobody stepped and nobody cleared of gradients."""
+    monkeypatch.setattr("vae.Teacher", lambda cfg: types.SimpleNamespace(dim=5))
+    cfg = load(f"{finished[0]}/tiny.toml", ["--vae.loss_weights.distill", "1", "--vae.teacher", "x",
+                                            "--vae.balance", "0.9"])
+    runtime = train.Runtime(cfg)
+    stage = train.VAEStage(cfg, runtime, *train.corpus(cfg, runtime))
+    stepped = [id(p) for part in stage.optimized.values() for p in part.parameters()]
+    assert sorted(stepped) == sorted(id(p) for p in stage.model.parameters())
+    assert id(stage.model.to_teacher.weight) in stepped
+
+
 def test_two_processes_train_like_one_with_two_micro_batches(finished, tmp_path):
     """Each process takes its rows of the same global batch; the noise belongs to the rows."""
     losses = []

@@ -372,10 +372,10 @@ def test_each_adversarial_loss_moves_its_own_player_only():
 
 
 @pytest.mark.parametrize("power, same", [(0.3, True), (1.0, False)])
-def test_a_compressing_discriminator_hears_loud_and_quiet_alike(power, same):
-    """Guards discriminators that learnt next to nothing from spectra of very different sizes."""
-    one, wav = STFTDiscriminator(64, 1, 4, power), torch.randn(2, 1, 640)
+def test_discriminators_of_compressed_spectra_hear_loud_and_quiet_alike(power, same):
+    one, wav = STFTDiscriminator(64, 2, 4, power), torch.randn(2, 2, 640)
     assert torch.allclose(one(0.05 * wav)[0], one(wav)[0], atol=1e-4) == same
+    assert not torch.allclose(one(wav * torch.tensor([[1.0], [0.1]]))[0], one(wav)[0], atol=1e-4)
 
 
 def test_a_compressed_spectrum_keeps_its_phase_and_has_the_power_of_its_magnitude():
@@ -401,15 +401,19 @@ def test_the_balancer_gives_each_loss_its_share_of_the_gradient():
     balancer, weights = Balancer(["time", "mel"], 0.5), {"time": 1.0, "mel": 3.0}
     wav = torch.zeros(2, 1, 4, dtype=torch.float64, requires_grad=True)
     a, b = (torch.tensor(v, dtype=torch.float64) for v in ([1., 0, 0, 0], [0, 1., 0, 0]))
-    terms = lambda size: {"time": (wav * a).sum(-1).mean() * size,
+    rows = torch.tensor([[[0.5]], [[1.5]]], dtype=torch.float64)      # ‖g‖ is the mean over rows
+    terms = lambda size: {"time": (wav * a * rows).sum(-1).mean() * size,
                           "mel": (wav * b).sum(-1).mean() * 1e-3}
     value = balancer(terms(100.0), weights, wav)
     value.backward()
     assert value.item() == 0.0
-    torch.testing.assert_close(wav.grad[:, 0] * 2, (a / 4 + 3 * b / 4).expand(2, 4))  # / B each
+    torch.testing.assert_close(wav.grad * 2, a * rows / 4 + 3 * b / 4)                 # B = 2
     wav.grad = None
     balancer(terms(400.0), weights, wav).backward()      # running mean (.5 · 100 + 400) / 1.5 = 300
-    torch.testing.assert_close(wav.grad[0, 0] * 2, a / 4 * 4 / 3 + 3 * b / 4)
+    torch.testing.assert_close(wav.grad * 2, a * rows / 4 * 4 / 3 + 3 * b / 4)
+    before = balancer.norms.clone()
+    balancer(terms(float("nan")), weights, wav)          # a step that train.py will skip
+    assert balancer.norms[0] == before[0] and balancer.norms[1] != before[1]
 
 
 def test_balanced_and_plain_losses_have_the_same_value():
@@ -423,13 +427,31 @@ def test_balanced_and_plain_losses_have_the_same_value():
 
 def test_the_balancer_knows_shares_only_and_leaves_the_kl_alone():
     grads = []
-    for kl, mel in ((0.5, 1.0), (0.5, 100.0), (1.0, 1.0)):
+    for kl, mel in ((0.0, 1.0), (0.5, 1.0), (0.5, 100.0), (1.0, 1.0)):
         model = gan(0.9, kl=kl, mel=mel)
         torch.manual_seed(1)
         next(model.losses(torch.randn(1, 1, 800), 0))[1].backward()
         grads.append(model.vae.encoder.out.bias.grad)
-    torch.testing.assert_close(grads[0], grads[1])       # the only loss on the waveform: share 1
-    assert not torch.allclose(grads[0], grads[2])
+    torch.testing.assert_close(grads[1], grads[2])       # the only loss on the waveform: share 1
+    torch.testing.assert_close(grads[3] - grads[0], 2 * (grads[1] - grads[0]))
+    assert (grads[1] - grads[0]).abs().max() > 0.01
+
+
+def test_a_balancer_without_a_loss_on_the_waveform_waits():
+    """Guards a crash: adv alone, its warm-up, and nothing to weigh yet."""
+    model = gan(0.9, adv=1.0, kl=0.5)
+    model.cfg.disc_warmup = 5
+    (name, loss, found), (other, _, _) = model.losses(torch.randn(1, 1, 800), 0)
+    assert (name, other) == ("vae", "disc") and found.keys() == {"kl"}
+    torch.testing.assert_close(loss, 0.5 * found["kl"])
+    model = gan(adv=1.0)
+    model.cfg.disc_warmup = 5
+    assert [name for name, *_ in model.losses(torch.randn(1, 1, 800), 0)] == ["disc"]
+
+
+def test_the_config_reaches_discriminators_and_balancer():
+    model = VAEGAN(VAEConfig(**SMALL, disc_width=4, disc_power=0.4, balance=0.7))
+    assert {d.power for d in model.disc.each} == {0.4} and model.balancer.decay == 0.7
 
 
 def test_the_discriminator_learns_to_tell_real_from_fake():
@@ -467,7 +489,8 @@ def test_the_generator_hears_the_discriminators_only_after_their_warm_up():
     (dict(encoder="fft"), "encoder"), (dict(ratios=[]), "ratios"),
     (dict(stft_hop=7, decoder="istft"), "stft_hop"),
     (dict(loss_weights={"l1": 1.0}), "loss_weights"), (dict(heads=5), "heads"),
-    (dict(latent_dim=0), "latent_dim")])
+    (dict(latent_dim=0), "latent_dim"), (dict(disc_power=0.0), "disc_power"),
+    (dict(disc_power=0.3, loss_weights={"adv": 1.0}), "disc_power"), (dict(balance=1.0), "balance")])
 def test_impossible_configs_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig(**{**SMALL, **changes})
