@@ -148,6 +148,7 @@ class Judges:
 
     def hear(self, name, w, text, voice=None):
         """w (S,) numpy at 16 kHz: dnsmos and wer of it, sim to voice (S',)."""
+        w = w.clip(-1, 1)                                # DNSMOS refuses what is louder
         if "dnsmos" in self.names:
             self.add(f"dnsmos {name}", self.dnsmos.run(w, 16000)["ovrl_mos"])
         if "wer" in self.names and text:

@@ -134,6 +134,14 @@ def test_visqol_is_for_audible_clips_of_enough_length_and_hears_lost_ones_as_bad
     assert j.figures() == {"visqol": 2.5}                # (4 + 1) / 2
 
 
+def test_a_generation_louder_than_full_scale_is_judged_as_it_would_be_played():
+    """Guards a sweep that ended in DNSMOS's complaint about samples above 1."""
+    j, heard = judges(), []
+    j.names, j.dnsmos.run = ("dnsmos",), lambda w, rate: heard.append(w) or {"ovrl_mos": 2.0}
+    j.hear("generation", np.array([-1.5, 0.5, 1.01]), "")
+    assert heard[0].tolist() == [-1.0, 0.5, 1.0]
+
+
 def test_a_generation_is_compared_with_the_voice_that_it_was_given():
     j, w = judges(), np.zeros(16000, dtype=np.float32)
     j.voice = lambda w: np.array([1.0, 0.0]) if w[0] == 0 else np.array([0.6, 0.8])
