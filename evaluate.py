@@ -18,9 +18,10 @@ codecs that keep the waveform. STFT distance: spectral convergence + log magnitu
 --metrics, on the speech clips at 16 kHz, with the eval extra: pesq (wide band), stoi and visqol
 (speech mode, lattice; originals from .75 s, not silent) against the original; dnsmos (overall),
 wer (Whisper, --whisper NAME or folder) of original, reconstruction and generations; sim, the cosine
-of d-vectors (Resemblyzer) of a generation and the clip that lent its voice. The oracle (toy.py) measures each fact that a text of the toy corpus states; "chance" is what
-guessing gives. On other corpora it is left out. Length: share of generations that end within two
-latent frames of the held-out clip's end (two clips of one text differ too).
+of d-vectors (Resemblyzer) of a generation and the clip that lent its voice. The oracle (toy.py)
+measures each fact that a text of the toy corpus states; "chance" is what guessing gives. On other
+corpora it is left out. Length: share of generations that end within two latent frames of the
+held-out clip's end (two clips of one text differ too).
 Generations: every held-out text, in the voice of another held-out clip of its speaker where the run
 was trained with voice prompts.
 --sweep generates with one setting at several values (the last stage, or --stage): steps of the head

@@ -132,7 +132,7 @@ class VAEConfig:
     # 1 = the discriminators see X as it is (EnCodec); .3: |X|^.3 with X's phase, at equal loudness,
     # so that detail 40 dB below the peaks counts. Learns sooner, but needs the balancer (LOG.md)
     disc_power: float = 1.0
-    # 0 = the losses are added with their weights; else the balancer with this decay (EnCodec: .999):
+    # 0 = the losses are added with their weights; else the balancer with this decay (EnCodec .999):
     # weights of time, mel, stft, adv and feat become shares of a gradient of norm 1, beside which
     # those of kl, commit and distill are to be chosen anew
     balance: float = 0.0

@@ -490,7 +490,8 @@ def test_the_generator_hears_the_discriminators_only_after_their_warm_up():
     (dict(stft_hop=7, decoder="istft"), "stft_hop"),
     (dict(loss_weights={"l1": 1.0}), "loss_weights"), (dict(heads=5), "heads"),
     (dict(latent_dim=0), "latent_dim"), (dict(disc_power=0.0), "disc_power"),
-    (dict(disc_power=0.3, loss_weights={"adv": 1.0}), "disc_power"), (dict(balance=1.0), "balance")])
+    (dict(disc_power=0.3, loss_weights={"adv": 1.0}), "disc_power"),
+    (dict(balance=1.0), "balance")])
 def test_impossible_configs_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig(**{**SMALL, **changes})
