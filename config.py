@@ -15,6 +15,7 @@ is valid.
 import dataclasses
 import json
 import os
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -226,8 +227,9 @@ def load(path, overrides=()):
             if not overrides:
                 raise BadInput(f"--{name}: needs a value")
             text = overrides.pop(0)
-        try:
-            value = tomllib.loads(f"v = {text}")["v"]
+        try:                                              # TOML wants 0.5 where people write .5
+            number = re.sub(r"^(-?)\.(?=\d)", r"\g<1>0.", text)
+            value = tomllib.loads(f"v = {number}")["v"]
         except tomllib.TOMLDecodeError:
             value = text if name != "stages" else [stage.strip() for stage in text.split(",")]
         at = table
