@@ -2,7 +2,7 @@
 
     python ablate.py configs/ablation/toy_*.toml [--seeds 0,1] [--out out/ablation] [--vae RUN]
                      [--evaluate "--limit 20 --repeats 2"] [--json table.json]
-                     [--train.lm.steps 300]
+                     [--picture table.png] [--train.lm.steps 300]
 
     config A ─┬─ seed 0 ─► train.py ─► out/ablation/A_0 ─► evaluate.py ─► figures.json ─┐
               └─ seed 1 ─► ...                                                          ├─► table
@@ -90,6 +90,32 @@ def link_vae(source, folder):
             os.symlink(os.path.abspath(f"{source}/{name}"), f"{folder}/{name}")
 
 
+def draw(path, names, columns, result):
+    """One panel a figure, one row a config: its seeds as dots, their mean as a line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    wide = min(len(columns), 3)
+    high = math.ceil(len(columns) / wide)
+    fig, grid = plt.subplots(high, wide, squeeze=False, sharey=True, layout="constrained",
+                             figsize=(3 * wide + 1.5, high * (0.28 * len(names) + 0.8)))
+    for column, ax in zip(columns, grid.flat):
+        for y, name in enumerate(names):
+            if column in result[name]:
+                cell = result[name][column]
+                ax.plot([cell["mean"]] * 2, [y - 0.35, y + 0.35], "k")
+                ax.plot(cell["seeds"], [y] * len(cell["seeds"]), "C0o", alpha=0.6)
+        ax.set_title(column, fontsize=9)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    for ax in list(grid.flat)[len(columns):]:
+        ax.axis("off")
+    grid[0, 0].invert_yaxis()                                   # the table's order, for all of them
+    with atomic(path) as temp:
+        fig.savefig(temp, dpi=100, format="png")
+    plt.close(fig)
+
+
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("configs", nargs="+", help="one experiment each")
@@ -99,6 +125,7 @@ def main():
     p.add_argument("--vae", help="a run whose VAE all of them use")
     p.add_argument("--own-vae", action="store_true", help="train the VAE anew in each run")
     p.add_argument("--json", help="write the table here")
+    p.add_argument("--picture", help="draw the table here (png)")
     a, overrides = p.parse_known_args()
     try:
         seeds = sorted({int(s) for s in a.seeds.split(",")})
@@ -137,6 +164,8 @@ def main():
     if a.json:
         with atomic(a.json) as temp, open(temp, "w") as f:
             json.dump(result, f, indent=1)
+    if a.picture:
+        draw(a.picture, names, columns, result)
 
 
 if __name__ == "__main__":
