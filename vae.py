@@ -90,6 +90,9 @@ class VAEConfig:
     # istft: direct (Vocos) | locked (tones that hold, for encoder = stft)
     phase: str = "direct"
     stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
+    # samples; encoder = stft: the n_fft of all spectra that it is given; none = the stft_size.
+    # A long one tells the harmonics of a tone apart, a short one its beginning
+    encoder_windows: list[int] = field(default_factory=list)
     # seanet (ELU, no norm: both papers) | convnext (LayerNorm, GELU, as Vocos: learns faster)
     block: str = "seanet"
     # transformer positions a latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling comes
@@ -169,6 +172,8 @@ class VAEConfig:
         if self.loss_weights.get("distill", 0) > 0 and not self.teacher:
             raise ValueError("teacher: loss_weights.distill needs one, "
                              "e.g. \"microsoft/wavlm-large\" or a folder")
+        if self.encoder_windows and self.encoder != "stft":
+            raise ValueError("encoder_windows: needs encoder = \"stft\"")
         if "stft" in self.encoder + self.decoder:
             outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
             if self.stft_hop not in outer:
@@ -177,6 +182,9 @@ class VAEConfig:
             if self.n_fft < self.stft_hop:
                 raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, "
                                  f"got {self.stft_size}")
+            if self.encoder_windows and min(self.encoder_windows) < self.stft_hop:
+                raise ValueError(f"encoder_windows: must be at least stft_hop = {self.stft_hop}, "
+                                 f"got {min(self.encoder_windows)}")
 
     @property
     def hop(self):
@@ -334,24 +342,31 @@ class ConvNeXt(nn.Module):
 
 
 class Spectrum(nn.Module):
-    """Log-magnitudes of causal frames: (B, ch, L · hop) -> (B, ch · (n_fft / 2 + 1), L)."""
+    """Log-magnitudes of causal frames, one spectrum a window size n_fft:
 
-    def __init__(self, n_fft, hop):
+    (B, ch, L · hop) -> (B, ch · sum of (n_fft / 2 + 1), L). Frame j ends at sample (j + 1) · hop
+    whatever its size.
+    """
+
+    def __init__(self, sizes, hop):
         super().__init__()
-        self.n_fft, self.hop = n_fft, hop
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.sizes, self.hop, self.past = sizes, hop, max(sizes) - hop
+        for n_fft in sizes:
+            self.register_buffer(f"window{n_fft}", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, x, state=None):
-        past = None if state is None else state.get(self)
-        zeros = x.new_zeros(*x.shape[:2], self.n_fft - self.hop)
+        past, n = None if state is None else state.get(self), x.shape[-1] - self.hop
+        zeros = x.new_zeros(*x.shape[:2], self.past)
         x = torch.cat([zeros if past is None else past, x], -1)
         if state is not None:
-            state[self] = x[..., x.shape[-1] - (self.n_fft - self.hop):]
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        frames = (x.to(dtype).unfold(-1, self.n_fft, self.hop)
-                  * self.window.to(dtype))                                    # (B, ch, L, n_fft)
-        log = torch.fft.rfft(frames).abs().clamp(min=1e-3).log() * 0.3 + 0.5    # about unit scale
-        return log.transpose(2, 3).flatten(1, 2)
+            state[self] = x[..., x.shape[-1] - self.past:]
+        x, logs = x if x.dtype == torch.float64 else x.float(), []
+        for n_fft in self.sizes:
+            frames = x[..., x.shape[-1] - n - n_fft:].unfold(-1, n_fft, self.hop)
+            frames = frames * getattr(self, f"window{n_fft}").to(x.dtype)       # (B, ch, L, n_fft)
+            log = torch.fft.rfft(frames).abs().clamp(min=1e-3).log() * 0.3 + 0.5  # about unit scale
+            logs.append(log.transpose(2, 3))
+        return torch.cat(logs, 2).flatten(1, 2)
 
 
 class InverseSpectrum(nn.Module):
@@ -534,8 +549,9 @@ class Encoder(nn.Module):
         ratios, width = cfg.levels(cfg.encoder == "stft")
         convnext = cfg.block == "convnext"
         if cfg.encoder == "stft":
-            layers = [Spectrum(cfg.n_fft, cfg.stft_hop),
-                      Conv(cfg.channels * (cfg.n_fft // 2 + 1), width, 3)]
+            sizes = cfg.encoder_windows or [cfg.n_fft]
+            layers = [Spectrum(sizes, cfg.stft_hop),
+                      Conv(cfg.channels * sum(n // 2 + 1 for n in sizes), width, 3)]
         else:
             layers = [Conv(cfg.channels, width, 7)]
         if convnext:

@@ -39,11 +39,14 @@ def test_two_configs_give_a_table_and_share_a_vae(tmp_path):
     assert os.path.samefile(f"{tmp_path}/runs/a_3/vae.pt", f"{tmp_path}/runs/b_3/vae.pt")
 
 
-@pytest.mark.parametrize("name, key, value", [
-    ("block_1", "block", 1), ("block_2", "block", 2), ("block_8", "block", 8),
-    ("history_0", "history_noise", 0.0), ("history_6", "history_noise", 0.6)])
-def test_a_sweep_of_audiocalm_differs_from_its_base_in_one_value(name, key, value):
-    base, cfg = (load(f"{ROOT}/configs/ablation/{n}.toml") for n in ("audiocalm_amome", name))
+@pytest.mark.parametrize("base, name, key, value", [
+    ("audiocalm_amome", "block_1", "block", 1), ("audiocalm_amome", "block_2", "block", 2),
+    ("audiocalm_amome", "block_8", "block", 8),
+    ("audiocalm_amome", "history_0", "history_noise", 0.0),
+    ("audiocalm_amome", "history_6", "history_noise", 0.6),
+    ("prompt_1", "prompt_0", "prompt_noise", 0.0), ("prompt_1", "prompt_5", "prompt_noise", 0.5)])
+def test_a_sweep_of_audiocalm_differs_from_its_base_in_one_value(base, name, key, value):
+    base, cfg = (load(f"{ROOT}/configs/ablation/{n}.toml") for n in (base, name))
     assert getattr(base.audiocalm, key) != value and cfg.out == f"out/ablation/{name}"
     assert cfg == replace(base, out=cfg.out, audiocalm=replace(base.audiocalm, **{key: value}))
 

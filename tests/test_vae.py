@@ -73,7 +73,8 @@ def test_streaming_equals_offline_for_random_chunks(encoder, decoder, block, see
 
 INNER = [dict(inner=4), dict(inner=4, transformer_style="mimi", decoder="istft"),
          dict(inner=4, aggregator="cls", channels=2, encoder="stft", decoder="istft"),
-         dict(bottleneck="rvq", codebooks=3, codebook_size=16), dict(aggregator="cls", inner=1)]
+         dict(bottleneck="rvq", codebooks=3, codebook_size=16), dict(aggregator="cls", inner=1),
+         dict(encoder="stft", channels=2, encoder_windows=[40, 100, 400])]
 
 
 @pytest.mark.parametrize("changes", INNER, ids=str)
@@ -244,6 +245,13 @@ def test_a_clip_of_any_length_gives_ceil_of_its_hops_latents():
     net = vae("conv", "conv")
     for samples, frames in ((1, 1), (159, 1), (160, 1), (161, 2), (480, 3)):
         assert net.encode(torch.randn(1, 1, samples))[0].shape == (1, frames, 6)
+
+
+def test_spectra_of_several_windows_are_those_of_each_and_end_together():
+    wav = torch.randn(2, 1, 400, dtype=torch.float64)
+    both = Spectrum([160, 60], 40)(wav)
+    assert both.shape == (2, 81 + 31, 10)
+    torch.testing.assert_close(both, torch.cat([Spectrum([n], 40)(wav) for n in (160, 60)], 1))
 
 
 def test_the_inverse_spectrum_undoes_the_spectrum():
@@ -491,7 +499,8 @@ def test_the_generator_hears_the_discriminators_only_after_their_warm_up():
     (dict(loss_weights={"l1": 1.0}), "loss_weights"), (dict(heads=5), "heads"),
     (dict(latent_dim=0), "latent_dim"), (dict(disc_power=0.0), "disc_power"),
     (dict(disc_power=0.3, loss_weights={"adv": 1.0}), "disc_power"),
-    (dict(balance=1.0), "balance")])
+    (dict(balance=1.0), "balance"), (dict(encoder="stft", encoder_windows=[7]), "encoder_windows"),
+    (dict(encoder_windows=[160]), "encoder_windows")])
 def test_impossible_configs_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig(**{**SMALL, **changes})
