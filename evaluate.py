@@ -5,6 +5,7 @@ says.
                        [--json figures.json] [--metrics pesq,stoi,visqol,dnsmos,wer,sim]
     python evaluate.py --run out/quickstart --what lm --sweep steps [--values 1,2,4,10]
     python evaluate.py --run out/real_small --what continue [--wavs DIR]
+    python evaluate.py --run out/quickstart --what draws [--repeats 24]
 
     held-out clips ─► VAE ─► reconstructions ─┬─► log-mel distance (any corpus)
     held-out texts ─► CALM ─► generations ────┴─► the toy corpus's oracle: digits, counts, pitch,
@@ -32,6 +33,11 @@ level against the prompt in dB, and their distance to real seconds of the same k
 (Gretton et al. 2012, unbiased) of log-mel means and deviations. "prompt" is the figure of the
 prompts' reconstructions. A fade, a drift to noise or an early end show as curves, in a picture too
 (CALM section 5 has none of this; Table 5's distances are over whole clips).
+--what draws: what a few-step stage loses against the flow that it goes on from, where words and
+facts are too easy to show it: `--repeats` draws of the first latents of each held-out text, at
+temperature 1 and without guidance; their energy distance to as many draws of the flow in 32 steps
+(0 = the same distribution; unbiased, so a little below 0 at times), and their spread (deviation
+from draw to draw) relative to it.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -44,7 +50,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from config import MODELS, load_checkpoint, open_run
+from config import FASTER, MODELS, load_checkpoint, open_run
 from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
                   load_clips, load_manifest, save_audio, seconds_of, threads)
 from discrete import DISCRETE
@@ -416,6 +422,42 @@ def sweep(name, values, judged, folder):
 
 
 @torch.no_grad()
+def energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely & Rizzo 2013), unbiased, x (n, d), y (m, d)."""
+    n, m = len(x), len(y)
+    within = (torch.cdist(a, a).sum() / (k * (k - 1)) for a, k in ((x, n), (y, m)))
+    return (2 * torch.cdist(x, y).mean() - sum(within)).item()
+
+
+@torch.no_grad()
+def judge_draws(flow, model, steps, cfg, clips, repeats, limit, frames=8):
+    """{s: {kind: (energy distance, spread)}} of model's draws in s steps, for each s of `steps`,
+    against the flow's in 32: means over held-out texts; a draw is the first `frames` latents,
+    normalised, as one vector.
+    """
+    found = {s: {} for s in steps}
+    for kind in KINDS:
+        texts = spread(sorted({c.text for c in clips if c.kind == kind and c.text}), limit)
+        pairs = {s: [] for s in steps}
+        for text in tqdm(texts, desc=f"draw {kind}", leave=False):
+            ids = torch.tensor([encode_text(text, kind, cfg.data)] * repeats)
+
+            def draw(lm, s, seed):
+                drawn = lm.generate(ids, kind=KINDS.index(kind), max_frames=frames, steps=s,
+                                    generator=torch.Generator().manual_seed(seed))
+                return torch.stack([x for x, _ in drawn], 1)
+
+            many = draw(flow, 32, 0)
+            for s in steps:
+                few = draw(model, s, 1)
+                n = min(few.shape[1], many.shape[1])             # all rows may end before `frames`
+                x, y = few[:, :n].flatten(1), many[:, :n].flatten(1)
+                pairs[s].append((energy_distance(x, y), (x.std(0).mean() / y.std(0).mean()).item()))
+        for s in steps if texts else ():
+            found[s][kind] = tuple(mean_of(column) for column in zip(*pairs[s]))
+    return found
+
+
 def overview(path, vae, models, cfg, clips):
     """One column a kind: a held-out clip, its reconstruction, and each model's generation from the
     same text. models: name -> (model, its options).
@@ -443,7 +485,7 @@ def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
     p.add_argument("--manifest", help="held-out clips; default: the run's own")
-    p.add_argument("--what", default="all", choices=["all", "vae", "lm", "continue"])
+    p.add_argument("--what", default="all", choices=["all", "vae", "lm", "continue", "draws"])
     p.add_argument("--repeats", type=int, default=6, help="draws of each text (default 6)")
     p.add_argument("--limit", type=int, default=40,
                    help="clips and texts of each kind (default 40)")
@@ -531,6 +573,19 @@ def main():
                     heard.figures() if heard else {})
             figures[f"sweep {a.sweep}"] = sweep(a.sweep, values, judged, a.wavs)
             continue
+        if a.what == "draws":
+            if objective in DISCRETE or a.repeats < 2:
+                raise BadInput("--what draws: needs a flow or few-step head, and --repeats of at "
+                               "least 2")
+            flow = open_run(a.run, FASTER.get(stage, stage))[2]
+            found = judge_draws(flow, lm, [a.steps] if a.steps else [1, 2, 4, 16], cfg, clips,
+                                a.repeats, a.limit)
+            figures[f"draws {stage}"] = found
+            for n, by_kind in found.items():
+                name = f"{stage}, {n} step{'s' * (n > 1)}"
+                rows += [(f"{name}: energy distance", {k: v[0] for k, v in by_kind.items()}),
+                         (f"{name}: spread", {k: v[1] for k, v in by_kind.items()})]
+            continue
         if a.what == "continue":
             folder = f"{a.wavs}/continue_{stage}" if a.wavs else ""
             found = judge_continuation(lm, vae, cfg, clips, a.limit, folder, **options)
@@ -566,7 +621,7 @@ def main():
         if any(v is not None for v in row.values()):
             print(f"{name:52s}" + "".join(
                 f"{row[k]:9.3f}" if row.get(k) is not None else f"{'-':>9s}" for k in KINDS))
-    if a.wavs and not a.sweep and a.what != "continue":
+    if a.wavs and not a.sweep and a.what not in ("continue", "draws"):
         overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:
         try:

@@ -54,6 +54,33 @@ def test_mmd_is_its_formula_and_near_zero_for_equal_distributions():
     assert abs(evaluate.mmd(a, b)) < 0.01 < 0.1 < evaluate.mmd(a + 1, b)
 
 
+def test_the_energy_distance_is_its_formula_and_near_zero_for_equal_distributions():
+    x, y = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.0], [2.0]])
+    cross = (0 + 2 + 1 + 1 + 4 + 2) / 6
+    assert evaluate.energy_distance(x, y) == pytest.approx(2 * cross - (1 + 4 + 3) / 3 - 2)
+    torch.manual_seed(0)
+    a, b = torch.randn(500, 8), torch.randn(500, 8)
+    assert abs(evaluate.energy_distance(a, b)) < 0.03 < 0.2 < evaluate.energy_distance(a + 1, b)
+
+
+def test_draws_that_vary_too_little_show_in_their_spread_and_distance():
+    def model(width):
+        def generate(ids, *, kind, max_frames, steps, generator):
+            for _ in range(5 if kind else max_frames):                         # ends early or late
+                yield width / steps * torch.randn(len(ids), 4, generator=generator), None
+        return types.SimpleNamespace(generate=generate)
+    cfg = build(Config, {})
+    clips = [Clip(f"{i}.wav", text, kind, duration=1.0) for i, (text, kind) in
+             enumerate([("one", "speech"), ("two", "speech"), ("click", "sound"), ("", "music")])]
+    found = evaluate.judge_draws(model(32.0), model(2.0), [1, 2, 4], cfg, clips, 300, 5)
+    assert found[2].keys() == {"speech", "sound"}                      # no text, nothing to compare
+    for kind in found[2]:
+        spreads = [found[s][kind][1] for s in (1, 2, 4)]
+        assert spreads == pytest.approx([2, 1, 0.5], rel=0.05)
+        distances = [found[s][kind][0] for s in (1, 2, 4)]
+        assert abs(distances[1]) < 0.05 < 0.2 < min(distances[0], distances[2])
+
+
 def test_a_continuation_that_fades_or_ends_shows_in_its_curves(tmp_path):
     cfg = build(Config, {"vae": {"sample_rate": 16000, "ratios": [4, 10, 4, 4]},
                          "sample": {"seconds": 3.0, "prompt_seconds": 1.0}})
