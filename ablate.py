@@ -107,6 +107,8 @@ def draw(path, names, columns, result):
                 ax.plot(cell["seeds"], [y] * len(cell["seeds"]), "C0o", alpha=0.6)
         ax.set_title(column, fontsize=9)
         ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.locator_params(axis="x", nbins=5)
+        ax.tick_params(axis="x", labelsize=8)
         ax.grid(axis="x", alpha=0.3)
     for ax in list(grid.flat)[len(columns):]:
         ax.axis("off")
