@@ -91,12 +91,13 @@ def threads(text):
 class Clip:
     """One line of a manifest."""
     audio: str                      # absolute path
-    text: str = ""                  # transcript (speech) or caption (sound, music)
+    text: str = ""                  # transcript (speech) or caption (sound, music), or description
     kind: str = "speech"            # one of KINDS
     speaker: str = ""               # "" = unknown
     words: list | None = None       # [[word, start, end], ...] in seconds
     duration: float | None = None   # seconds; None = ask the file's header
     id: str = ""
+    said: str = ""                  # speech: the transcript where text is a description (`describe`)
 
 
 @dataclass
@@ -256,7 +257,7 @@ def load_manifest(path, must_exist=True):
         if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
             raise BadInput(f'{where}: needs {{"audio": "path", ...}}; it is {line.strip()[:60]}')
         row = {f.name: row[f.name] for f in fields(Clip) if row.get(f.name) is not None}
-        for name in ("text", "kind", "speaker", "id"):
+        for name in ("text", "said", "kind", "speaker", "id"):
             if not isinstance(row.get(name, ""), str):
                 raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
         if row.get("kind", "speech") not in KINDS:
@@ -964,7 +965,8 @@ def main(argv=None):
             raise BadInput(f"{a.rewritten}: no id of it is in {a.manifest}")
         if a.seed < 0:
             raise BadInput("--seed: cannot be negative; set 0 or more")
-        write_manifest(a.out, [replace(c, text=given.get(c.id) or describe(c, a.seed))
+        write_manifest(a.out, [replace(c, text=given.get(c.id) or describe(c, a.seed),
+                                       said=c.said or (c.text if c.kind == "speech" else ""))
                                for c in clips])
         print(f"{len(clips)} clips -> {a.out}")
     elif a.command == "scan":

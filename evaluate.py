@@ -219,7 +219,7 @@ def judge_vae(vae, clips, limit, folder, judges=None):
                                                [2048, 1024, 512, 256], ["stft"])["stft"].item())
                 waves.append(si_sdr(wav, rec))
             if judges is not None and kind == "speech":
-                judges(wav[0].numpy(), rec[0].numpy(), clip.text, rate)
+                judges(wav[0].numpy(), rec[0].numpy(), clip.said or clip.text, rate)
             if last is not None:
                 n = min(last.shape[1], mel.shape[1])
                 far.append((mel[:, :n] - last[:, :n]).abs().mean().item())
@@ -291,16 +291,17 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
                              - math.ceil(round(seconds_of(held[t]) * rate) / cfg.vae.hop))
                          for w, t in zip(wavs, group)]               # in latent frames
                 for text, wav in zip(group, wavs):
+                    said = held[text].said or text
                     if judges is not None and kind == "speech":
                         voice = voices[text]
-                        judges.hear("generation", soxr.resample(wav[0].numpy(), rate, 16000), text,
+                        judges.hear("generation", soxr.resample(wav[0].numpy(), rate, 16000), said,
                                     None if voice is None else soxr.resample(voice[1][0].numpy(),
                                                                              rate, 16000))
                     if folder and draw == 0:
                         name = held[text].id or os.path.splitext(
                             os.path.basename(held[text].audio))[0]
                         save_audio(f"{folder}/{name}.wav", wav.numpy(), rate)
-                        manifest.append({"id": name, "text": text, "kind": kind,
+                        manifest.append({"id": name, "text": said, "kind": kind,
                                          "audio": f"{name}.wav",
                                          "speaker": held[text].speaker})
         if manifest:

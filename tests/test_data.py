@@ -256,6 +256,7 @@ def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path
     data.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
     found = [c.text for c in load_manifest(out)]
     assert '"word 0"' in found[0] and found[1] == "a new sentence" and '"word 2"' in found[2]
+    assert [c.said for c in load_manifest(out)] == ["word 0", "word 1", "word 2"]   # for judges
     other.write_text("{}\n")
     with pytest.raises(BadInput, match="line 1: needs"):
         data.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])

@@ -117,6 +117,22 @@ def test_lengths_are_compared_in_whole_latents(tmp_path, extra, right):
     assert on_time == {"speech": right}
 
 
+def test_judges_compare_with_the_transcript_and_not_with_its_description(tmp_path):
+    """Bug: the WER of a described corpus counted "Speaker a says" as words that were not said."""
+    cfg = build(Config, {"vae": {"sample_rate": 16000, "ratios": [4, 10, 4, 4]}})
+    sf.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6400), 16000)
+    clip = Clip(str(tmp_path / "a.wav"), 'Speaker a says: "two six"', "speech", said="two six")
+    model = types.SimpleNamespace(cfg=None, render=lambda vae, tokens, **options: [
+        torch.zeros(1, 6400) for _ in tokens])
+    heard = []
+    judge = types.SimpleNamespace(hear=lambda name, wav, text, voice: heard.append(text))
+    evaluate.judge_lm(model, types.SimpleNamespace(cfg=cfg.vae), cfg, [clip], 1, 1,
+                      str(tmp_path / "out"), judge)
+    assert heard == ["two six"]
+    with open(tmp_path / "out" / "speech.jsonl") as f:
+        assert json.loads(f.read())["text"] == "two six"
+
+
 class Silence:
     """Stands for PESQ where it finds no speech, and for its siblings."""
 
