@@ -422,7 +422,6 @@ def sweep(name, values, judged, folder):
     return {str(value): row for value, row in found.items()}
 
 
-@torch.no_grad()
 def energy_distance(x, y):
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely & Rizzo 2013), unbiased, x (n, d), y (m, d)."""
     n, m = len(x), len(y)
@@ -459,6 +458,7 @@ def judge_draws(flow, model, steps, cfg, clips, repeats, limit, frames=8):
     return found
 
 
+@torch.no_grad()
 def overview(path, vae, models, cfg, clips):
     """One column a kind: a held-out clip, its reconstruction, and each model's generation from the
     same text. models: name -> (model, its options).
