@@ -97,7 +97,7 @@ class Clip:
     words: list | None = None       # [[word, start, end], ...] in seconds
     duration: float | None = None   # seconds; None = ask the file's header
     id: str = ""
-    said: str = ""                  # speech: the transcript where text is a description (`describe`)
+    said: str = ""                  # speech: the transcript where text is a description (describe)
 
 
 @dataclass

@@ -27,7 +27,8 @@ def test_two_configs_give_a_table_and_share_a_vae(tmp_path):
         with open(paths[-1], "w") as f:
             f.write(text)
     done = run("ablate.py", *paths, "--out", f"{tmp_path}/runs", "--seeds", "3",
-               "--evaluate", "--limit 1 --repeats 1", "--json", f"{tmp_path}/t.json", "--picture", f"{tmp_path}/t.png",
+               "--evaluate", "--limit 1 --repeats 1", "--json", f"{tmp_path}/t.json",
+               "--picture", f"{tmp_path}/t.png",
                "--train.lm.steps", "2", "--train.vae.steps", "2", "--stages", '["vae", "lm"]')
     assert done.returncode == 0, done.stderr
     with open(f"{tmp_path}/t.json") as f:

@@ -96,6 +96,18 @@ def test_evaluation_prints_a_table_and_writes_figures(trained):
     assert len(made) == 2 and all(os.path.exists(f"{trained}/wavs/lm/{m['audio']}") for m in made)
 
 
+def test_draws_of_few_steps_are_compared_with_those_of_many(trained):
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "3",
+               "--threads", "1", "--what", "draws", "--json", f"{trained}/d.json")
+    assert done.returncode == 0, done.stderr
+    assert "lm, 2 steps: energy distance" in done.stdout
+    with open(f"{trained}/d.json") as f:
+        found = json.load(f)["draws lm"]
+    assert set(found) == {"1", "2", "4", "16"} and found["1"]["speech"][1] > 0
+    wrong = run("evaluate.py", "--run", f"{trained}/run", "--what", "draws", "--repeats", "1")
+    assert wrong.returncode == 2 and "--repeats" in wrong.stderr
+
+
 def test_a_sweep_prints_a_row_a_value_and_draws_the_curves(trained):
     done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "1",
                "--threads", "1", "--sweep", "steps", "--values", "1,3", "--what", "lm",
