@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from config import load
 from vae import (VAE, VAEGAN, Balancer, Conv, ConvTranspose, InverseSpectrum, ResidualVQ, Spectrum,
@@ -313,6 +314,22 @@ def test_transposed_convolution_counts_its_bias_once_when_streaming():
     torch.testing.assert_close(y, layer(x))
 
 
+@pytest.mark.parametrize("kernel, stride, dilation, groups",
+                         [(1, 1, 1, 1), (3, 1, 2, 1), (7, 1, 1, 6), (4, 4, 1, 1), (10, 5, 1, 1)])
+def test_convolutions_are_those_of_torch(kernel, stride, dilation, groups):
+    layer = Conv(6, 12, kernel, stride, dilation, groups).double()
+    x = torch.randn(2, 6, 20, dtype=torch.float64)
+    expected = layer.conv(F.pad(x, ((kernel - 1) * dilation + 1 - stride, 0)))
+    torch.testing.assert_close(layer(x), expected, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("cout, groups", [(4, 1), (6, 6)])
+def test_transposed_convolutions_are_those_of_torch(cout, groups):
+    layer = ConvTranspose(6, cout, 5, groups).double()
+    x = torch.randn(2, 6, 20, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer.conv(x)[..., :100], atol=1e-13, rtol=0)
+
+
 def test_strided_convolution_pads_kernel_minus_stride_zeros():
     layer = Conv(1, 1, 8, stride=4)
     torch.nn.init.ones_(layer.conv.weight), torch.nn.init.zeros_(layer.conv.bias)
@@ -457,6 +474,20 @@ def test_a_balancer_without_a_loss_on_the_waveform_waits():
     assert [name for name, *_ in model.losses(torch.randn(1, 1, 800), 0)] == ["disc"]
 
 
+def test_discriminators_hear_the_same_part_of_the_original_and_of_the_reconstruction():
+    """With a model that returns its input every feature matches."""
+    model, heard = gan(adv=1.0, feat=1.0), []
+    model.cfg.disc_seconds = 0.01
+    model.vae.forward = lambda wav: (wav * torch.ones((), requires_grad=True), None, {})
+    model.disc.register_forward_pre_hook(lambda _, x: heard.append(x[0].detach()))
+    wav = torch.randn(1, 1, 800)
+    for step in range(3):
+        assert [found.get("feat", 0.0) for *_, found in model.losses(wav, step)] == [0.0, 0.0]
+    assert {part.shape[-1] for part in heard} == {160}                       # .01 s of 16 kHz
+    first, second = heard[0], heard[4]                                        # four a step
+    assert torch.equal(heard[0], heard[3]) and not torch.equal(first, second)
+
+
 def test_the_config_reaches_discriminators_and_balancer():
     model = VAEGAN(VAEConfig(**SMALL, disc_width=4, disc_power=0.4, balance=0.7))
     assert {d.power for d in model.disc.each} == {0.4} and model.balancer.decay == 0.7
@@ -498,6 +529,7 @@ def test_the_generator_hears_the_discriminators_only_after_their_warm_up():
     (dict(stft_hop=7, decoder="istft"), "stft_hop"),
     (dict(loss_weights={"l1": 1.0}), "loss_weights"), (dict(heads=5), "heads"),
     (dict(latent_dim=0), "latent_dim"), (dict(disc_power=0.0), "disc_power"),
+    (dict(disc_seconds=0.01), "disc_seconds"),
     (dict(disc_power=0.3, loss_weights={"adv": 1.0}), "disc_power"),
     (dict(balance=1.0), "balance"), (dict(encoder="stft", encoder_windows=[7]), "encoder_windows"),
     (dict(encoder_windows=[160]), "encoder_windows")])
