@@ -259,8 +259,10 @@ class Conv(nn.Module):
         self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
-        if self.past == 0:                                  # nothing to keep, nothing to copy
-            return self.conv(x)
+        if self.past == 0 or state is None and not self.replicate:      # nothing to keep or to copy
+            conv, length = self.conv, x.shape[-1] // self.conv.stride[0]
+            return F.conv1d(x, conv.weight, conv.bias, conv.stride, self.past, conv.dilation,
+                            conv.groups)[..., :length]
         past = None if state is None else state.get(self)
         if past is None:
             past = x[..., :1] if self.replicate else x.new_zeros(*x.shape[:2], 1)
