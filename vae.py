@@ -286,7 +286,7 @@ class ConvTranspose(nn.Module):
         self.conv = nn.ConvTranspose1d(cin, cout, 2 * stride, stride, groups=groups)
 
     def forward(self, x, state=None):
-        w, (B, _, L) = self.conv.weight, x.shape                     # (Cin, Cout / groups, 2 · stride)
+        w, (B, _, L) = self.conv.weight, x.shape             # (Cin, Cout / groups, 2 · stride)
         if self.conv.groups == 1:
             y = torch.bmm(w.flatten(1).mT.expand(B, -1, -1), x)      # (B, Cout · 2 · stride, L)
         else:                                                        # each channel by itself
