@@ -277,7 +277,8 @@ class ConvTranspose(nn.Module):
     """Causal upsampling by `stride`, kernel 2 · stride: input n reaches outputs from n · stride on.
 
     (B, Cin, L) -> (B, Cout, L · stride). Every input gives two pieces of `stride` outputs, its own
-    and one that is added to the next input's: one matrix product and an overlap-add.
+    and one that is added to the next input's: a matrix product and an overlap-add, which is what
+    we do where no gradient is asked for (decoding is 1.3 times as fast on a CPU: LOG.md).
     """
 
     def __init__(self, cin, cout, stride, groups=1):
@@ -286,18 +287,25 @@ class ConvTranspose(nn.Module):
         self.conv = nn.ConvTranspose1d(cin, cout, 2 * stride, stride, groups=groups)
 
     def forward(self, x, state=None):
+        n = x.shape[-1] * self.stride                                # y (B, Cout, (L + 1) · stride)
+        y = self.conv(x) if torch.is_grad_enabled() else self.overlap_add(x)
+        if state is None:
+            return y[..., :n]
+        if self in state:
+            y = torch.cat([y[..., :self.stride] + state[self], y[..., self.stride:]], -1)
+        state[self] = y[..., n:] - self.conv.bias[:, None]           # the bias counts once
+        return y[..., :n]
+
+    def overlap_add(self, x):
         w, (B, _, L) = self.conv.weight, x.shape             # (Cin, Cout / groups, 2 · stride)
         if self.conv.groups == 1:
             y = torch.bmm(w.flatten(1).mT.expand(B, -1, -1), x)      # (B, Cout · 2 · stride, L)
         else:                                                        # each channel by itself
             y = x[:, :, None] * w.mT
         own, late = y.view(B, -1, 2, self.stride, L).unbind(2)       # (B, Cout, stride, L) each
-        y = own + self.conv.bias.to(own.dtype)[:, None, None]
-        y[..., 1:] += late[..., :-1]
-        if state is not None:
-            if self in state:
-                y[..., :1] += state[self]
-            state[self] = late[..., -1:].clone()
+        y = F.pad(own, (0, 1))
+        y[..., 1:] += late
+        y += self.conv.bias[:, None, None]
         return y.mT.flatten(2)
 
 
