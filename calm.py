@@ -121,7 +121,9 @@ def to_int8(lm, vae=None):
 
     Weights are rounded once, one scale a matrix, activations at each call (PyTorch's dynamic
     quantisation). One latent reads every weight once, so a quarter of the bytes is up to 2.8 times
-    the speed. CPU only; cannot be trained or saved any more.
+    the speed. The convolutions of a conv decoder compute more than they read: they go to bf16 where
+    the CPU has bf16 matrix units (AMX), 1.7 times the speed of Mimi's decoder, its audio 47 dB
+    above the difference. CPU only; cannot be trained or saved any more.
     """
     net = getattr(getattr(lm, "head", None), "net", None)
     parts = [lm.backbone, getattr(lm, "short", None), vae and vae.decoder.transformer,
@@ -131,6 +133,9 @@ def to_int8(lm, vae=None):
         for part in filter(None, parts):
             torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, dtype=torch.qint8,
                                                    inplace=True)
+    if vae and vae.cfg.decoder == "conv" and torch.cpu._is_amx_tile_supported():
+        conv = vae.decoder.conv.bfloat16()
+        conv.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
 
 
 class Monologue:

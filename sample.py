@@ -56,7 +56,8 @@ def parse():
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
-    p.add_argument("--int8", action="store_true", help="CPU: round the big matrices to 8 bits")
+    p.add_argument("--int8", action="store_true",
+                   help="CPU: round the big matrices to 8 bits, a conv decoder to bf16 (AMX)")
     p.add_argument("--parallel", action="store_true",
                    help="decode in a second thread (with --threads 1 on two free cores)")
     p.add_argument("--out", default="sample.wav", help="default: sample.wav")

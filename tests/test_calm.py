@@ -219,6 +219,21 @@ def test_int8_keeps_latents_close_and_touches_only_the_big_matrices():
     assert not isinstance(net.backbone.blocks[0].mlp.up, torch.nn.Linear)
 
 
+@torch.no_grad()
+def test_on_cpus_with_amx_the_decoders_convolutions_run_in_bf16_and_stream(monkeypatch):
+    net, state = model(), {}
+    vae = VAE(VAEConfig(ratios=[4, 2], latent_dim=4, dim=16, width=8, heads=2, encoder_layers=1,
+                        decoder_layers=1))
+    z = torch.randn(1, 9, 4)
+    exact = vae.decode(z)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    to_int8(net, vae)
+    assert {p.dtype for p in vae.decoder.conv.parameters()} == {torch.bfloat16}
+    whole, parts = vae.decode(z), [vae.decode(part, state) for part in z.split([1, 2, 6], 1)]
+    assert whole.dtype == torch.float32 and 1e-5 < (whole - exact).norm() / exact.norm() < 0.05
+    assert (torch.cat(parts, -1) - exact).norm() / exact.norm() < 0.05
+
+
 @pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "consistency", "lsd"])
 def test_every_part_learns_from_every_objective(objective):
     net, b = model(objective=objective), batch()
