@@ -82,8 +82,8 @@ class Parser(argparse.ArgumentParser):
 
 def threads(text):
     """argparse type of --threads: 0 = torch's choice."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no number of CPU threads, use 0 or more")
+    if not text.isdecimal() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is no number of CPU threads, use 0 to 1024")
     return int(text)
 
 
@@ -133,6 +133,8 @@ class DataConfig:
         need(self.crop_seconds > 0, "crop_seconds", "must be positive; 1.0 is a good start")
         for name in ("text_len", "frames", "workers"):
             need(getattr(self, name) >= 1, name, "must be at least 1; set a positive number")
+        need(self.manifest or not self.valid, "valid",
+             "held-out clips of a data.manifest; without one the corpus is the toy's")
         for name in ("prompt_frames", "gain_db", "ram_gb", "seed"):
             need(getattr(self, name) >= 0, name, "cannot be negative; set 0 or more")
         need(0 <= self.prompt_prob <= 1, "prompt_prob", "is a probability; set a value in 0..1")
@@ -234,6 +236,18 @@ def atomic(path):
 
 # ---------------------------------------------------------------------------- manifests
 
+def check_writable(path):
+    """BadInput at the start, not after hours of work, where the file `path` cannot be written."""
+    new = not os.path.exists(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); choose another place") from e
+    if new:
+        os.remove(path)
+
+
 def load_manifest(path, must_exist=True):
     """A .jsonl manifest, or a folder of audio (same-stem .txt is the text) -> list[Clip].
 
@@ -244,7 +258,8 @@ def load_manifest(path, must_exist=True):
     if path.is_dir():
         return scan(path, "folder")
     if not path.is_file():
-        raise BadInput(f"{path}: no such manifest; `python data.py scan DIR --out {path}` makes it")
+        raise BadInput(f"{path}: no such manifest; `python data.py scan DIR --out {path}` makes one "
+                       "of a folder of recordings; a config's head says what made its own")
     home, clips, gone = os.path.dirname(os.path.abspath(path)), [], []
     for n, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -265,6 +280,9 @@ def load_manifest(path, must_exist=True):
         seconds = row.get("duration", 1)
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
             raise BadInput(f"{where}: duration must be positive seconds; it is {seconds!r}")
+        if not isinstance(row.get("words", []), list):
+            raise BadInput(f"{where}: words must be [[word, start, end], ...]; "
+                           f"it is {row['words']!r}")
         for word in row.get("words", []):
             if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
                     and all(isinstance(t, (int, float)) for t in word[1:])):
@@ -300,13 +318,13 @@ def load_clips(cfg):
     """cfg.manifest, cfg.valid -> (train, valid), two list[Clip].
 
     Without cfg.valid the last max(2 %, 8) clips of a seeded shuffle are held out (at most half;
-    speakers may stand on both sides; a single clip is both). Errors: BadInput, also when
-    cfg.weights asks for a kind that the training manifest lacks."""
+    speakers may stand on both sides; a single clip is both). Errors: BadInput, also when the
+    training manifest has none of the kinds that cfg.weights asks for."""
     clips = load_manifest(cfg.manifest)
-    lacks = {k for k, w in cfg.weights.items() if w > 0} - {c.kind for c in clips}
-    if lacks:
-        raise BadInput(f"data.weights asks for {', '.join(sorted(lacks))}, but {cfg.manifest} has "
-                       "no such clips; set that weight to 0 or add some")
+    wanted, there = {k for k, w in cfg.weights.items() if w > 0}, {c.kind for c in clips}
+    if wanted and not wanted & there:
+        raise BadInput(f"data.weights asks for {', '.join(sorted(wanted))}, but {cfg.manifest} has "
+                       f"only {', '.join(sorted(there))}; give its kind a weight, or `scan --kind`")
     if cfg.valid:
         return clips, load_manifest(cfg.valid)
     order = rng("split", cfg.seed).permutation(len(clips))
@@ -317,6 +335,8 @@ def load_clips(cfg):
 def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror}); correct the path") from e
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); convert it") from e
 
@@ -994,8 +1014,8 @@ def main(argv=None):
             write_manifest(a.out, good)
             print(f"good clips -> {a.out}")
         elif len(good) < len(clips):
-            raise BadInput(f"{a.manifest}: {len(clips) - len(good)} bad clips; `--out clean.jsonl` "
-                           "writes a manifest without them")
+            raise BadInput(f"{a.manifest}: {len(clips) - len(good)} bad clips; " + (
+                "`--out clean.jsonl` writes a manifest without them" if good else "no good one"))
     else:
         clips = load_manifest(a.manifest)
         seconds = np.array([seconds_of(c) for c in clips])

@@ -17,14 +17,15 @@ drawn from (seed, step, row).
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
-once a step, the result is the same for any number of processes that divides the micro-batches
-(tests/test_train.py; vae.balance takes its norms a micro-batch and is close to it only).
+once a step, the result is the same for any number of processes that share the micro-batches evenly
+(8 rows in micro-batches of 2: 1, 2 or 4 processes; tests/test_train.py; vae.balance takes its norms a micro-batch and is close to it only).
 
     --out DIR               run folder (else the config's)
     --data.manifest M       train on your own audio: a manifest.jsonl or a folder
                             (python data.py -h)
     --train.lm.steps 500    any other value of the config
-    --fresh                 start over: delete this run's checkpoints, latents and log
+    --fresh                 start over: delete the checkpoints of the config's stages (--stages lm:
+                            of that one) and what was logged of them; with "vae" the latents too
     --print                 show the resolved config and stop
 
 A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
@@ -34,7 +35,6 @@ Ctrl-C saves a checkpoint first. Exit status: 0 done, 2 your mistake (one line s
 import argparse
 import contextlib
 import dataclasses
-import glob
 import json
 import math
 import os
@@ -106,7 +106,7 @@ class Runtime:
 # ---------------------------------------------------------------- stages
 # A stage has: model (saved), optimized {optimizer name: module}, averaged (module whose EMA is
 # kept), batch(step, rows), losses(batch, step) yielding (optimizer name, loss, metrics),
-# validate(step), finish().
+# validate(module, step) -> figures, finish(module), compile().
 
 class VAEStage:
     """Waveform crops -> VAE-GAN; at the end the latents' mean and std become buffers of the VAE."""
@@ -158,7 +158,9 @@ class VAEStage:
         return {"valid_mel": sum(total) / max(len(total), 1)}
 
     def finish(self, vae):
-        """Mean and std over posterior samples of up to 400 clips -> buffers."""
+        """Mean and std over posterior samples of some 400 clips (all, if there are fewer than 800)
+        -> buffers.
+        """
         vae.measure(self.clip(clip, 10.0)
                     for clip in self.clips[:: max(1, len(self.clips) // 400)])
 
@@ -584,7 +586,7 @@ def train(stage, name, cfg, runtime):
     old = {s: signal.signal(s, lambda *_: stop.append(1) or signal.signal(s, signal.SIG_DFL))
            for s in (signal.SIGINT, signal.SIGTERM)}
     prefetch = Prefetch(batches, first)
-    started, bad, spent = time.perf_counter(), 0, first
+    logged_at, bad, last_logged = time.perf_counter(), 0, first
     try:
         for step in range(first, c.steps):
             for key, optimizer in optimizers.items():
@@ -615,7 +617,8 @@ def train(stage, name, cfg, runtime):
             at = step + 1
             if at % c.log_every == 0 or at == c.steps:
                 now = time.perf_counter()
-                rate, spent, started = (at - spent) / (now - started), at, now
+                rate = (at - last_logged) / (now - logged_at)
+                last_logged, logged_at = at, now
                 row = {k: round(float(v), 5) for k, v in (sums | norms).items()}
                 write({"stage": name, "step": at, **row, "rate": round(rate, 2)})
                 left = (c.steps - at) / rate
@@ -659,13 +662,19 @@ def corpus(cfg, runtime):
     return tuple(load_manifest(f"{folder}/{part}.jsonl") for part in ("train", "valid"))
 
 
-def start_over(out):
-    for path in glob.glob(f"{out}/*.pt") + glob.glob(f"{out}/log.jsonl"):
-        os.remove(path)
-    shutil.rmtree(f"{out}/latents", ignore_errors=True)
+def start_over(out, stages):
+    """Delete what these stages left in the run folder, of others nothing."""
+    for stage in stages:
+        if os.path.exists(f"{out}/{stage}.pt"):
+            os.remove(f"{out}/{stage}.pt")
+    log = [line for line in read_log(out) if json.loads(line)["stage"] not in stages]
+    with open(f"{out}/log.jsonl", "w") as f:
+        f.writelines(log)
+    if "vae" in stages:
+        shutil.rmtree(f"{out}/latents", ignore_errors=True)
 
 
-def same_model(cfg, path, stage, say):
+def refuse_changed_model(cfg, path, stage, say):
     """Refuse to go on with a checkpoint whose model tables differ from the config's.
 
     -> whether it is finished; says so if its [train] table was another one.
@@ -689,6 +698,7 @@ def same_model(cfg, path, stage, say):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False,
                     usage="train.py --config FILE [--section.key value ...] [--fresh] [--print]")
     parser.add_argument("--config", required=True, help="an experiment: configs/*.toml")
     parser.add_argument("--fresh", action="store_true", help="start this run over")
@@ -703,17 +713,21 @@ def main():
         os.makedirs(f"{cfg.out}/samples", exist_ok=True)
     except OSError as e:
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
+    clips, valid = corpus(cfg, runtime)
     if arguments.fresh and runtime.rank == 0:
-        start_over(cfg.out)
+        start_over(cfg.out, cfg.stages)
     if runtime.world > 1:
         dist.barrier()                               # nobody looks before the old ones are gone
-    done = {s: same_model(cfg, f"{cfg.out}/{s}.pt", s, runtime.say)
+    done = {s: refuse_changed_model(cfg, f"{cfg.out}/{s}.pt", s, runtime.say)
             for s in cfg.stages if os.path.exists(f"{cfg.out}/{s}.pt")}
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:
             f.write(dump(cfg))
-    clips, valid = corpus(cfg, runtime)
     runtime.say(f"data: {len(clips)} training clips, {len(valid)} held out")
+    lacks = {k for k, w in cfg.data.weights.items() if w > 0} - {c.kind for c in clips}
+    if lacks:
+        runtime.say(f"data: no {' and no '.join(sorted(lacks))} there; the others share the weight "
+                    f"of data.weights")
     for name in cfg.stages:
         if done.get(name):
             runtime.say(f"{name}: finished before, skipped")

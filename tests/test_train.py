@@ -158,6 +158,23 @@ def test_other_training_settings_for_a_finished_stage_are_answered_aloud(finishe
     assert "lm: was trained with lr = " in again.stdout and "not 0.123" in again.stdout
 
 
+def test_fresh_deletes_the_named_stages_alone_and_nothing_where_the_corpus_is_missing(
+        finished, tmp_path):
+    """Bug: `--stages lm --fresh` deleted vae.pt, before a typo in the manifest was noticed."""
+    out = shutil.copytree(f"{finished[0]}/run", tmp_path / "again")
+    again = ("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", str(out),
+             "--stages", "lm", "--fresh")
+    before = {f: os.path.getmtime(out / f) for f in ("vae.pt", "lm.pt", "consistency.pt")}
+    done = run(*again, "--data.manifest", "typo.jsonl")
+    assert done.returncode == 2 and {f: os.path.getmtime(out / f) for f in before} == before
+    done = run(*again)
+    assert done.returncode == 0, done.stderr
+    after = {f: os.path.getmtime(out / f) for f in before}
+    assert [f for f in before if after[f] != before[f]] == ["lm.pt"]
+    stages = {json.loads(line)["stage"] for line in open(out / "log.jsonl")}
+    assert stages == {"vae", "lm", "consistency"}
+
+
 def test_half_a_line_of_the_log_left_by_a_kill_is_dropped(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"stage": "lm", "step": 20}\n{"stage": "lm", "st')
     assert train.read_log(str(tmp_path)) == ['{"stage": "lm", "step": 20}\n']
