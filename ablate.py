@@ -12,7 +12,9 @@ Configs with equal [vae], [train.vae] and [toy] tables and the same manifest sha
 latents: the first run trains it (or --vae RUN has it), all others link to it. Seeds and rows then
 differ in the language model alone; --own-vae turns that off. A row is a config, a column a figure:
 share of facts right (toy corpus), clips that end on time, the held-out loss, and whatever
---evaluate adds ("--metrics wer,dnsmos"). The error is half of the 95 % confidence interval of the
+--evaluate adds ("--metrics wer,dnsmos"); "--what continue" gives, for the first and the last three
+seconds of continuations, their level against the prompt (dB) and distance to real seconds (MMD²),
+so configs/ablation/music_*.toml show drift. The error is half of the 95 % confidence interval of the
 mean over seeds (Student's t: with two seeds 12.7 standard errors, so that few differences are ever
 shown by two).
 Runs that are finished are not run again (for other settings choose another --out); an interrupted
@@ -31,7 +33,7 @@ import sys
 from tqdm import tqdm
 
 from config import MODELS, dump, load
-from data import BadInput, Parser, atomic, cli
+from data import BadInput, Parser, atomic, check_writable, cli
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 # two-sided 95 % points of Student's t for n - 1 degrees of freedom, n = 2, 3, ...
@@ -65,12 +67,19 @@ def read(folder):
     """{figure: number} of a judged run: the last stage's figures and its held-out loss."""
     with open(f"{folder}/figures.json") as f:
         figures = json.load(f)
-    stage = next((s for s in MODELS if s in figures), None)
+    stage = next((s for s in MODELS if s in figures or f"continue {s}" in figures), None)
     if stage is None:
         raise BadInput(f"{folder}: no figures of a language model; the config needs such a stage, "
                        "and --evaluate must not ask for --what vae or a --sweep")
+    judged = figures.get(stage, {})
     found = {f"{name} {kind}": v for name in ("facts", "length")
-             for kind, v in figures[stage][name].items()} | figures[stage].get("speech", {})
+             for kind, v in judged.get(name, {}).items()} | judged.get("speech", {})
+    for kind, rows in figures.get(f"continue {stage}", {}).items():
+        for name in ("level", "mmd"):                   # a second each; the first is the prompt's
+            seconds = [v for v in rows[name][1:] if v is not None]
+            for when, part in (("first", seconds[:3]), ("last", seconds[-3:])):
+                if part:
+                    found[f"{name} {kind} {when}"] = statistics.fmean(part)
     with open(f"{folder}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
     for row in rows:
@@ -119,7 +128,8 @@ def draw(path, names, columns, result):
 
 
 def main():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
     p.add_argument("configs", nargs="+", help="one experiment each")
     p.add_argument("--seeds", default="0,1", help="default: 0,1")
     p.add_argument("--out", default="out/ablation", help="folder of run folders")
@@ -129,6 +139,8 @@ def main():
     p.add_argument("--json", help="write the table here")
     p.add_argument("--picture", help="draw the table here (png)")
     a, overrides = p.parse_known_args()
+    for path in filter(None, (a.json, a.picture)):
+        check_writable(path)
     try:
         seeds = sorted({int(s) for s in a.seeds.split(",")})
     except ValueError:

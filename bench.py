@@ -64,7 +64,7 @@ from audiocalm import AudioCALM
 from backbone import BackboneConfig, KVCache, Transformer
 from calm import CALM, CALMConfig, to_int8
 from config import load
-from data import KINDS, BadInput, Parser, cli, threads, vocabulary
+from data import KINDS, BadInput, Parser, atomic, check_writable, cli, threads, vocabulary
 from discrete import RQ, pick
 from heads import HEADS, HeadConfig, TrigFlow
 from vae import VAE, VAEGAN
@@ -596,11 +596,8 @@ def bench_audiocalm(a):
 
 def write_json(path, figures):
     if path:
-        try:
-            with open(path, "w") as f:
-                json.dump(figures, f, indent=1)
-        except OSError as e:
-            raise BadInput(f"--json {path}: cannot be written ({e.strerror})") from None
+        with atomic(path) as temp, open(temp, "w") as f:
+            json.dump(figures, f, indent=1)
 
 
 def main():
@@ -631,6 +628,8 @@ def main():
         raise BadInput("--repeats, --seconds, --lengths, --window: must be positive")
     if a.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is none here")
+    if a.json:
+        check_writable(a.json)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     if a.what == "heads":

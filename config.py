@@ -14,6 +14,7 @@ is valid.
 """
 import dataclasses
 import json
+import math
 import os
 import re
 import tomllib
@@ -73,11 +74,16 @@ class StageConfig:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer: unknown '{self.optimizer}'; valid: adamw, muon")
-        if self.micro_batch and (self.micro_batch < 0 or self.batch % self.micro_batch):
+        if self.micro_batch > 0 and self.batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch: must divide batch = {self.batch}, got {self.micro_batch}")
-        if not self.lr > 0 or not 0 <= self.ema < 1 or len(self.betas) != 2 or not self.clip > 0:
-            raise ValueError("lr, clip > 0; 0 <= ema < 1; two betas: one of these does not hold")
+        if not (self.lr > 0 and self.clip > 0 and 0 <= self.ema < 1 and len(self.betas) == 2
+                and all(0 <= b < 1 for b in self.betas)):
+            raise ValueError("lr, clip > 0; 0 <= ema < 1; two betas of 0 .. 1: "
+                             "one of these does not hold")
+        for name in ("lr_end", "warmup", "weight_decay", "disc_lr", "valid_every", "micro_batch"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
 
 
 @dataclass
@@ -114,6 +120,18 @@ class SampleConfig:
     texts: dict[str, list[str]] = field(default_factory=dict)
     count: int = 3              # clips of each kind rendered at the end
 
+    def __post_init__(self):
+        for name, low in (("steps", 0), ("temperature", 0), ("count", 0)):
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be at least {low}, got {getattr(self, name)}")
+        for name in ("seconds", "prompt_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be positive seconds, got {getattr(self, name)}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"cfg: must be a number, got {self.cfg}")
+        for kind in set(self.texts) - set(KINDS):
+            raise ValueError(f"texts: unknown kind '{kind}'; valid: {', '.join(KINDS)}")
+
 
 @dataclass
 class Config:
@@ -134,8 +152,12 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
-        if self.threads < 0:
-            raise ValueError(f"threads: must not be negative, got {self.threads}")
+        if not self.out:
+            raise ValueError("out: names the run folder, it is empty")
+        if not 0 <= self.threads <= 1024:
+            raise ValueError(f"threads: must lie in 0 .. 1024, got {self.threads}")
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f"seed: must lie in 0 .. 2^63 - 1, got {self.seed}")
         wrong = [s for s in self.stages if s not in STAGES]
         if wrong or not self.stages:
             raise ValueError(f"stages: unknown {wrong}; valid: {', '.join(STAGES)}")

@@ -51,8 +51,9 @@ from tqdm import tqdm
 
 import toy
 from config import FASTER, MODELS, load_checkpoint, open_run
-from data import (KINDS, BadInput, Parser, cli, draw_spectrograms, encode_text, load_audio,
-                  load_clips, load_manifest, save_audio, seconds_of, threads)
+from data import (KINDS, BadInput, Parser, atomic, check_writable, cli, draw_spectrograms,
+                  encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of,
+                  threads)
 from discrete import DISCRETE
 from vae import kl_loss, mel_filters, spectral_losses, stft
 
@@ -504,9 +505,13 @@ def main():
     p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     a = p.parse_args()
-    if a.repeats < 1 or a.limit < 1 or min(a.steps, a.temperature or 0) < 0:
+    if a.repeats < 1 or a.limit < 1 or a.steps < 0 or not 0 <= (a.temperature or 0) < math.inf:
         raise BadInput("--repeats, --limit: must be at least 1; "
                        "--steps, --temperature: not negative")
+    if a.cfg is not None and not math.isfinite(a.cfg):
+        raise BadInput(f"--cfg: must be a number, got {a.cfg}")
+    if a.json:
+        check_writable(a.json)
     if a.wavs:
         try:
             os.makedirs(a.wavs, exist_ok=True)
@@ -528,11 +533,22 @@ def main():
                        "commas; for steps whole ones from 1"
                        ) from None
     cfg, vae, _, _ = open_run(a.run)
+    stages = [s for s in reversed(MODELS)
+              if os.path.exists(f"{a.run}/{s}.pt")] if a.what != "vae" else []
+    if a.stage:
+        if a.stage not in stages:
+            raise BadInput(f"--stage: {a.run} has no '{a.stage}'; it has {', '.join(stages)}")
+        stages = [a.stage]
+    if not stages and (a.sweep or a.what not in ("all", "vae")):
+        raise BadInput(f"{a.run}: has no language model to generate with")
     manifest = a.manifest or ("" if cfg.data.manifest else f"{a.run}/toy/valid.jsonl")
     clips = load_manifest(manifest) if manifest else load_clips(cfg.data)[1]
     figures, rows, models = {"run": a.run, "clips": len(clips)}, [], {}
     if a.what in ("all", "vae") and not a.sweep:
         figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs, judges)
+        if not figures["vae"]:
+            raise BadInput(f"{len(clips)} held-out clips: the distance is relative to that of two "
+                           "clips of a kind; --manifest needs at least two, of 1024 samples")
         if judges is not None:
             figures["speech"] = judges.figures()
         rows += [("log-mel distance (0 perfect, 1 another clip)",
@@ -544,14 +560,6 @@ def main():
         rows += [(name, {"speech": value}) for name, value in figures.get("speech", {}).items()]
         rows += [(f"{name}: facts right", {k: v[name] for k, v in figures["vae"].items()})
                  for name in ("original", "reconstruction")]
-    stages = [s for s in reversed(MODELS)
-              if os.path.exists(f"{a.run}/{s}.pt")] if a.what != "vae" else []
-    if a.stage:
-        if a.stage not in stages:
-            raise BadInput(f"--stage: {a.run} has no '{a.stage}'; it has {', '.join(stages)}")
-        stages = [a.stage]
-    if a.sweep and not stages:
-        raise BadInput(f"--sweep: {a.run} has no language model to generate with")
     for stage in stages[-1:] if a.sweep else stages:
         if not load_checkpoint(f"{a.run}/{stage}.pt")["done"]:
             raise BadInput(f"{a.run}/{stage}.pt: its training is not finished; "
@@ -625,11 +633,8 @@ def main():
     if a.wavs and not a.sweep and a.what not in ("continue", "draws"):
         overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:
-        try:
-            with open(a.json, "w") as f:
-                json.dump(figures, f, indent=1)
-        except OSError as e:
-            raise BadInput(f"--json {a.json}: cannot be written ({e.strerror})") from None
+        with atomic(a.json) as temp, open(temp, "w") as f:
+            json.dump(figures, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
     p.add_argument("--stage", default="", choices=["", *MODELS],
-                   help="which model; default: the last trained")
+                   metavar="STAGE", help=f"which model, of {', '.join(MODELS)}; default: the first "
+                                         "of these that the run has")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
@@ -71,6 +72,8 @@ def parse():
                        "and --text (what comes next)")
     if a.text is None and not a.prompt:
         raise BadInput("give --text, --prompt or both (see -h)")
+    if not 0 <= a.seed < 2 ** 63:
+        raise BadInput(f"--seed: {a.seed} does not lie in 0 .. 2^63 - 1")
     for name, low in (("seconds", 0), ("prompt_seconds", 0), ("steps", 0), ("cfg", -math.inf),
                       ("temperature", -1e-9)):
         value = getattr(a, name)
@@ -95,8 +98,8 @@ def sentences(text, fits):
     if parts is None:
         words = text.split()
         if len(words) == 1:
-            raise BadInput(f"--text: '{text[:40]}' is longer than this run was trained on "
-                           "(data.text_len)")
+            raise BadInput(f"--text: '{text[:40]}' (behind --prompt-text, if any) is longer than "
+                           "this run was trained on (data.text_len)")
         half = len(words) // 2
         parts = [" ".join(words[:half]), " ".join(words[half:])]
     return [piece for part in parts for piece in sentences(part, fits)]

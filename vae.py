@@ -158,6 +158,15 @@ class VAEConfig:
                      "disc_width", "inner", "codebooks", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("encoder_layers", "decoder_layers", "stft_hop", "stft_size", "res_layers",
+                     "context", "loss_floor", "loss_scales", "disc_seconds", "disc_start",
+                     "disc_warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+        for name in ("loss_windows", "disc_windows"):
+            if min(getattr(self, name), default=0) < 8:
+                raise ValueError(f"{name}: needs windows of at least 8 samples, "
+                                 f"got {getattr(self, name)}")
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
@@ -176,6 +185,8 @@ class VAEConfig:
         unknown = set(self.loss_weights) - set(LOSSES)
         if unknown:
             raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
+        if not all(weight >= 0 for weight in self.loss_weights.values()):
+            raise ValueError(f"loss_weights: must not be negative, got {self.loss_weights}")
         if self.loss_weights.get("distill", 0) > 0 and not self.teacher:
             raise ValueError("teacher: loss_weights.distill needs one, "
                              "e.g. \"microsoft/wavlm-large\" or a folder")

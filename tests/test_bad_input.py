@@ -1,6 +1,7 @@
 """Every mistake of a user: one line on stderr that names it, exit code 2, no traceback."""
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,8 @@ def place(tmp_path_factory):
                        ("kind.jsonl", '{"audio": "good.wav", "kind": "noise"}\n'),
                        ("backwards.jsonl", '{"audio": "good.wav", "words": '
                                            '[["a", 0.2, 0.3], ["b", 0.1, 0.2]]}\n'),
+                       ("good.jsonl", '{"audio": "good.wav"}\n'),
+                       ("words.jsonl", '{"audio": "good.wav", "words": 3}\n'),
                        ("gone.jsonl", '{"audio": "gone.wav"}\n')):
         with open(f"{folder}/{name}", "w") as f:
             f.write(text)
@@ -49,6 +52,8 @@ def place(tmp_path_factory):
     os.makedirs(f"{folder}/foreign")
     torch.save({"weights": torch.zeros(3)}, f"{folder}/foreign/vae.pt")
     os.makedirs(f"{folder}/hollow")
+    os.makedirs(f"{folder}/vae_only")
+    shutil.copy(f"{folder}/run/vae.pt", f"{folder}/vae_only/vae.pt")
     return folder
 
 
@@ -112,7 +117,7 @@ CASES = [  # command line, what the line must say
     (SAMPLE + " --text hi --threads -1", "-1 is no number of CPU threads"),
     ("evaluate.py --run {0}/run --what continue", "needs 4 held-out clips of a kind"),
     ("evaluate.py --run {0}/run --threads -1", "-1 is no number of CPU threads"),
-    ("train.py --config {0}/tiny.toml --threads -1", "threads: must not be negative"),
+    ("train.py --config {0}/tiny.toml --threads -1", "threads: must lie in 0 .. 1024"),
     ("data.py check {0}/backwards.jsonl", "times of words must not go backwards"),
     ("bench.py --config {0}/tiny.toml --repeats 0", "must be positive"),
     ("bench.py --config {0}/none.toml", "no such file"),
@@ -122,6 +127,29 @@ CASES = [  # command line, what the line must say
     ("train.py --config {0}/tiny.toml --out {0}/d --vae.teacher {0}/none "
      "--vae.loss_weights.distill 1", "cannot be loaded"),
     ("data.py scan {0}/none --out {0}/m.jsonl", "none"),
+    # found by a newcomer
+    (SAMPLE + " --text hi --threads 100000", "100000 is no number of CPU threads"),
+    (SAMPLE + " --text hi --seed 99999999999999999999", "--seed"),
+    (TRAIN + " --sample.temperature -1", "sample.temperature: must be at least 0"),
+    (TRAIN + " --sample.texts.speach hi", "sample.texts"),
+    (TRAIN + " --vae.loss_windows [0]", "vae.loss_windows: needs windows"),
+    (TRAIN + " --vae.context -1", "vae.context: must not be negative"),
+    (TRAIN + " --vae.loss_weights.mel -1", "vae.loss_weights: must not be negative"),
+    (TRAIN + " --train.vae.betas [1.0,2.0]", "train.vae.lr, clip > 0"),
+    (TRAIN + " --train.vae.weight_decay -1", "train.vae.weight_decay: must not be negative"),
+    (TRAIN + " --data.valid {0}/none.jsonl", "data.valid"),
+    (TRAIN + " --fre", "--fre: needs a value"),
+    (TRAIN + " --out=", "needs a value"),
+    ("data.py describe {0}/good.jsonl --out {0}/x.jsonl --rewritten {0}/none.jsonl",
+     "none.jsonl: cannot be read"),
+    ("data.py check {0}/words.jsonl", "words must be [[word, start, end], ...]; it is 3"),
+    ("evaluate.py --run {0}/run --temperature nan", "--temperature: not negative"),
+    ("evaluate.py --run {0}/vae_only --what lm", "has no language model"),
+    ("evaluate.py --run {0}/run --stage lm2", "has no 'lm2'"),
+    ("evaluate.py --run {0}/run --json {0}/good.wav/x.json", "x.json: cannot be written"),
+    ("ablate.py {0}/tiny.toml --json {0}/good.wav/x.json", "x.json: cannot be written"),
+    ("bench.py --config {0}/tiny.toml --json {0}/good.wav/x.json", "x.json: cannot be written"),
+    ("align.py {0}/none.jsonl --out {0}/a.jsonl", "none.jsonl: no such manifest"),
     ("toy.py --say bonjour --out {0}/x.wav", "bonjour"),
     ("toy.py --out {0}/t --voices 99", "voices"),
 ]
