@@ -337,7 +337,7 @@ class CALM(nn.Module):
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
         (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
         on yielding: cut it there. Monologue: the bytes of a speech's text run beside the latents,
-        beside a history nothing does; a row ends when all its words have been said.
+        beside a history nothing does; a row cannot end before all its words have been said.
         """
         B, device, d = text.shape[0], text.device, self.delay
         if self.lag:

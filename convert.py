@@ -45,7 +45,7 @@ Changes to Mimi's weights, all exact:
   to the decoder's width (output_proj), moshi does not (512 channels before its quantiser). The
   log-variance is the constant -12: these codecs publish no posterior. Codebooks are left out.
 
---data MANIFEST measures the latents' mean and standard deviation on up to 400 clips, which a
+--data MANIFEST measures the latents' mean and standard deviation on some 400 clips, which a
 language model needs; without it they are 0 and 1.
 Exit status: 0 done, 2 your mistake (one line says which).
 """

@@ -58,7 +58,7 @@ HALF_PI = math.pi / 2
 
 @dataclass
 class HeadConfig:
-    """The [lm.head] table."""
+    """The [lm.head] and [audiocalm.head] tables."""
     # What the head learns: rectified_flow | trigflow | consistency | lsd, or the discrete baselines
     # rq | delay (discrete.py; they need [vae] bottleneck = "rvq"). TrigFlow is the paper's
     # best and slowest (Tab. 4), consistency its choice for real time, lsd that of its third version
@@ -239,7 +239,7 @@ class AdaLNMLP(nn.Module):
 # --------------------------------------------------------------------------------------- objectives
 # Contract with the network. net(x_t, t, z), LSD: net(x_t, t, z, s): x_t (.., D) and t, s (..) in
 # fp32, z whatever loss or sample was given, untouched; with multiplier M > 1, loss puts one axis in
-# front of x_t, t and s: M, or M / 4 for LSD's jumps. `net.dim` is D. A position is what shares one
+# front of x_t, t and s: M, or M / 4, rounded up, for LSD's jumps. `net.dim` is D. A position is what shares one
 # t: a network that denoises blocks takes x (B, blocks, block * D).
 
 def draw(x, cfg):
