@@ -22,7 +22,7 @@ def test_overrides_reach_nested_tables_with_their_types(tmp_path):
 @pytest.mark.parametrize("text, value", [(".15", 0.15), ("-.5", -0.5), ("1e-3", 1e-3)])
 def test_a_number_may_be_written_without_its_zero(tmp_path, text, value):
     path = write(tmp_path / "b.toml", "")
-    assert load(path, ["--sample.temperature", text]).sample.temperature == value
+    assert load(path, ["--sample.cfg", text]).sample.cfg == value
     assert load(path, ["--out", "./runs", "--data.manifest=.runs/a"]).out == "./runs"
 
 

@@ -152,8 +152,18 @@ def test_the_held_out_clips_are_split_off_and_no_clip_is_on_both_sides(tmp_path)
     assert len(train) == 12 and len(valid) == 8
     assert not {c.audio for c in train} & {c.audio for c in valid}
     assert (train, valid) == load_clips(DataConfig(manifest=str(tmp_path)))
-    with pytest.raises(BadInput, match="music"):
-        load_clips(DataConfig(manifest=str(tmp_path), weights={"speech": 1.0, "music": 1.0}))
+
+
+def test_a_manifest_of_one_kind_trains_with_the_weights_of_three_but_not_without_its_own(tmp_path):
+    """Bug: the README's folder of recordings was refused by the config that the README trains."""
+    corpus(tmp_path, 20)
+    weights = {"speech": 0.6, "sound": 0.1, "music": 0.3}
+    train, _ = load_clips(DataConfig(manifest=str(tmp_path), weights=weights))
+    assert len(train) == 12
+    assert {train[Order([c.kind for c in train], weights).index(i)].kind
+            for i in range(20)} == {"speech"}
+    with pytest.raises(BadInput, match="asks for music, .* has only speech"):
+        load_clips(DataConfig(manifest=str(tmp_path), weights={"music": 1.0, "speech": 0.0}))
 
 
 def test_every_layout_is_scanned(tmp_path, capsys):
