@@ -268,7 +268,7 @@ class Transformer(nn.Module):
         if not self.cfg.causal:
             return None, False
         if past == 0 and (not window or new <= window):
-            return None, new > 1
+            return None, True               # not new > 1: no bool where a length is dynamic
         if new == 1:
             return None, False              # one query: a windowed cache holds just what it may see
         q = torch.arange(past, past + new, device=device)[:, None]

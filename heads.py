@@ -386,7 +386,7 @@ class Consistency(nn.Module):
     def __init__(self, net, cfg):
         super().__init__()
         self.net, self.cfg = net, cfg
-        self.register_buffer("it", torch.zeros((), dtype=torch.long))       # for r; resume is exact
+        self.register_buffer("it", torch.zeros((), dtype=torch.long))       # training step, for r
         if cfg.adaptive:
             self.psi = nn.Linear(256, 1)                                    # w_psi(t)
             nn.init.zeros_(self.psi.weight)
@@ -399,8 +399,8 @@ class Consistency(nn.Module):
     def loss(self, z, x):
         """e^w(t) / D ||F - sg(F) - g / (||g|| + c)||² - w(t). (.., C), (.., D) -> (..), metrics.
 
-        Gradients reach the network and z through the plain F only. In training mode a call counts
-        one iteration of the warm-up.
+        Gradients reach the network and z through the plain F only. The warm-up is at step `it`,
+        which the training loop sets.
         """
         cfg = self.cfg
         x, eps, u = draw(x, cfg)
@@ -408,8 +408,6 @@ class Consistency(nn.Module):
         cos, sin = t.cos()[..., None], t.sin()[..., None]
         x_t, dxdt = cos * x + sin * eps, cos * eps - sin * x
         r = (self.it / cfg.warmup).clamp(max=1) if cfg.warmup else 1.0
-        if self.training:
-            self.it += 1
         with torch.autocast(x.device.type, enabled=False):
             g = consistency_tangent(self.net, x_t, t, dxdt, z, r)           # (M, .., D)
             w = self.psi(sinusoid(t).to(self.psi.weight.dtype))[..., 0] if cfg.adaptive else None
@@ -504,9 +502,9 @@ class LSD(nn.Module):
                 else lambda s: self.net(x_t, t, z, s))
         with torch.autocast(x.device.type, enabled=False):
             F, dFds = torch.func.jvp(lambda s: fp32(part(s)), (s,), (torch.ones_like(s),))
-            jump = (s - t)[..., None]
-            with torch.no_grad():
-                target = fp32(self.net(x_t + jump * F, s, z, s))
+        jump = (s - t)[..., None]
+        with torch.no_grad():
+            target = fp32(self.net(x_t + jump * F, s, z, s))
         error = (F + jump * dFds - target).square().mean(-1)
         jumps = self.weigh(error, t, s)
         jumps = jumps.mean(0) if cfg.multiplier > 1 else jumps

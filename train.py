@@ -18,14 +18,15 @@ drawn from (seed, step, row).
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
 once a step, the result is the same for any number of processes that share the micro-batches evenly
-(8 rows in micro-batches of 2: 1, 2 or 4 processes; tests/test_train.py; vae.balance takes its norms a micro-batch and is close to it only).
+(8 rows in micro-batches of 2: 1, 2 or 4 processes; tests/test_train.py). Close to the same only:
+vae.balance and an RVQ, whose running means go on once a micro-batch.
 
     --out DIR               run folder (else the config's)
     --data.manifest M       train on your own audio: a manifest.jsonl or a folder
                             (python data.py -h)
     --train.lm.steps 500    any other value of the config
-    --fresh                 start over: delete the checkpoints of the config's stages (--stages lm:
-                            of that one) and what was logged of them; with "vae" the latents too
+    --fresh                 start over: delete this run's checkpoints, latents and log; with
+                            --stages lm those of that stage alone
     --print                 show the resolved config and stop
 
 A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
@@ -35,6 +36,7 @@ Ctrl-C saves a checkpoint first. Exit status: 0 done, 2 your mistake (one line s
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -49,12 +51,13 @@ import torch.nn as nn
 
 import toy
 from calm import CALM
-from config import (FASTER, MODELS, build, dump, load, load_checkpoint, load_weights, make_model,
+from config import (FASTER, MODELS, STAGES, build, dump, load, load_checkpoint, load_weights, make_model,
                     save_checkpoint, stage_model, Config)
 from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
                   load_manifest, save_audio, seconds_of)
 from discrete import DISCRETE
+from heads import LSD, Consistency
 from vae import VAE, VAEGAN, spectral_losses
 
 
@@ -80,12 +83,14 @@ class Runtime:
         self.device, self.bf16 = device, bf16
         self.compile = cfg.compile == "yes" or cfg.compile == "auto" and device == "cuda"
         if self.world > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            # a day: the others wait while the first process encodes the corpus
+            dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(days=1))
             if device == "cuda":
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
         if device == "cuda":
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")       # TF32 in what stays fp32
         self.say(f"device {self.device} "
                  f"({'chosen' if cfg.device != 'auto' else 'best available'}), "
                  f"{'bf16' if bf16 else 'fp32'} ({why}), "
@@ -233,8 +238,15 @@ class LMStage:
                                  batch_seconds=60.0, show=False)
 
     def compile(self):
+        head = self.model.head
         self.model.backbone.compile()
-        self.model.head.net.compile()
+        if hasattr(self.model, "short"):
+            self.model.short.compile()
+        if isinstance(head, (Consistency, LSD)) and isinstance(self.model, CALM):
+            # dynamo gives up on a compiled network inside an eager jvp, for good and in silence
+            head.loss = torch.compile(head.loss)
+        else:
+            head.net.compile()
 
     def prepare(self, batch):
         """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D).
@@ -251,6 +263,8 @@ class LMStage:
         return batch
 
     def losses(self, batch, step):
+        if isinstance(self.model.head, Consistency):
+            self.model.head.it.fill_(step)
         loss, metrics = self.model.loss(self.prepare(batch))
         yield self.name, loss, metrics
 
@@ -283,10 +297,12 @@ class LMStage:
     def render(self, model, name, kind, text, seed, **options):
         cfg, device = self.cfg, self.runtime.device
         tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
-        wav, = model.render(self.vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                            steps=cfg.sample.steps or None, temperature=cfg.sample.temperature,
-                            guidance=cfg.sample.cfg,
-                            generator=torch.Generator(device).manual_seed(seed), **options)
+        # every new length of the cache would be compiled anew
+        with torch.compiler.set_stance("force_eager"):
+            wav, = model.render(self.vae, tokens, kind=KINDS.index(kind),
+                                seconds=cfg.sample.seconds, steps=cfg.sample.steps or None,
+                                temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
+                                generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
         draw_spectrograms(f"{cfg.out}/samples/{name}.png",
                           [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)
@@ -454,6 +470,8 @@ def make_optimizers(stage, cfg, device):
 def gradients(stage, batches, step, runtime, seed, total):
     """Fill .grad with the gradient of the mean loss over the global batch; return the mean metrics.
 
+    The loss of a micro-batch is a mean over its positions and weighs as its rows do: where rows are
+    of different length, positions of a short micro-batch weigh more than those of a long one.
     batches: [(rows, batch), ...] this process's micro-batches; total: rows of the global batch.
     """
     sums = {}
@@ -462,7 +480,8 @@ def gradients(stage, batches, step, runtime, seed, total):
         share = len(rows) / total
         with runtime.autocast():
             for name, loss, metrics in stage.losses(runtime.to(batch), step):
-                (loss * share).backward()
+                with torch.autocast(runtime.device.split(":")[0], enabled=False):
+                    (loss * share).backward()        # what is fp32 forward stays so backward
                 for key, value in ({name: loss.detach()} | metrics).items():
                     sums[key] = sums.get(key, 0.0) + value * share
     if runtime.world > 1:
@@ -534,7 +553,7 @@ def train(stage, name, cfg, runtime):
         for key, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
         if ema:
-            ema.state = state["ema"] or ema.state
+            ema.state = state["ema"] or EMA(stage.averaged, c.ema).state
         first = state["step"]
     elif c.init:
         state = load_checkpoint(c.init, runtime.device)
@@ -583,7 +602,7 @@ def train(stage, name, cfg, runtime):
                     + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     stop = []
-    old = {s: signal.signal(s, lambda *_: stop.append(1) or signal.signal(s, signal.SIG_DFL))
+    old = {s: signal.signal(s, lambda s, _: stop.append(1) or signal.signal(s, signal.SIG_DFL))
            for s in (signal.SIGINT, signal.SIGTERM)}
     prefetch = Prefetch(batches, first)
     logged_at, bad, last_logged = time.perf_counter(), 0, first
@@ -599,8 +618,8 @@ def train(stage, name, cfg, runtime):
                 parameters = [p for p in stage.optimized[key].parameters() if p.grad is not None]
                 norms[f"grad_{key}"] = (torch.nn.utils.clip_grad_norm_(parameters, c.clip)
                                         if parameters else torch.zeros(()))
-            finite = all(torch.isfinite(torch.stack(
-                [v.float().cpu() for v in (*norms.values(), *sums.values())])))
+            finite = bool(torch.stack([v.float().to(runtime.device) for v in (
+                *norms.values(), *sums.values())]).isfinite().all())
             bad = 0 if finite else bad + 1
             if bad == 10:
                 raise FloatingPointError(
@@ -663,7 +682,10 @@ def corpus(cfg, runtime):
 
 
 def start_over(out, stages):
-    """Delete what these stages left in the run folder, of others nothing."""
+    """Delete what these stages left in the run folder; without its VAE, nothing there is worth
+    anything.
+    """
+    stages = STAGES if "vae" in stages else stages
     for stage in stages:
         if os.path.exists(f"{out}/{stage}.pt"):
             os.remove(f"{out}/{stage}.pt")

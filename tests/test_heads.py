@@ -286,17 +286,14 @@ def test_the_adaptive_weight_is_that_of_equation_1_and_starts_at_zero():
     assert torch.allclose(run(head), math.exp(0.7) * base - 0.7)
 
 
-def test_the_warm_up_counts_training_calls_and_resumes(monkeypatch):
+def test_the_warm_up_is_at_the_step_that_the_loop_sets_however_many_micro_batches(monkeypatch):
+    """Bug: every call counted, so one GPU with 16 micro-batches warmed up 16 times as fast as 16."""
     calls, head = spy(monkeypatch), tiny("consistency", warmup=4)
     z, x = torch.randn(3, 6), torch.randn(3, 4)
-    for _ in range(3):
+    for step in (0, 1, 1, 3, 4, 9):
+        head.it.fill_(step)
         head.loss(z, x)
-    again = tiny("consistency", warmup=4)
-    again.load_state_dict(head.state_dict())
-    for _ in range(3):
-        again.loss(z, x)
-    again.eval().loss(z, x)
-    assert [c["r"] for c in calls] == [0, 0.25, 0.5, 0.75, 1, 1, 1] and again.it == 6
+    assert [c["r"] for c in calls] == [0, 0.25, 0.25, 0.75, 1, 1]
 
 
 def test_trigflow_weights_load_into_consistency_and_nothing_is_forgotten_silently():
@@ -398,18 +395,19 @@ def test_gradients_flow_through_f_and_its_derivative_and_not_through_lsds_target
     assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-6) for a, b in zip(got, expected))
 
 
-def test_lsd_gives_the_same_gradient_around_a_compiled_network():
-    head = tiny("lsd", blocks=1)
+@pytest.mark.parametrize("name", ["consistency", "lsd"])
+def test_a_loss_with_a_jvp_is_one_compiled_graph_of_the_same_gradient(name):
+    """Bug: with the network compiled instead, dynamo gave up on it at the jvp, in silence."""
+    head = tiny(name, blocks=1)
     z, x = torch.randn(3, 6), torch.randn(3, 4)
 
-    def grads():
+    def grads(loss):
         torch.manual_seed(3)
         head.zero_grad()
-        head.loss(z, x)[0].sum().backward()
-        return [p.grad.clone() for p in head.parameters()]
-    plain = grads()
-    head.net.compile(backend="aot_eager")
-    for a, b in zip(plain, grads()):
+        loss(z, x)[0].sum().backward()
+        return [p.grad.clone() for p in head.parameters() if p.grad is not None]
+    compiled = torch.compile(head.loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(grads(head.loss), grads(compiled), strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4)
 
 
@@ -483,13 +481,6 @@ def test_under_bf16_autocast_times_norms_and_the_tangent_stay_fp32(name):
     assert (a - b).abs().max() < 0.02 * a.abs().max() and (ax - bx).abs().max() < 0.1
     if name == "consistency":
         assert am["tangent_max"] == bm["tangent_max"]         # the jvp does not see autocast
-
-
-def test_the_consistency_loss_compiles_without_graph_breaks():
-    head = tiny("consistency", blocks=1)
-    z, x = torch.randn(3, 6), torch.randn(3, 4)
-    loss, _ = torch.compile(head.loss, fullgraph=True, backend="eager")(z, x)
-    assert loss.shape == (3,) and torch.isfinite(loss).all()
 
 
 # ----------------------------------------------------------------------------------------- training

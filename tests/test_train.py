@@ -1,5 +1,6 @@
 """The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds.
 """
+import functools
 import glob
 import json
 import math
@@ -322,6 +323,36 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(
         train.train(stage, "vae", cfg, runtime)
     assert all(torch.equal(before[k], v) for k, v in stage.model.state_dict().items())
     assert capsys.readouterr().out.count("step skipped") == 9
+
+
+def test_training_keeps_its_compiled_graphs_through_a_validation(finished, tmp_path, monkeypatch):
+    """Bugs: lengths of validation made is_causal symbolic, and from then on the backbone ran
+    uncompiled; each length of a cache compiled a graph of its own.
+    """
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    shutil.copytree(f"{finished[0]}/run", tmp_path / "run", ignore=shutil.ignore_patterns("*lm.pt"))
+    cfg = load(f"{finished[0]}/tiny.toml", ["--out", f"{tmp_path}/run", "--compile", "yes"])
+    clips, valid = train.corpus(cfg, runtime := train.Runtime(cfg))
+    stage = train.LMStage(cfg, runtime, clips, valid, "lm")
+    stage.model.train()
+    stage.compile()
+    rows = range(cfg.train.lm.batch)
+
+    def graphs():
+        counters.clear()
+        train.gradients(stage, [(rows, stage.batch(0, rows))], 0, runtime, 0, len(rows))
+        return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    torch._dynamo.reset()
+    assert graphs()[1] == {} and graphs() == (0, {})
+    counters.clear()
+    with torch.no_grad():
+        stage.model.eval()
+        stage.validate(stage.model, 1)
+        stage.model.train()
+    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    assert graphs() == (0, {})
+    torch._dynamo.reset()
 
 
 def test_averaged_weights_follow_with_their_decay():
