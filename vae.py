@@ -512,9 +512,10 @@ class ResidualVQ(nn.Module):
         self.register_buffer("sums", torch.zeros(levels, codes, dim))      # vectors a step, running
 
     def nearest(self, x, level):
-        """x (N, D) -> index of the nearest entry (N,): least ‖c‖² - 2 x·c."""
+        """x (N, D) -> index of the nearest entry (N,): least ‖c‖² - 2 x·c, in fp32."""
         c = self.codebooks[level]
-        return (c.pow(2).sum(1) - 2 * x @ c.T).argmin(1)
+        with torch.autocast(x.device.type, enabled=False):
+            return (c.pow(2).sum(1) - 2 * x.float() @ c.T).argmin(1)
 
     def encode(self, x):
         """(B, T, D) -> codes (B, T, K), int64."""
@@ -534,9 +535,12 @@ class ResidualVQ(nn.Module):
 
         Every process calls it for every level, even without such rows: all_reduce waits for all.
         """
+        x = x.float()
         hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype) * rows[:, None]  # (N, codes)
         spare = x[torch.randint(len(x), (self.codebooks.shape[1],), device=x.device)]
-        stats = torch.cat([hot.sum(0)[:, None], hot.T @ x, spare], 1)           # (codes, 1 + 2 D)
+        with torch.autocast(x.device.type, enabled=False):
+            total = hot.T @ x                                                    # (codes, D)
+        stats = torch.cat([hot.sum(0)[:, None], total, spare], 1)                # (codes, 1 + 2 D)
         if torch.distributed.is_initialized():
             stats[:, x.shape[1] + 1:] *= torch.distributed.get_rank() == 0
             torch.distributed.all_reduce(stats)
@@ -918,7 +922,8 @@ class STFTDiscriminator(nn.Module):
         for conv in self.convs:
             x = F.leaky_relu(conv(x), 0.2)
             features.append(x)
-        return self.logits(x).float(), features
+        with torch.autocast(x.device.type, enabled=False):
+            return self.logits(x.float()), features
 
 
 class Discriminators(nn.Module):
@@ -956,7 +961,8 @@ class Balancer(nn.Module):
         """
         total, g = sum(weights[name] for name in terms), 0.0
         for name, term in terms.items():
-            one, = torch.autograd.grad(term, output, retain_graph=True)                 # g_i / B
+            with torch.autocast(output.device.type, enabled=False):
+                one, = torch.autograd.grad(term, output, retain_graph=True)             # g_i / B
             norm = one.flatten(1).norm(dim=1).mean() * len(one)
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(norm)
@@ -1030,7 +1036,8 @@ class VAEGAN(nn.Module):
                 terms["adv"] = -sum(logits.mean() for logits, _ in fake) / len(fake)
             if "feat" in self.weights:
                 pairs = [(r, f) for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
-                terms["feat"] = sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-4)
+                terms["feat"] = sum((r - f).float().abs().mean()
+                                    / r.float().abs().mean().clamp(min=1e-4)
                                     for r, f in pairs) / len(pairs)
             self.disc.requires_grad_(True)
             real = fake = pairs = None
