@@ -137,7 +137,9 @@ def rule(order, copy, valid, window=0):
 
 
 def make_mask(sees, B, S, device):
-    """The rule as a BlockMask on CUDA (no S x S tensor), as a dense one (B, 1, S, S) elsewhere."""
+    """The rule as a BlockMask on CUDA (attention skips what it hides; it is made of a dense one),
+    as a dense one (B, 1, S, S) elsewhere.
+    """
     if device.type == "cuda":
         return create_block_mask(sees, B, None, S, S, device=device)
     b, i = torch.arange(B, device=device)[:, None, None], torch.arange(S, device=device)

@@ -245,7 +245,8 @@ class CALM(nn.Module):
 
         batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
         (B,) the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
-        (B,); kind (B,). In eval mode the metrics also have the head's loss of each kind.
+        (B,); kind (B,). In eval mode the metrics also have the head's loss of each kind; histories
+        are noised there too, as the training loss has them.
         monologue: words (B, T) tokens beside the latents, aligned (B,) rows that have them.
         """
         cfg, x, frames = self.cfg, batch["x"], batch["frames"]
