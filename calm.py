@@ -352,7 +352,9 @@ class CALM(nn.Module):
             if self.kinds[kind] == "speech":         # captions stay before the audio
                 words = Monologue(text[:, 1:].tolist(), self.cfg.longest_pause)
                 text = text[:, :1]
-        # (B, d + n, C): what the backbone hears before anything is drawn
+        # (B, d + n, C): what the backbone hears before anything is drawn, nothing for d positions
+        # (words come first), then the history. n of it stand behind the prefix, the last d follow
+        # one by one beside the first words
         past = bos.new_zeros(B, d, bos.shape[-1])
         if n:
             past = torch.cat([past, self.latent(history)], 1)

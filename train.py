@@ -745,6 +745,10 @@ def main():
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:
             f.write(dump(cfg))
+    for name in cfg.stages:
+        init = getattr(cfg.train, name).init
+        if init and not done.get(name) and not os.path.exists(init):
+            raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
     runtime.say(f"data: {len(clips)} training clips, {len(valid)} held out")
     lacks = {k for k, w in cfg.data.weights.items() if w > 0} - {c.kind for c in clips}
     if lacks:

@@ -223,7 +223,7 @@ class VAEConfig:
         """rvq: levels K and entries of a codebook."""
         return self.codebooks, self.codebook_size
 
-    def levels(self, spectral):
+    def conv_ratios(self, spectral):
         """Ratios left to the convolutions, decoder order, and the channels at their wave-side end.
         """
         ratios, outer, width = list(self.ratios), 1, self.width
@@ -584,7 +584,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        ratios, width = cfg.levels(cfg.encoder == "stft")
+        ratios, width = cfg.conv_ratios(cfg.encoder == "stft")
         convnext = cfg.block == "convnext"
         if cfg.encoder == "stft":
             sizes = cfg.encoder_windows or [cfg.n_fft]
@@ -632,7 +632,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        ratios, narrow = cfg.levels(cfg.decoder == "istft")
+        ratios, narrow = cfg.conv_ratios(cfg.decoder == "istft")
         widths = [min(narrow * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
         self.input = nn.Linear(cfg.latent_dim, cfg.dim)
         self.up = None

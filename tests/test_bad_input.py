@@ -138,6 +138,8 @@ CASES = [  # command line, what the line must say
     (TRAIN + " --train.vae.betas [1.0,2.0]", "train.vae.lr, clip > 0"),
     (TRAIN + " --train.vae.weight_decay -1", "train.vae.weight_decay: must not be negative"),
     (TRAIN + " --data.valid {0}/none.jsonl", "data.valid"),
+    (TRAIN + " --out {0}/new --train.lm.init {0}/none.pt",
+     "none.pt: no such checkpoint; train that run first"),
     (TRAIN + " --fre", "--fre: needs a value"),
     (TRAIN + " --out=", "needs a value"),
     ("data.py describe {0}/good.jsonl --out {0}/x.jsonl --rewritten {0}/none.jsonl",
