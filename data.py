@@ -258,8 +258,8 @@ def load_manifest(path, must_exist=True):
     if path.is_dir():
         return scan(path, "folder")
     if not path.is_file():
-        raise BadInput(f"{path}: no such manifest; `python data.py scan DIR --out {path}` makes one "
-                       "of a folder of recordings; a config's head says what made its own")
+        raise BadInput(f"{path}: no such manifest; `python data.py scan DIR --out {path}` makes "
+                       "one of a folder of recordings; a config's head says what made its own")
     home, clips, gone = os.path.dirname(os.path.abspath(path)), [], []
     for n, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():

@@ -51,8 +51,8 @@ import torch.nn as nn
 
 import toy
 from calm import CALM
-from config import (FASTER, MODELS, STAGES, build, dump, load, load_checkpoint, load_weights, make_model,
-                    save_checkpoint, stage_model, Config)
+from config import (FASTER, MODELS, STAGES, build, dump, load, load_checkpoint, load_weights,
+                    make_model, save_checkpoint, stage_model, Config)
 from data import (KINDS, AudioBatches, BadInput, LatentBatches, LatentCache, Parser,
                   Prefetch, cli, digest, draw_spectrograms, encode_text, load_audio, load_clips,
                   load_manifest, save_audio, seconds_of)

@@ -287,7 +287,7 @@ def test_the_adaptive_weight_is_that_of_equation_1_and_starts_at_zero():
 
 
 def test_the_warm_up_is_at_the_step_that_the_loop_sets_however_many_micro_batches(monkeypatch):
-    """Bug: every call counted, so one GPU with 16 micro-batches warmed up 16 times as fast as 16."""
+    """Bug: every call counted, so one GPU of 16 micro-batches warmed up 16 times as fast as 16."""
     calls, head = spy(monkeypatch), tiny("consistency", warmup=4)
     z, x = torch.randn(3, 6), torch.randn(3, 4)
     for step in (0, 1, 1, 3, 4, 9):
