@@ -15,8 +15,8 @@ share of facts right (toy corpus), clips that end on time, the held-out loss, an
 --evaluate adds ("--metrics wer,dnsmos"); "--what continue" gives, for the first and the last three
 seconds of continuations, their level against the prompt (dB) and distance to real seconds (MMD²),
 so configs/ablation/music_*.toml show drift. The error is half of the 95 % confidence interval of
-the mean over seeds (Student's t: with two seeds 12.7 standard errors, so that few differences are ever
-shown by two).
+the mean over seeds (Student's t: with two seeds 12.7 standard errors, so that few differences are
+ever shown by two).
 Runs that are finished are not run again (for other settings choose another --out); an interrupted
 one goes on. Other options go to train.py.
 Exit status: 0 done, 2 your mistake.

@@ -10,15 +10,15 @@
 
 The inner monologue of calm.py (monologue = true) puts each word beside the latent where it begins
 and so needs words [[word, start, end], ...] in seconds in every line of speech; flite.py knows
-them, recordings do not. The text is taken as it is, words are what spaces part. Clips that have words
-already, that are not speech, without text or over 30 s are kept as they are.
+them, recordings do not. The text is taken as it is, words are what spaces part. Clips that have
+words already, that are not speech, without text or over 30 s are kept as they are.
 
 Sources: Whisper (Radford et al. 2022), word timestamps of its code (attention heads that follow the
 audio, median filter, DTW), here by CTranslate2 through faster-whisper: extra `eval`.
 Where this differs: audio is padded to 6 s, not to 30 (clips of two seconds: seventeen times as
-fast; 5 instead of 2 words of 100 are more than .2 s off); quiet ends, 35 dB below the loudest 20 ms, are
-cut off first, since the warping lets the first word begin at 0 whatever is heard there; the last
-word lasts to the end of what is left.
+fast; 5 instead of 2 words of 100 are more than .2 s off); quiet ends, 35 dB below the loudest 20
+ms, are cut off first, since the warping lets the first word begin at 0 whatever is heard there; the
+last word lasts to the end of what is left.
 Against the exact times of flite.py (575 words, base): half of the words begin within .07 s, nine of
 ten within .18, nearly all of them early.
 Exit status: 0 done, 2 your mistake.

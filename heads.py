@@ -239,8 +239,8 @@ class AdaLNMLP(nn.Module):
 # --------------------------------------------------------------------------------------- objectives
 # Contract with the network. net(x_t, t, z), LSD: net(x_t, t, z, s): x_t (.., D) and t, s (..) in
 # fp32, z whatever loss or sample was given, untouched; with multiplier M > 1, loss puts one axis in
-# front of x_t, t and s: M, or M / 4, rounded up, for LSD's jumps. `net.dim` is D. A position is what
-# shares one t: a network that denoises blocks takes x (B, blocks, block * D).
+# front of x_t, t and s: M, or M / 4, rounded up, for LSD's jumps. `net.dim` is D. A position is
+# what shares one t: a network that denoises blocks takes x (B, blocks, block * D).
 
 def draw(x, cfg):
     """Repeat x (.., D) M times; own noise and time for every position and every repeat (4.4).
