@@ -11,7 +11,7 @@
 The inner monologue of calm.py (monologue = true) puts each word beside the latent where it begins
 and so needs words [[word, start, end], ...] in seconds in every line of speech; flite.py knows
 them, recordings do not. The text is taken as it is, words are what spaces part. Clips that have
-words already, that are not speech, without text or over 30 s are kept as they are.
+words already, that are not speech, without text, over 30 s or unreadable are kept as they are.
 
 Sources: Whisper (Radford et al. 2022), word timestamps of its code (attention heads that follow the
 audio, median filter, DTW), here by CTranslate2 through faster-whisper: extra `eval`.
@@ -34,6 +34,7 @@ from data import BadInput, Parser, cli, load_audio, load_manifest, threads, writ
 RATE, LONGEST = 16000, 30.0             # Whisper's: Hz, seconds
 FRAME = 0.02                            # seconds of one row of its encoder, two of its log-mel
 PADDED = 600                            # log-mel rows, 6 s
+TOKENS = 440                            # of text; its decoder has 448 positions
 QUIET = 10 ** (-35 / 20)
 
 
@@ -82,14 +83,18 @@ class Aligner:
         self.view = StorageView.from_array
 
     def __call__(self, wav, text):
-        """wav (S,) numpy at 16 kHz, at most 30 s; text with words -> [[word, start, end], ...]."""
+        """wav (S,) numpy at 16 kHz, text with words -> [[word, start, end], ...], or None for what
+        Whisper cannot hold: more than 30 s or 440 tokens, less than one row of its encoder.
+        """
         a, b = loud_part(wav)
+        words = text.split()
+        tokens = [self.tokenizer.encode(" " + word) for word in words]
+        if not FRAME * RATE <= b - a <= LONGEST * RATE or sum(map(len, tokens)) > TOKENS:
+            return None
         mel = self.model.feature_extractor(wav[a:b].astype(np.float32), padding=0)      # (80, M)
         rows = mel.shape[1] // 2 * 2
         mel = np.pad(mel[:, :rows], ((0, 0), (0, max(0, PADDED - rows))))
         heard = self.model.model.encode(self.view(np.ascontiguousarray(mel[None], np.float32)))
-        words = text.split()
-        tokens = [self.tokenizer.encode(" " + word) for word in words]
         path = self.model.model.align(heard, self.tokenizer.sot_sequence, [sum(tokens, [])],
                                       rows, median_filter_width=7)[0].alignments
         return words_of_path(words, list(map(len, tokens)), path, a / RATE, b / RATE)
@@ -108,9 +113,13 @@ def main():
     for i, clip in enumerate(tqdm(clips, unit="clip")):
         if clip.kind != "speech" or clip.words or not clip.text.split():
             continue
-        wav = load_audio(clip.audio, RATE)[0]
-        if len(wav) <= LONGEST * RATE:
-            clips[i], done = replace(clip, words=aligner(wav, clip.text)), done + 1
+        try:
+            wav = load_audio(clip.audio, RATE)[0]
+        except BadInput as e:                           # one bad file must not cost hours of work
+            tqdm.write(f"kept without words: {e}")
+            continue
+        words = aligner(wav, clip.text)
+        clips[i], done = replace(clip, words=words), done + (words is not None)
     write_manifest(a.out, clips)
     print(f"{done} of {len(clips)} clips aligned -> {a.out}")
 

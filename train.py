@@ -736,6 +736,10 @@ def main():
     except OSError as e:
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
     clips, valid = corpus(cfg, runtime)
+    for name in cfg.stages:
+        init, begun = getattr(cfg.train, name).init, os.path.exists(f"{cfg.out}/{name}.pt")
+        if init and not os.path.exists(init) and (arguments.fresh or not begun):
+            raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
     if arguments.fresh and runtime.rank == 0:
         start_over(cfg.out, cfg.stages)
     if runtime.world > 1:
@@ -745,10 +749,6 @@ def main():
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:
             f.write(dump(cfg))
-    for name in cfg.stages:
-        init = getattr(cfg.train, name).init
-        if init and not done.get(name) and not os.path.exists(init):
-            raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
     runtime.say(f"data: {len(clips)} training clips, {len(valid)} held out")
     lacks = {k for k, w in cfg.data.weights.items() if w > 0} - {c.kind for c in clips}
     if lacks:

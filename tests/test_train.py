@@ -166,8 +166,9 @@ def test_fresh_deletes_the_named_stages_alone_and_nothing_where_the_corpus_is_mi
     again = ("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", str(out),
              "--stages", "lm", "--fresh")
     before = {f: os.path.getmtime(out / f) for f in ("vae.pt", "lm.pt", "consistency.pt")}
-    done = run(*again, "--data.manifest", "typo.jsonl")
-    assert done.returncode == 2 and {f: os.path.getmtime(out / f) for f in before} == before
+    for typo in (("--data.manifest", "typo.jsonl"), ("--train.lm.init", "typo.pt")):
+        done = run(*again, *typo)
+        assert done.returncode == 2 and {f: os.path.getmtime(out / f) for f in before} == before
     done = run(*again)
     assert done.returncode == 0, done.stderr
     after = {f: os.path.getmtime(out / f) for f in before}
