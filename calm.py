@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from backbone import BackboneConfig, KVCache, Transformer
 from data import END, PAD
 from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, delay_codes
-from heads import HEADS, HeadConfig
+from heads import HEADS, HeadConfig, energy_score
 
 
 @dataclass
@@ -245,7 +245,8 @@ class CALM(nn.Module):
 
         batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
         (B,) the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
-        (B,); kind (B,). In eval mode the metrics also have the head's loss of each kind; histories
+        (B,); kind (B,). In eval mode the metrics also have the head's loss of each kind and its
+        energy score (heads.py), which compares objectives and steps where losses cannot; histories
         are noised there too, as the training loss has them.
         monologue: words (B, T) tokens beside the latents, aligned (B,) rows that have them.
         """
@@ -274,18 +275,21 @@ class CALM(nn.Module):
 
         s = torch.arange(1 + T, device=x.device)
         real = s[:T] < frames[:, None] + self.lag                           # x^{s+1} exists
-        kind = batch["kind"][:, None].expand(B, T)
-        if x.is_cuda:                               # static shapes: compute padding too, weigh it 0
-            per, metrics = self.head.loss(Z[:, :T], x)
-            head = (per * real).sum() / real.sum().clamp(min=1)
-        else:
-            per, metrics = self.head.loss(Z[:, :T][real], x[real])
-            kind, real, head = kind[real], torch.ones_like(per, dtype=torch.bool), per.mean()
+        Z, kind = Z[:, :T], batch["kind"][:, None].expand(B, T)
+        if not x.is_cuda:               # CUDA: static shapes, padding is computed too and weighs 0
+            Z, x, kind, real = Z[real], x[real], kind[real], real[real]
+        per, metrics = self.head.loss(Z, x)
+        head = (per * real).sum() / real.sum().clamp(min=1)
         if not self.training:
+            if not self.codes:
+                with torch.compiler.set_stance("force_eager"):     # validation compiles nothing
+                    energy = energy_score(self.head, Z, x)
             for i, name in enumerate(self.kinds):
                 mine = real & (kind == i)
                 if mine.any():
                     metrics[f"head_{name}"] = (per * mine).sum() / mine.sum()
+                    if not self.codes:
+                        metrics[f"energy_{name}"] = (energy * mine).sum() / mine.sum()
         over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
         known = (s < frames[:, None]) | over
         bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),

@@ -87,6 +87,14 @@ class StageConfig:
 
 
 @dataclass
+class ConsistencyConfig(StageConfig):
+    """[train.consistency]: from lm.pt's weights."""
+    # TrigFlow: true = consistency distillation, dx/dt is the flow's, and the head alone learns;
+    # false = consistency training (the paper), dx/dt is the pair's, and everything learns
+    teacher: bool = False
+
+
+@dataclass
 class DistillConfig(StageConfig):
     """[train.distill]: [lm] is the student; what is not its backbone is the teacher's, copied."""
     # checkpoint of a trained CALM (lm.pt or consistency.pt of another run) on the same latents, of
@@ -99,7 +107,7 @@ class DistillConfig(StageConfig):
 class Stages:
     vae: StageConfig = field(default_factory=StageConfig)
     lm: StageConfig = field(default_factory=StageConfig)
-    consistency: StageConfig = field(default_factory=StageConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     audiocalm: StageConfig = field(default_factory=StageConfig)
     audiocalm_lsd: StageConfig = field(default_factory=StageConfig)
@@ -167,6 +175,9 @@ class Config:
         if "consistency" in self.stages and self.lm.head.objective not in FEW_STEPS:
             raise ValueError("stages: consistency goes on from a flow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
+        if self.train.consistency.teacher and self.lm.head.objective == "rectified_flow":
+            raise ValueError("train.consistency.teacher: is for lm.head.objective = \"trigflow\"; "
+                             "a rectified flow's few-step stage is LSD, which has none")
         if "audiocalm_lsd" in self.stages and self.audiocalm.head.objective == "trigflow":
             raise ValueError("stages: audiocalm_lsd goes on from a rectified flow's weights; set "
                              "audiocalm.head.objective = \"rectified_flow\" or leave it out")

@@ -9,8 +9,8 @@ drawn from (seed, step, row).
     clips ─► [vae]  waveform crops ─► VAE-GAN ─► vae.pt
                                                    │ encode all clips once ─► latents/
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
-    [consistency]   the same weights, one-step objective ─► consistency.pt   (of TrigFlow; LSD, if
-                                                            the flow was rectified_flow)
+    [consistency]   the same weights, one-step objective ─► consistency.pt   (of TrigFlow, also
+                                            as its teacher; LSD, if the flow was rectified_flow)
     [distill]       another run's model with guidance ─► a smaller backbone, distill.pt
       [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
   [audiocalm_lsd]   the same weights, a block in 1 to 4 passes ─► audiocalm_lsd.pt
@@ -212,6 +212,10 @@ class LMStage:
             except RuntimeError:
                 raise BadInput(f"{path}: its head has other sizes than the config's") from None
             load_weights(self.model, self.model.state_dict() | weights, path)
+            if getattr(stage, "teacher", False):
+                self.model.to(runtime.device).requires_grad_(False)
+                self.model.head.teach()
+                self.model.head.requires_grad_(True)
         self.averaged = self.model
         self.optimized = {name: self.model}
 

@@ -212,6 +212,27 @@ def test_the_tangent_is_cos_t_times_the_derivative_of_f_by_finite_differences():
     assert torch.allclose(g0, -t.cos()[:, None]**2 * (net(path(t), t, z) - dxdt))
 
 
+def test_taught_by_the_exact_flow_the_true_consistency_function_has_loss_zero():
+    x = M + S * torch.randn(500, 2, dtype=torch.float64)
+    alone = Consistency(Net(consistency_F, 2), HeadConfig(multiplier=4))
+    assert alone.loss(x, x)[0].mean() > 0.01                    # every pair pulls another way
+    alone.teacher = [Net(trig_F, 2)]
+    assert alone.loss(x, x)[0].max() < 1e-16
+
+
+def test_the_teacher_is_the_flow_that_was_loaded_and_does_not_learn():
+    flow, head = tiny("trigflow"), tiny("consistency")
+    head.load_flow(flow.state_dict())
+    head.teach()
+    x, t, z = torch.randn(5, 4), torch.rand(5), torch.randn(5, 6)
+    head.loss(z, x)[0].mean().backward()
+    assert not any(p.grad is not None for p in head.teacher[0].parameters())
+    torch.optim.SGD(head.parameters(), 0.1).step()
+    assert torch.equal(head.teacher[0](x, t, z), flow.net(x, t, z))
+    assert not torch.equal(head.net(x, t, z), flow.net(x, t, z))
+    assert not any("teacher" in name for name in head.state_dict())         # lm.pt has it
+
+
 def test_f_at_time_zero_is_the_identity():
     head, x = tiny("consistency"), torch.randn(5, 4)
     assert torch.equal(head.f(x, torch.zeros(5), torch.randn(5, 6)), x)
@@ -434,6 +455,21 @@ def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_state_alone
     a, b, c = draw(1), draw(1), draw(2)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_energy_score_is_least_for_the_true_distribution_and_exact_for_a_constant():
+    class Draws:
+        def __init__(self, mean, std):
+            self.mean, self.std = mean, std
+
+        def sample(self, z):
+            return self.mean + self.std * torch.randn_like(z)
+    x = M + S * torch.randn(20000, 4, dtype=torch.float64)
+    score = lambda mean, std: heads.energy_score(Draws(mean, std), x, x).mean().item()
+    assert score(0.0, 0.0) == pytest.approx((x.norm(dim=-1) / 2).mean().item(), rel=1e-12)
+    best = score(M, S)
+    assert all(score(*wrong) > best + 0.005 for wrong in (
+        (M, 0.0), (M, 0.5 * S), (M, 1.6 * S), (M + 0.2, S)))
 
 
 def test_default_steps_are_one_for_consistency_twenty_for_flows_or_the_config():

@@ -515,6 +515,33 @@ def test_the_consistency_stage_of_a_rectified_flow_is_lsd_from_its_weights(finis
     assert torch.equal(few.backbone.norm.weight, flow.backbone.norm.weight)
 
 
+def test_distilled_consistency_trains_the_head_alone_and_resumes_with_its_teacher(
+        finished, tmp_path):
+    for name in ("whole", "stopped"):
+        shutil.copytree(f"{finished[0]}/run", f"{tmp_path}/{name}",
+                        ignore=shutil.ignore_patterns("consistency.pt"))
+    options = ("train.py", "--config", f"{finished[0]}/tiny.toml", "--stages", "consistency",
+               "--train.consistency.teacher", "true", "--train.consistency.steps", "12",
+               "--train.consistency.save_every", "4")
+    process = subprocess.Popen([sys.executable, *options, "--out", f"{tmp_path}/stopped"], cwd=ROOT,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("consistency 6/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    for out in ("whole", "stopped"):
+        done = run(*options, "--out", f"{tmp_path}/{out}")
+        assert done.returncode == 0, done.stderr
+    assert "resuming at step 4" in done.stdout
+    flow, head, resumed = (load_checkpoint(f"{tmp_path}/{path}.pt") for path in (
+        "whole/lm", "whole/consistency", "stopped/consistency"))
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in head["model"].items())
+    moved = {k for k, v in flow["ema"].items() if not torch.equal(v, head["model"][k])}
+    assert moved and all(k.startswith("head.net.") for k in moved)
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
     done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
     assert (done.returncode == 2
