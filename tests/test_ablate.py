@@ -34,6 +34,7 @@ def test_two_configs_give_a_table_and_share_a_vae(tmp_path):
     with open(f"{tmp_path}/t.json") as f:
         table = json.load(f)
     assert set(table) == {"a", "b"} and len(table["a"]["held-out loss"]["seeds"]) == 1
+    assert "energy score speech" in table["a"]
     assert table["a"] == table["b"]                  # the same experiment
     with open(f"{tmp_path}/t.png", "rb") as f:
         assert f.read(8) == b"\x89PNG\r\n\x1a\n"

@@ -416,10 +416,13 @@ def test_gradients_flow_through_f_and_its_derivative_and_not_through_lsds_target
     assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-6) for a, b in zip(got, expected))
 
 
-@pytest.mark.parametrize("name", ["consistency", "lsd"])
-def test_a_loss_with_a_jvp_is_one_compiled_graph_of_the_same_gradient(name):
+@pytest.mark.parametrize("name, taught", [("consistency", False), ("consistency", True),
+                                          ("lsd", False)])
+def test_a_loss_with_a_jvp_is_one_compiled_graph_of_the_same_gradient(name, taught):
     """Bug: with the network compiled instead, dynamo gave up on it at the jvp, in silence."""
     head = tiny(name, blocks=1)
+    if taught:
+        head.teach()
     z, x = torch.randn(3, 6), torch.randn(3, 4)
 
     def grads(loss):
