@@ -93,7 +93,7 @@ class AudioCALMConfig:
     # latents drawn together, which see each other (the paper sweeps it, the value is not public); 1
     # = frame by frame, as CALM. The first audio comes after one block
     block: int = 4
-    # largest share s of noise in the history that training shows; at generation there is none
+    # largest share s of noise in the history that training shows (generation: sample.noise)
     history_noise: float = 0.3
     # the same for the voice prompt: a prompt is a recording, not our own errors, so less
     prompt_noise: float = 0.1
@@ -335,13 +335,14 @@ class AudioCALM(nn.Module):
 
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
-                 temperature=1.0, guidance=1.0, generator=None):
+                 temperature=1.0, guidance=1.0, noise=0.0, generator=None):
         """Yields normalised latents (B, D) and which rows have ended (B,) until all have, or
         max_frames. Frame by frame like CALM's, drawn block by block.
 
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
         (B, n, D): clean latents to continue (both normalised), used in whole blocks, the oldest
-        n mod block are left out. A row that has ended goes on yielding: cut it there.
+        n mod block are left out. A row that has ended goes on yielding: cut it there. noise: the
+        share of the training's history noise that blocks have when they are heard, 0 to 1.
         """
         cfg, net, B, device = self.cfg, self.head.net, text.shape[0], text.device
         D = net.latent.in_features
@@ -359,6 +360,10 @@ class AudioCALM(nn.Module):
 
         def remember(x):
             """The clean pass: x (B, block, D) into the cache -> stop logits (B, block)."""
+            if noise * cfg.history_noise:
+                draw = {"device": device, "generator": generator}
+                share = noise * cfg.history_noise * torch.rand(B, 1, 1, **draw)
+                x = (1 - share) * x + share * torch.randn(x.shape, **draw)
             h = net.latent(x.to(net.latent.weight.dtype)).repeat(rows // B, 1, 1)
             hidden = self.backbone(h, cache, experts=experts)
             if cfg.window:

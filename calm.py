@@ -50,6 +50,8 @@ Where this differs from the paper:
   value (the paper: 2 frames after the text): a longer one lets the model read a word before it
   speaks it. The paper does not give the weight of the text loss.
 - k ~ U(0, noise): the paper's 1 is a config value; for short speech .5 learns the text faster.
+- Generation may noise what it hears as training does (sample.noise; the paper: never). A small
+  model that has never heard a clean history takes one for a loud one: its latents grow (LOG.md).
 Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
 """
 import warnings
@@ -76,6 +78,8 @@ class CALMConfig:
     short_layers: int = 0
     # K, latents that T_short's layers look back (4.2; Table 7: 5 is too few)
     short_context: int = 10
+    # largest share of noise k in T_short's latents. The paper's are clean (0)
+    short_noise: float = 0.0
     # kinds that have the branch
     short_kinds: list[str] = field(default_factory=lambda: ["sound", "music"])
     short_dropout: float = 0.0  # share of training sequences without it
@@ -93,7 +97,7 @@ class CALMConfig:
     longest_pause: int = 25
 
     def __post_init__(self):
-        for name in ("noise", "short_dropout", "prefix_dropout"):
+        for name in ("noise", "short_noise", "short_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
         for name, least in (("short_layers", 0), ("short_context", 1), ("eos_weight", 0),
@@ -240,6 +244,12 @@ class CALM(nn.Module):
         at = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
         return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))        # (B, 1+T, C)
 
+    def noise(self, x, most, generator=None):
+        """x (B, T, D) -> sqrt(k) eps + sqrt(1 - k) x, k ~ U(0, most) for each latent (4.3)."""
+        draw = {"device": x.device, "generator": generator}
+        k = most * torch.rand(*x.shape[:2], 1, **draw)
+        return k.sqrt() * torch.randn(x.shape, dtype=x.dtype, **draw) + (1 - k).sqrt() * x
+
     def loss(self, batch):
         """One training loss and its parts.
 
@@ -260,18 +270,18 @@ class CALM(nn.Module):
         keep = torch.rand(B, device=x.device) >= dropped
         noised, words = x, None
         if not self.codes:
-            k = cfg.noise * torch.rand(B, T, 1, device=x.device)            # per latent
-            noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
+            noised = self.noise(x, cfg.noise)
         if cfg.monologue:
             words = F.pad(torch.where(keep[:, None], batch["words"], PAD), (0, self.lag), value=PAD)
         z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         Z = z_audio = z_long[:, self.delay:]                                # (B, 1+T, C)
         if cfg.short_layers:
-            clean = torch.cat([self.short_bos.expand(B, 1, -1), self.short_latent(x)], 1)
+            heard = self.noise(x, cfg.short_noise) if cfg.short_noise else x
+            recent = torch.cat([self.short_bos.expand(B, 1, -1), self.short_latent(heard)], 1)
             on = (self.has_short[batch["kind"]]
                   & (torch.rand(B, device=x.device) >= no_short))
-            Z = Z + self.short(clean) * on[:, None, None]
+            Z = Z + self.short(recent) * on[:, None, None]
 
         s = torch.arange(1 + T, device=x.device)
         real = s[:T] < frames[:, None] + self.lag                           # x^{s+1} exists
@@ -317,8 +327,7 @@ class CALM(nn.Module):
         batch as in loss. metrics: explained = 1 - L / variance of the target, 1 = the teacher.
         """
         x, frames = batch["x"], batch["frames"]
-        k = self.cfg.noise * torch.rand(*x.shape[:2], 1, device=x.device)
-        noised = k.sqrt() * torch.randn_like(x) + (1 - k).sqrt() * x
+        noised = self.noise(x, self.cfg.noise)
 
         def z(net, share):
             return net.condition(noised, batch["text"], batch["text_len"] * share, batch["prompt"],
@@ -335,16 +344,22 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
-                 temperature=1.0, guidance=1.0, generator=None):
+                 temperature=1.0, guidance=1.0, noise=0.0, generator=None):
         """Yields normalised latents (B, D), or codes (B, K), and which rows have ended (B,) until
         all have, or max_frames.
 
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
         (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
-        on yielding: cut it there. Monologue: the bytes of a speech's text run beside the latents,
+        on yielding: cut it there. noise: the share of the training's noise that the history and
+        what is drawn have when they are heard, 0 (the paper) to 1. Monologue: the bytes of a speech's text run beside the latents,
         beside a history nothing does; a row cannot end before all its words have been said.
         """
         B, device, d = text.shape[0], text.device, self.delay
+        def hear(embed, x, most):
+            return embed(self.noise(x, noise * most, generator) if noise * most else x)
+
+        if self.codes:
+            noise = 0.0
         if self.lag:
             line = DelayLine(text.new_zeros(B, 0, self.lag + 1) if history is None else history)
             history = line.past
@@ -361,7 +376,7 @@ class CALM(nn.Module):
         # one by one beside the first words
         past = bos.new_zeros(B, d, bos.shape[-1])
         if n:
-            past = torch.cat([past, self.latent(history)], 1)
+            past = torch.cat([past, hear(self.latent, history, self.cfg.noise)], 1)
         silent = past[:, :n] + nothing[:, None]
         prefix = [self.text(text)]
         if prompt is not None and prompt.shape[1]:
@@ -371,7 +386,8 @@ class CALM(nn.Module):
         if use_short:
             x_short = self.short_bos.expand(B, 1, -1)
             if n:
-                x_short = torch.cat([x_short, self.short_latent(history)], 1)
+                x_short = torch.cat([x_short, hear(self.short_latent, history,
+                                                   self.cfg.short_noise)], 1)
         ended, ends = torch.zeros(B, dtype=torch.bool, device=device), []
         for i in range(d + max_frames + self.lag):
             Z = self.backbone(x_long, long)[:, -1]                          # (B, C)
@@ -398,9 +414,9 @@ class CALM(nn.Module):
                     x = line.put(x, ended)                                  # (B, K) of K frames
                 if i >= d + self.lag:
                     yield line.frame() if self.lag else x, ends[i - self.lag]
-                heard = self.latent(x)
+                heard = hear(self.latent, x[:, None], self.cfg.noise)[:, 0]
                 if use_short:
-                    x_short = self.short_latent(x)[:, None]
+                    x_short = hear(self.short_latent, x[:, None], self.cfg.short_noise)
             x_long, x_null = (heard + token)[:, None], (heard + nothing)[:, None]
 
     @torch.no_grad()

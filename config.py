@@ -121,6 +121,9 @@ class SampleConfig:
     # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech); of the softmax for
     # codes
     temperature: float = 0.8
+    # share of the training's noise (lm.noise, lm.short_noise, audiocalm.history_noise) on what a
+    # model hears of its own past, 0 (the papers) .. 1; for long continuations
+    noise: float = 0.0
     cfg: float = 1.0            # latent guidance a in Z = Z_null + a (Z_cond - Z_null); 1 = off
     seconds: float = 5.0        # longest clip
     prompt_seconds: float = 3.0 # audio continued where there is no text (CALM section 5)
@@ -135,6 +138,8 @@ class SampleConfig:
         for name in ("seconds", "prompt_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be positive seconds, got {getattr(self, name)}")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise: must lie in 0 .. 1, got {self.noise}")
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg: must be a number, got {self.cfg}")
         for kind in set(self.texts) - set(KINDS):

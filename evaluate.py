@@ -26,7 +26,7 @@ held-out clip's end (two clips of one text differ too).
 Generations: every held-out text, in the voice of another held-out clip of its speaker where the run
 was trained with voice prompts.
 --sweep generates with one setting at several values (the last stage, or --stage): steps of the head
-(CALM Table 6), temperature (its Fig. 3), cfg; a table, and with --wavs a picture of the curves.
+(CALM Table 6), temperature (its Fig. 3), cfg, noise; a table, and with --wavs a picture of the curves.
 --what continue: held-out clips' first seconds (sample.prompt_seconds) continued for sample.seconds,
 without text; for each second of the new audio the share of clips that have not ended, their median
 level against the prompt in dB, and their distance to real seconds of the same kind: squared MMD
@@ -97,7 +97,7 @@ def word_errors(said, heard):
 
 METRICS = ("pesq", "stoi", "visqol", "dnsmos", "wer", "sim")
 SWEEPS = {"steps": (1, 2, 4, 10, 20), "temperature": (0.3, 0.5, 0.7, 0.9, 1.0),
-          "cfg": (1.0, 1.5, 2.0, 3.0)}
+          "cfg": (1.0, 1.5, 2.0, 3.0), "noise": (0.0, 0.5, 1.0)}
 
 
 class Judges:
@@ -259,7 +259,7 @@ def voice_of(clip, clips, lm, vae, cfg):
 def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **options):
     """{kind: share of facts right}, guessing's, {kind: share of clips that end within two frames of
     the true end} over every distinct held-out text, `repeats` draws of each; `judges` hears the
-    speech. options: steps, temperature, guidance.
+    speech. options: steps, temperature, guidance, noise.
 
     Texts of equal length share a batch, with an inner monologue all texts: the model takes no
     padding when it generates.
@@ -498,6 +498,9 @@ def main():
     p.add_argument("--steps", type=int, default=0, help="head steps; 0 = the objective's own")
     p.add_argument("--temperature", type=float, help="default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance; default: the config's")
+    p.add_argument("--noise", type=float,
+                   help="share of the training's noise on what the model hears of its own past, "
+                        "0 .. 1; default: the config's")
     p.add_argument("--sweep", choices=list(SWEEPS), help="generate at several values of this")
     p.add_argument("--values", help="of the sweep, parted by commas")
     p.add_argument("--metrics", default="",
@@ -510,6 +513,8 @@ def main():
                        "--steps, --temperature: not negative")
     if a.cfg is not None and not math.isfinite(a.cfg):
         raise BadInput(f"--cfg: must be a number, got {a.cfg}")
+    if not 0 <= (a.noise or 0) <= 1:
+        raise BadInput(f"--noise: {a.noise} does not lie in 0 .. 1")
     if a.json:
         check_writable(a.json)
     if a.wavs:
@@ -570,7 +575,8 @@ def main():
         options = {"steps": steps,
                    "temperature": (cfg.sample.temperature if a.temperature is None
                                    else a.temperature),
-                   "guidance": cfg.sample.cfg if a.cfg is None else a.cfg}
+                   "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
+                   "noise": cfg.sample.noise if a.noise is None else a.noise}
         if a.sweep:
             def judged(value):
                 heard = Judges(metrics, a.whisper) if metrics else None

@@ -53,6 +53,9 @@ def parse():
     p.add_argument("--temperature", type=float,
                    help="variance of the noise, 0 .. 1; default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
+    p.add_argument("--noise", type=float,
+                   help="share of the training's noise on what the model hears of its own past, "
+                        "0 .. 1; default: the config's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
@@ -74,6 +77,8 @@ def parse():
         raise BadInput("give --text, --prompt or both (see -h)")
     if not 0 <= a.seed < 2 ** 63:
         raise BadInput(f"--seed: {a.seed} does not lie in 0 .. 2^63 - 1")
+    if not 0 <= (a.noise or 0) <= 1:
+        raise BadInput(f"--noise: {a.noise} does not lie in 0 .. 1")
     for name, low in (("seconds", 0), ("prompt_seconds", 0), ("steps", 0), ("cfg", -math.inf),
                       ("temperature", -1e-9)):
         value = getattr(a, name)
@@ -139,6 +144,7 @@ def main():
     options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
                "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
                "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
+               "noise": cfg.sample.noise if a.noise is None else a.noise,
                "generator": torch.Generator(a.device).manual_seed(a.seed)}
     history = None
     if a.prompt:

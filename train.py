@@ -306,6 +306,7 @@ class LMStage:
             wav, = model.render(self.vae, tokens, kind=KINDS.index(kind),
                                 seconds=cfg.sample.seconds, steps=cfg.sample.steps or None,
                                 temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
+                                noise=cfg.sample.noise,
                                 generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
         draw_spectrograms(f"{cfg.out}/samples/{name}.png",

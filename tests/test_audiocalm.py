@@ -363,6 +363,20 @@ def test_history_continues_as_if_it_had_been_generated():
     torch.testing.assert_close(odd, rest)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_blocks_are_heard_with_the_asked_share_of_the_trainings_noise(noise):
+    net, heard = endless(model(block=4)), []
+    net.cfg.history_noise = 0.5
+    layer = net.head.net.latent
+    layer.forward = lambda x, f=layer.forward: heard.append(x) or f(x)
+    history = torch.randn(200, 8, D).double()
+    next(net.generate(torch.zeros(200, 1, dtype=torch.long), kind=0, max_frames=4, history=history,
+                      noise=noise, steps=1, generator=torch.Generator().manual_seed(0)))
+    first = heard[0]                                                        # (200, 4, D)
+    share = (first * history[:, :4]).sum() / history[:, :4].square().sum()  # E (1 - s)
+    assert share.item() == pytest.approx(0.75 if noise else 1.0, abs=0.03 * noise + 1e-12)
+
+
 def test_rows_end_at_the_first_positive_stop_logit_also_inside_a_block():
     net, vae = model(block=4), VAE(VAEConfig(
         sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1, encoder_layers=0,

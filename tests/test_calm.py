@@ -149,8 +149,9 @@ def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
     torch.testing.assert_close(net.loss(b)[0], first)
 
 
-def test_noise_reaches_the_backbone_only():
-    net, b = model(noise=1.0, prefix_dropout=0.0), batch()
+@pytest.mark.parametrize("short_noise", [0.0, 1.0])
+def test_noise_reaches_the_backbone_and_the_short_context_if_asked_but_no_target(short_noise):
+    net, b = model(noise=1.0, short_noise=short_noise, prefix_dropout=0.0), batch()
     got, clean, target = [], [], []
     long, short, head = net.latent.forward, net.short_latent.forward, net.head.loss
     net.latent.forward = lambda x: got.append(x) or long(x)
@@ -158,7 +159,8 @@ def test_noise_reaches_the_backbone_only():
     net.head.loss = lambda z, x: target.append(x) or head(z, x)
     net.loss(b)
     assert (got[0] - b["x"]).abs().mean() > 0.2
-    torch.testing.assert_close(clean[0], b["x"])
+    heard = (clean[0] - b["x"]).abs().mean()
+    assert heard > 0.2 and not torch.equal(clean[0], got[0]) if short_noise else heard == 0
     torch.testing.assert_close(target[0], b["x"][torch.arange(6) < b["frames"][:, None]])
 
 
@@ -177,6 +179,33 @@ def test_noised_latents_keep_unit_variance_for_every_k():
     assert got[0].var().item() == pytest.approx(1.0, abs=0.02)
     cosine = (got[0] * b["x"]).mean().item()         # E sqrt(1 - k) = 2/3 for k ~ U(0, 1)
     assert cosine == pytest.approx(2 / 3, abs=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+def test_generation_hears_its_past_with_the_asked_share_of_the_trainings_noise(noise):
+    """Bug: what had only heard noised latents took its own clean ones for loud ones and grew."""
+    net, B = model(noise=1.0, short_noise=0.5), 64
+    net.eos.bias.data.fill_(-100.0)
+    heard = {}
+    for name in ("latent", "short_latent"):
+        layer, heard[name] = getattr(net, name), []
+        layer.forward = lambda x, f=layer.forward, to=heard[name]: to.append(x) or f(x)
+    history = torch.randn(B, 60, D)
+    state = torch.get_rng_state()
+    options = dict(kind=2, max_frames=20, history=history, noise=noise)
+    run = lambda: torch.stack([x for x, _ in net.generate(
+        torch.zeros(B, 1, dtype=torch.long), generator=torch.Generator().manual_seed(0),
+        **options)], 1)
+    x = torch.cat([history, run()], 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, most in (("latent", noise), ("short_latent", 0.5 * noise)):
+        share = 2 / 3 * (1 - (1 - most)**1.5) / most if most else 1.0       # E sqrt(1 - k)
+        for part in (slice(0, 60), slice(60, 80)):                          # history, own latents
+            h = torch.cat(heard[name], 1)[:, part]
+            got = (h * x[:, part]).sum() / x[:, part].square().sum()
+            assert got.item() == pytest.approx(share, abs=0.03 if noise else 1e-6), name
+    assert torch.equal(run(), x[:, 60:])
 
 
 def test_rendered_clips_are_cut_where_their_row_ended():
