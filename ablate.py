@@ -11,8 +11,9 @@
 Configs with equal [vae], [train.vae] and [toy] tables and the same manifest share one VAE and its
 latents: the first run trains it (or --vae RUN has it), all others link to it. Seeds and rows then
 differ in the language model alone; --own-vae turns that off. A row is a config, a column a figure:
-share of facts right (toy corpus), clips that end on time, the held-out loss and the energy score of
-the next latent's draws (heads.py; one unit for all heads), and whatever --evaluate adds ("--metrics wer,dnsmos"); "--what continue" gives, for the first and the last three
+share of facts right (toy corpus), clips that end on time, the held-out loss, CALM's energy score of
+the next latent's draws (heads.py; one unit for all continuous heads), and whatever --evaluate
+adds ("--metrics wer,dnsmos"); "--what continue" gives, for the first and the last three
 seconds of continuations, their level against the prompt (dB) and distance to real seconds (MMD²),
 so configs/ablation/music_*.toml show drift. The error is half of the 95 % confidence interval of
 the mean over seeds (Student's t: with two seeds 12.7 standard errors, so that few differences are

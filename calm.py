@@ -245,9 +245,9 @@ class CALM(nn.Module):
         return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))        # (B, 1+T, C)
 
     def noise(self, x, most, generator=None):
-        """x (B, T, D) -> sqrt(k) eps + sqrt(1 - k) x, k ~ U(0, most) for each latent (4.3)."""
+        """x (.., D) -> sqrt(k) eps + sqrt(1 - k) x, k ~ U(0, most) for each latent (4.3)."""
         draw = {"device": x.device, "generator": generator}
-        k = most * torch.rand(*x.shape[:2], 1, **draw)
+        k = most * torch.rand(*x.shape[:-1], 1, **draw)
         return k.sqrt() * torch.randn(x.shape, dtype=x.dtype, **draw) + (1 - k).sqrt() * x
 
     def loss(self, batch):
@@ -292,7 +292,7 @@ class CALM(nn.Module):
         head = (per * real).sum() / real.sum().clamp(min=1)
         if not self.training:
             if not self.codes:
-                with torch.compiler.set_stance("force_eager"):     # validation compiles nothing
+                with torch.compiler.set_stance("force_eager"):     # the sampler is not compiled
                     energy = energy_score(self.head, Z, x)
             for i, name in enumerate(self.kinds):
                 mine = real & (kind == i)
@@ -351,10 +351,12 @@ class CALM(nn.Module):
         text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
         (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
         on yielding: cut it there. noise: the share of the training's noise that the history and
-        what is drawn have when they are heard, 0 (the paper) to 1. Monologue: the bytes of a speech's text run beside the latents,
-        beside a history nothing does; a row cannot end before all its words have been said.
+        what is drawn have when they are heard, 0 (the paper) to 1.
+        Monologue: the bytes of a speech's text run beside the latents, beside a history nothing
+        does; a row cannot end before all its words have been said.
         """
         B, device, d = text.shape[0], text.device, self.delay
+
         def hear(embed, x, most):
             return embed(self.noise(x, noise * most, generator) if noise * most else x)
 
@@ -414,9 +416,9 @@ class CALM(nn.Module):
                     x = line.put(x, ended)                                  # (B, K) of K frames
                 if i >= d + self.lag:
                     yield line.frame() if self.lag else x, ends[i - self.lag]
-                heard = hear(self.latent, x[:, None], self.cfg.noise)[:, 0]
+                heard = hear(self.latent, x, self.cfg.noise)
                 if use_short:
-                    x_short = hear(self.short_latent, x[:, None], self.cfg.short_noise)
+                    x_short = hear(self.short_latent, x, self.cfg.short_noise)[:, None]
             x_long, x_null = (heard + token)[:, None], (heard + nothing)[:, None]
 
     @torch.no_grad()

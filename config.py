@@ -180,7 +180,8 @@ class Config:
         if "consistency" in self.stages and self.lm.head.objective not in FEW_STEPS:
             raise ValueError("stages: consistency goes on from a flow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
-        if self.train.consistency.teacher and self.lm.head.objective == "rectified_flow":
+        if ("consistency" in self.stages and self.train.consistency.teacher
+                and self.lm.head.objective == "rectified_flow"):
             raise ValueError("train.consistency.teacher: is for lm.head.objective = \"trigflow\"; "
                              "a rectified flow's few-step stage is LSD, which has none")
         if "audiocalm_lsd" in self.stages and self.audiocalm.head.objective == "trigflow":

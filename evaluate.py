@@ -26,7 +26,8 @@ held-out clip's end (two clips of one text differ too).
 Generations: every held-out text, in the voice of another held-out clip of its speaker where the run
 was trained with voice prompts.
 --sweep generates with one setting at several values (the last stage, or --stage): steps of the head
-(CALM Table 6), temperature (its Fig. 3), cfg, noise; a table, and with --wavs a picture of the curves.
+(CALM Table 6), temperature (its Fig. 3), cfg, noise; a table, and with --wavs a picture of the
+curves.
 --what continue: held-out clips' first seconds (sample.prompt_seconds) continued for sample.seconds,
 without text; for each second of the new audio the share of clips that have not ended, their median
 level against the prompt in dB, and their distance to real seconds of the same kind: squared MMD
@@ -35,7 +36,7 @@ prompts' reconstructions. A fade, a drift to noise or an early end show as curve
 (CALM section 5 has none of this; Table 5's distances are over whole clips).
 --what draws: what a few-step stage loses against the flow that it goes on from, where words and
 facts are too easy to show it: `--repeats` draws of the first latents of each held-out text, at
-temperature 1 and without guidance; their energy distance to as many draws of the flow in 32 steps
+temperature 1, without guidance and noise; their energy distance to as many draws of the flow in 32 steps
 (0 = the same distribution; unbiased, so a little below 0 at times), and their spread (deviation
 from draw to draw) relative to it.
 Exit status: 0 done, 2 your mistake (one line says which).
@@ -531,11 +532,11 @@ def main():
     try:
         values = [(int if a.sweep == "steps" else float)(v) for v in a.values.split(",")] if (
             a.values) else SWEEPS.get(a.sweep)
-        if any(v < (a.sweep == "steps") for v in values or ()):
+        if any(v < (a.sweep == "steps") or v > 1 and a.sweep == "noise" for v in values or ()):
             raise ValueError
     except ValueError:
         raise BadInput(f"--values {a.values}: numbers that are not negative, parted by "
-                       "commas; for steps whole ones from 1"
+                       "commas; for steps whole ones from 1, for noise at most 1"
                        ) from None
     cfg, vae, _, _ = open_run(a.run)
     stages = [s for s in reversed(MODELS)

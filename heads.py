@@ -270,9 +270,10 @@ def energy_score(head, z, x, **options):
 
         (|a - x| + |b - x| - |a - b|) / (2 sqrt D)      a, b two draws of head.sample(z, **options)
 
-    Gneiting & Raftery (2007), Eq. 21 with two draws; strictly proper: its expectation is least
-    where the draws have x's distribution, and one unit serves all objectives and numbers of steps.
-    Draws that are all the mean lose the spread, draws that are too wide lose the distance.
+    The energy score of Gneiting & Raftery (2007, section 4.2) from two draws; strictly proper: its
+    expectation is least where the draws have x's distribution, and one unit serves all objectives
+    and numbers of steps. Draws that all equal the mean gain nothing from |a - b|; draws that are
+    too wide pay in |a - x|. train.py logs it on held-out clips as valid_energy_*.
     """
     x = fp32(x)
     a, b = (head.sample(z, **options) for _ in range(2))

@@ -552,6 +552,9 @@ def train(stage, name, cfg, runtime):
         parts[part].requires_grad_(False)
     optimizers = make_optimizers(stage, c, runtime.device)
     ema, first = EMA(stage.averaged, c.ema) if c.ema else None, 0
+    taught = getattr(getattr(stage.model, "head", None), "teacher", None)
+    known = {k: v.clone() for k, v in stage.model.state_dict().items()
+             if taught and not k.startswith("head.")}
     if os.path.exists(path):
         state = load_checkpoint(path, runtime.device)
         load_weights(stage.model, state["model"], path)
@@ -568,6 +571,9 @@ def train(stage, name, cfg, runtime):
         if ema:
             ema = EMA(stage.averaged, c.ema)
         runtime.say(f"{name}: starts from {c.init} ({state['step']} steps)")
+    if any(not torch.equal(v, known[k]) for k, v in stage.model.state_dict().items() if k in known):
+        raise BadInput(f"train.{name}.teacher: {path if first else c.init} has another backbone "
+                       f"than {out}/{FASTER[name]}.pt, which teaches; use --fresh or --out")
     if runtime.compile:
         stage.compile()
     size = sum(p.numel() for p in stage.model.parameters())

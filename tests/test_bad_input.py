@@ -133,7 +133,8 @@ CASES = [  # command line, what the line must say
     (SAMPLE + " --text hi --seed 99999999999999999999", "--seed"),
     (TRAIN + " --sample.temperature -1", "sample.temperature: must be at least 0"),
     (TRAIN + " --sample.noise 1.5", "sample.noise: must lie in 0 .. 1"),
-    (TRAIN + " --train.consistency.teacher true --lm.head.objective rectified_flow",
+    (TRAIN + " --train.consistency.teacher true --lm.head.objective rectified_flow "
+     "--stages vae,lm,consistency",
      "train.consistency.teacher: is for lm.head.objective"),
     (TRAIN + " --sample.texts.speach hi", "sample.texts"),
     (TRAIN + " --vae.loss_windows [0]", "vae.loss_windows: needs windows"),
@@ -149,6 +150,7 @@ CASES = [  # command line, what the line must say
     ("data.py describe {0}/good.jsonl --out {0}/x.jsonl --rewritten {0}/none.jsonl",
      "none.jsonl: cannot be read"),
     ("data.py check {0}/words.jsonl", "words must be [[word, start, end], ...]; it is 3"),
+    ("evaluate.py --run {0}/run --sweep noise --values 0,1.5", "for noise at most 1"),
     ("evaluate.py --run {0}/run --temperature nan", "--temperature: not negative"),
     ("evaluate.py --run {0}/vae_only --what lm", "has no language model"),
     ("evaluate.py --run {0}/run --stage lm2", "has no 'lm2'"),

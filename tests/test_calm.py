@@ -190,7 +190,8 @@ def test_generation_hears_its_past_with_the_asked_share_of_the_trainings_noise(n
     heard = {}
     for name in ("latent", "short_latent"):
         layer, heard[name] = getattr(net, name), []
-        layer.forward = lambda x, f=layer.forward, to=heard[name]: to.append(x) or f(x)
+        layer.forward = lambda x, f=layer.forward, to=heard[name]: (
+            to.append(x if x.dim() == 3 else x[:, None]) or f(x))
     history = torch.randn(B, 60, D)
     state = torch.get_rng_state()
     options = dict(kind=2, max_frames=20, history=history, noise=noise)

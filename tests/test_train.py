@@ -540,6 +540,10 @@ def test_distilled_consistency_trains_the_head_alone_and_resumes_with_its_teache
     assert all(torch.equal(v, resumed["model"][k]) for k, v in head["model"].items())
     moved = {k for k, v in flow["ema"].items() if not torch.equal(v, head["model"][k])}
     assert moved and all(k.startswith("head.net.") for k in moved)
+    head["model"]["eos.bias"] += 1                   # as after steps without a teacher
+    save_checkpoint(f"{tmp_path}/whole/consistency.pt", head | {"done": False})
+    wrong = run(*options, "--out", f"{tmp_path}/whole")
+    assert wrong.returncode == 2 and "another backbone" in wrong.stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
