@@ -181,9 +181,9 @@ class Config:
             raise ValueError("stages: consistency goes on from a flow's weights, not from "
                              f"lm.head.objective = \"{self.lm.head.objective}\"; leave it out")
         if ("consistency" in self.stages and self.train.consistency.teacher
-                and self.lm.head.objective == "rectified_flow"):
-            raise ValueError("train.consistency.teacher: is for lm.head.objective = \"trigflow\"; "
-                             "a rectified flow's few-step stage is LSD, which has none")
+                and self.lm.head.objective != "trigflow"):
+            raise ValueError("train.consistency.teacher: is for lm.head.objective = \"trigflow\", "
+                             f"not \"{self.lm.head.objective}\"; set it to false")
         if "audiocalm_lsd" in self.stages and self.audiocalm.head.objective == "trigflow":
             raise ValueError("stages: audiocalm_lsd goes on from a rectified flow's weights; set "
                              "audiocalm.head.objective = \"rectified_flow\" or leave it out")

@@ -36,9 +36,9 @@ prompts' reconstructions. A fade, a drift to noise or an early end show as curve
 (CALM section 5 has none of this; Table 5's distances are over whole clips).
 --what draws: what a few-step stage loses against the flow that it goes on from, where words and
 facts are too easy to show it: `--repeats` draws of the first latents of each held-out text, at
-temperature 1, without guidance and noise; their energy distance to as many draws of the flow in 32 steps
-(0 = the same distribution; unbiased, so a little below 0 at times), and their spread (deviation
-from draw to draw) relative to it.
+temperature 1, without guidance and noise; their energy distance to as many draws of the flow in 32
+steps (0 = the same distribution; unbiased, so a little below 0 at times), and their spread
+(deviation from draw to draw) relative to it.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse

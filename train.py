@@ -574,6 +574,7 @@ def train(stage, name, cfg, runtime):
     if any(not torch.equal(v, known[k]) for k, v in stage.model.state_dict().items() if k in known):
         raise BadInput(f"train.{name}.teacher: {path if first else c.init} has another backbone "
                        f"than {out}/{FASTER[name]}.pt, which teaches; use --fresh or --out")
+    del known
     if runtime.compile:
         stage.compile()
     size = sum(p.numel() for p in stage.model.parameters())

@@ -136,6 +136,8 @@ CASES = [  # command line, what the line must say
     (TRAIN + " --train.consistency.teacher true --lm.head.objective rectified_flow "
      "--stages vae,lm,consistency",
      "train.consistency.teacher: is for lm.head.objective"),
+    (TRAIN + " --train.consistency.teacher true --lm.head.objective consistency "
+     "--stages vae,lm,consistency", "not \"consistency\"; set it to false"),
     (TRAIN + " --sample.texts.speach hi", "sample.texts"),
     (TRAIN + " --vae.loss_windows [0]", "vae.loss_windows: needs windows"),
     (TRAIN + " --vae.context -1", "vae.context: must not be negative"),
