@@ -23,7 +23,7 @@
 Generation: text and prompt go into a KV cache; then, block after block, N evaluations of F read the
 cache with the noisy block behind it and leave no trace, and one clean pass of the finished block
 appends its keys and values. The mask is the same as in training, so the numbers are too
-(tests/test_audiocalm.py: 1e-5). `python audiocalm.py mask.png` draws it.
+(tests/test_audiocalm.py: 1e-5). `python report.py mask mask.png` draws it.
 
 Source: AudioCALM (arXiv 2606.23080): block-causal AR-Flow, flow head and stop head on the hidden
 states, exposure-bias noise on the history, clean-prefix noise on the prompt, one description
@@ -56,8 +56,8 @@ read-out, so the jvp goes through that and never meets attention. Stage "audioca
 audiocalm.pt; with s = t its F is that flow's.
 Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
 """
-import argparse
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -66,7 +66,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from backbone import BackboneConfig, KVCache, Transformer
 from heads import LSD, AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
-from moe import EXPERTS, Experts
+from moe import Experts
+from schema import Range
 
 FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow, "lsd": LSD}
 
@@ -76,50 +77,47 @@ class FlowConfig(HeadConfig):
     """The [audiocalm.head] table: a HeadConfig with AudioCALM's values. width and blocks are the
     read-out's.
     """
-    # or trigflow, lsd; consistency needs a jvp of the whole backbone
-    objective: str = "rectified_flow"
-    width: int = 256
-    blocks: int = 1                     # thin: the backbone does the work
-    multiplier: int = 1                 # M, noise draws that share one clean half
-    p_mean: float = 0.0                 # logit-normal(0, 1) times (Esser et al. 2024)
-    p_std: float = 1.0
+    # consistency would need a jvp of the whole backbone
+    objective: Literal["rectified_flow", "trigflow", "lsd"] = "rectified_flow"
+    width: Annotated[int, Range(1)] = 256
+    # thin: the backbone does the work
+    blocks: Annotated[int, Range(1)] = 1
+    # M, noise draws that share one clean half
+    multiplier: Annotated[int, Range(1)] = 1
+    # logit-normal(0, 1) times (Esser et al. 2024)
+    p_mean: float = 0.0
+    p_std: Annotated[float, Range(above=0)] = 1.0
 
 
 @dataclass
 class AudioCALMConfig:
     """The [audiocalm] table."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # causal: not used
+    # its `causal` is not used
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: FlowConfig = field(default_factory=FlowConfig)
-    # latents drawn together, which see each other (the paper sweeps it, the value is not public); 1
-    # = frame by frame, as CALM. The first audio comes after one block
-    block: int = 4
+    # latents drawn together, which see each other (the paper sweeps it, the value is not public);
+    # 1 = frame by frame, as CALM. The first audio comes after one block
+    block: Annotated[int, Range(1)] = 4
     # largest share s of noise in the history that training shows (generation: sample.noise)
-    history_noise: float = 0.3
+    history_noise: Annotated[float, Range(0, 1)] = 0.3
     # the same for the voice prompt: a prompt is a recording, not our own errors, so less
-    prompt_noise: float = 0.1
+    prompt_noise: Annotated[float, Range(0, 1)] = 0.1
     # share of training rows without text and prompt: what guidance needs
-    text_dropout: float = 0.1
-    experts: str = "speech"     # none | speech (A-MoME) | all (one for each kind: the control)
-    expert_dim: int = 256       # hidden width of an expert
-    stop_weight: float = 0.1    # weight of the end-of-clip loss
-    window: int = 0             # latents of history seen and cached, whole blocks; 0 = all
+    text_dropout: Annotated[float, Range(0, 1)] = 0.1
+    # speech = A-MoME, all = one for each kind (the control of the ablation)
+    experts: Literal["none", "speech", "all"] = "speech"
+    # hidden width of an expert
+    expert_dim: Annotated[int, Range(1)] = 256
+    # weight of the end-of-clip loss
+    stop_weight: Annotated[float, Range(0)] = 0.1
+    # latents of history seen and cached, whole blocks; 0 = all
+    window: Annotated[int, Range(0)] = 0
 
     def __post_init__(self):
-        for name in ("history_noise", "prompt_noise", "text_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
-        if self.block < 1 or self.expert_dim < 1 or self.stop_weight < 0:
-            raise ValueError("block, expert_dim >= 1 and stop_weight >= 0: "
-                             "one of these does not hold")
-        if self.experts not in EXPERTS:
-            raise ValueError(f"experts: unknown '{self.experts}'; valid: {', '.join(EXPERTS)}")
-        if self.window < 0 or self.window % self.block:
+        if self.window % self.block:
             raise ValueError(f"window: must be whole blocks of {self.block}, got {self.window}")
         if self.backbone.window:
             raise ValueError("backbone.window: the mask is the blocks'; use audiocalm.window")
-        if self.head.objective not in FLOWS:
-            raise ValueError(f"head.objective: '{self.head.objective}' cannot go through the "
-                             f"backbone; valid: {', '.join(FLOWS)}")
 
 
 def rule(order, copy, valid, window=0):
@@ -233,6 +231,8 @@ class AudioCALM(nn.Module):
     only: the one kind that this copy will generate; the experts of others are then not made (load
     the weights that `wanted` lets through).
     """
+    codes = None                                # its latents are never codes
+    monologue = False                           # its text always stands before the audio
 
     def __init__(self, cfg: AudioCALMConfig, latent_dim, vocab, kinds, only=None):
         super().__init__()
@@ -244,9 +244,23 @@ class AudioCALM(nn.Module):
         self.experts = Experts(cfg.backbone.dim, cfg.expert_dim, cfg.backbone.layers, kinds,
                                [k for k in owners if only in (None, k)])
 
+    @classmethod
+    def from_config(cls, cfg, vae, vocab, kinds, only=None):
+        """The model for the latents of a VAE (its config)."""
+        return cls(cfg, vae.latent_dim, vocab, kinds, only)
+
     @property
     def backbone(self):
         return self.head.net.backbone
+
+    def matrices(self):
+        """The modules whose linear layers are large: what int8 rounds (sample.py)."""
+        return [self.backbone, self.head.net.time]
+
+    def compile_for_training(self):
+        """torch.compile the backbone and what stands round it."""
+        self.backbone.compile()
+        self.head.net.compile()
 
     def wanted(self, state):
         """A state_dict without the experts that this copy does not have."""
@@ -386,57 +400,3 @@ class AudioCALM(nn.Module):
                 ended = ended | over[:, i]
             if ended.all():
                 return
-
-    @torch.no_grad()
-    def listen(self, vae, wav):
-        """wav (B, ch, S) -> normalised latents (B, T, D)."""
-        return vae.normalize(vae.encode(wav)[0])
-
-    @torch.no_grad()
-    def render(self, vae, text, *, seconds, history=None, **options):
-        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
-        ended; history (B, n, D), normalised, stands at the front of each.
-        """
-        max_frames = max(1, round(seconds * vae.cfg.frame_rate))
-        drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))
-        past = [] if history is None else [history]
-        x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)    # (B, n + T, D)
-        wav = vae.decode(vae.denormalize(x))                                # (B, ch, (n + T) · hop)
-        frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
-        return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
-
-
-def draw_mask(path, prefix=4, blocks=3, block=4):
-    """The mask as a picture: a row is what looks, a column what is seen."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    T = blocks * block
-    order = torch.cat([torch.arange(-prefix, 0)] + [torch.arange(T) // block] * 2)
-    copy = torch.cat([torch.zeros(prefix + T), torch.ones(T)])
-    S = len(order)
-    mask = make_mask(rule(order, copy, torch.ones(1, S, dtype=torch.bool)), 1, S, copy.device)[0, 0]
-    part = 1 + (torch.arange(S) >= prefix).long() + (torch.arange(S) >= prefix + T)    # of the key
-    fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
-    colors = matplotlib.colors.ListedColormap(["#f4f4f4", "#7a7a7a", "#3b6fb6", "#c8553d"])
-    ax.imshow(mask * part, cmap=colors, vmin=0, vmax=3)
-    edges = [0, prefix, *range(prefix + block, S, block)]
-    for at in edges:
-        ax.axhline(at - 0.5, color="white", lw=1)
-        ax.axvline(at - 0.5, color="white", lw=1)
-    middle = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:] + [S])]
-    names = ["text,\nprompt"] + [f"{half}\n{i + 1}" for half in ("clean", "noisy")
-                                 for i in range(blocks)]
-    ax.set_xticks(middle, names, fontsize=8)
-    ax.set_yticks(middle, names, fontsize=8)
-    ax.set_xlabel("is seen")
-    ax.set_ylabel("looks")
-    ax.tick_params(length=0)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=draw_mask.__doc__)
-    parser.add_argument("out", help="picture to write, e.g. mask.png")
-    draw_mask(parser.parse_args().out)

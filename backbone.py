@@ -31,60 +31,60 @@ Precision: norms and rotations in fp32, matrix products in the autocast dtype.
 """
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from schema import Range
+
 
 @dataclass
 class BackboneConfig:
     """Sizes of a transformer. Table 9: music 1536 / 48 layers / 24 heads, speech 2560 / 24 / 20."""
-    dim: int = 256              # model width C
-    layers: int = 4
-    heads: int = 4              # query heads
-    kv_heads: int = 0           # key/value heads (GQA); 0 = as many as heads
+    # model width C
+    dim: Annotated[int, Range(1)] = 256
+    layers: Annotated[int, Range(0)] = 4
+    # query heads
+    heads: Annotated[int, Range(1)] = 4
+    # key/value heads (GQA); 0 = as many as heads
+    kv_heads: Annotated[int, Range(0)] = 0
     # channels of a head, even because of RoPE; 0 = dim / heads (Qwen3: 128 at every width)
-    head_dim: int = 0
-    mlp: str = "swiglu"         # swiglu (three matrices) | gelu, gelu_tanh (two)
-    mlp_dim: int = 0            # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to 32 for swiglu
+    head_dim: Annotated[int, Range(0)] = 0
+    # swiglu has three matrices, gelu and gelu_tanh two
+    mlp: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to a multiple of 32 for swiglu
+    mlp_dim: Annotated[int, Range(0)] = 0
     # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
     qk_norm: bool = False
-    window: int = 0             # positions a query sees, itself included; 0 = all earlier ones
+    # positions a query sees, itself included; 0 = all earlier ones
+    window: Annotated[int, Range(0)] = 0
     causal: bool = True
-    norm: str = "rms"           # rms | layer (with bias: Mimi)
+    # layer = LayerNorm with bias (Mimi)
+    norm: Literal["rms", "layer"] = "rms"
     # added to the variance; 0 = 1e-6 for rms (Qwen3; Llama has 1e-5), 1e-5 for layer (Mimi)
-    norm_eps: float = 0.0
-    # start of a learned factor a channel on what each sublayer adds (Mimi: 0.01); 0 = no factors
+    norm_eps: Annotated[float, Range(0)] = 0.0
+    # initial value of a learned factor per channel on what each sublayer adds (Mimi: 0.01); 0 = none
     layer_scale: float = 0.0
-    final_norm: bool = True     # a norm after the last layer (Mimi has none)
-    rope_base: float = 10000.0  # wavelength of the slowest rotation is 2π·rope_base positions
+    # a norm after the last layer (Mimi has none)
+    final_norm: bool = True
+    # wavelength of the slowest rotation is 2π·rope_base positions
+    rope_base: float = 10000.0
 
     def __post_init__(self):
-        if self.head_dim < 0 or self.head_dim % 2:
+        if self.head_dim % 2:
             raise ValueError(f"head_dim: must be even, or 0, got {self.head_dim}")
-        if self.dim < 1 or self.heads < 1 or not self.head_dim and (
-                self.dim % self.heads or (self.dim // self.heads) % 2):
+        if not self.head_dim and (self.dim % self.heads or self.dim // self.heads % 2):
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
-        if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
+        if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: must divide heads = {self.heads}, got {self.kv_heads}")
-        for name, valid in (("mlp", ("swiglu", "gelu", "gelu_tanh")), ("norm", ("rms", "layer"))):
-            if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
-        if self.layers < 0 or self.window < 0 or self.mlp_dim < 0 or self.norm_eps < 0:
-            raise ValueError("layers, window, mlp_dim, norm_eps: must not be negative")
 
     @property
     def head_width(self):
         return self.head_dim or self.dim // self.heads
-
-    def make_norm(self):
-        if self.norm == "rms":
-            return RMSNorm(self.dim, self.norm_eps or 1e-6)
-        return nn.LayerNorm(self.dim, self.norm_eps or 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -99,6 +99,13 @@ class RMSNorm(nn.Module):
         y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return (y * self.weight).to(x.dtype)
+
+
+def make_norm(cfg):
+    """The norm over C channels that the config names."""
+    if cfg.norm == "rms":
+        return RMSNorm(cfg.dim, cfg.norm_eps or 1e-6)
+    return nn.LayerNorm(cfg.dim, cfg.norm_eps or 1e-5)
 
 
 def rotations(first, length, dim, base, like):
@@ -224,8 +231,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attention = cfg.make_norm(), Attention(cfg)
-        self.norm2, self.mlp = cfg.make_norm(), MLP(cfg)
+        self.norm1, self.attention = make_norm(cfg), Attention(cfg)
+        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
         self.scale1 = self.scale2 = 1.0
         if cfg.layer_scale:
             self.scale1, self.scale2 = (
@@ -254,7 +261,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = cfg.make_norm() if cfg.final_norm else nn.Identity()
+        self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 out = name.endswith(("wo.weight", "down.weight"))

@@ -54,8 +54,8 @@ Where this differs from the paper:
   model that has never heard a clean history takes one for a loud one: its latents grow (LOG.md).
 Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
 """
-import warnings
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn as nn
@@ -65,6 +65,7 @@ from backbone import BackboneConfig, KVCache, Transformer
 from data import END, PAD
 from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, delay_codes
 from heads import HEADS, HeadConfig, energy_score
+from schema import Kind, Range
 
 
 @dataclass
@@ -73,38 +74,32 @@ class CALMConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     # largest share of noise k in the backbone's latents (4.3: 1); 0 = none
-    noise: float = 1.0
+    noise: Annotated[float, Range(0, 1)] = 1.0
     # layers of T_short (Table 9: 4 for music, none for speech); 0 = no branch
-    short_layers: int = 0
+    short_layers: Annotated[int, Range(0)] = 0
     # K, latents that T_short's layers look back (4.2; Table 7: 5 is too few)
-    short_context: int = 10
+    short_context: Annotated[int, Range(1)] = 10
     # largest share of noise k in T_short's latents. The paper's are clean (0)
-    short_noise: float = 0.0
+    short_noise: Annotated[float, Range(0, 1)] = 0.0
     # kinds that have the branch
-    short_kinds: list[str] = field(default_factory=lambda: ["sound", "music"])
-    short_dropout: float = 0.0  # share of training sequences without it
+    short_kinds: list[Kind] = field(default_factory=lambda: ["sound", "music"])
+    # share of training sequences without it
+    short_dropout: Annotated[float, Range(0, 1)] = 0.0
     # share of training sequences without prompt and text: what guidance needs
-    prefix_dropout: float = 0.1
+    prefix_dropout: Annotated[float, Range(0, 1)] = 0.1
     # a learned vector stands before the voice prompt, where there is one (Pocket TTS)
     prompt_bos: bool = False
-    eos_weight: float = 0.1     # weight of the end-of-clip loss
+    # weight of the end-of-clip loss
+    eos_weight: Annotated[float, Range(0)] = 0.1
     # words beside the latents instead of before them, where the manifest has their times
     monologue: bool = False
-    acoustic_delay: int = 2     # frames that the audio lags behind its words (monologue only)
-    monologue_weight: float = 0.1    # weight of the text's cross-entropy
+    # frames that the audio lags behind its words (monologue only)
+    acoustic_delay: Annotated[int, Range(0)] = 2
+    # weight of the text's cross-entropy
+    monologue_weight: Annotated[float, Range(0)] = 0.1
     # generation: frames without text after which the next word begins whatever the model says (a
     # model that missed its moment knows no pause so long and may wait for ever)
-    longest_pause: int = 25
-
-    def __post_init__(self):
-        for name in ("noise", "short_noise", "short_dropout", "prefix_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: must lie in 0 .. 1, got {getattr(self, name)}")
-        for name, least in (("short_layers", 0), ("short_context", 1), ("eos_weight", 0),
-                            ("acoustic_delay", 0), ("monologue_weight", 0),
-                            ("longest_pause", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+    longest_pause: Annotated[int, Range(1)] = 25
 
 
 def pack(parts):
@@ -117,29 +112,6 @@ def pack(parts):
     order = torch.argsort(~valid, dim=1, stable=True)                       # valid ones first
     return torch.cat([v for v, _ in parts], 1).gather(
         1, order[..., None].expand(-1, -1, parts[0][0].shape[2]))
-
-
-def to_int8(lm, vae=None):
-    """Round the big matrices of sampling to int8, in place: backbone, head, decoder's transformer
-    (not what touches latents: lm.latent, the head's first and last layers and its condition).
-
-    Weights are rounded once, one scale a matrix, activations at each call (PyTorch's dynamic
-    quantisation). One latent reads every weight once, so a quarter of the bytes is up to 2.8 times
-    the speed. The convolutions of a conv decoder compute more than they read: they go to bf16 where
-    the CPU has bf16 matrix units (AMX), 1.7 times the speed of Mimi's decoder, its audio 47 dB
-    above the difference. CPU only; cannot be trained or saved any more.
-    """
-    net = getattr(getattr(lm, "head", None), "net", None)
-    parts = [lm.backbone, getattr(lm, "short", None), vae and vae.decoder.transformer,
-             *(getattr(net, name, None) for name in ("blocks", "time", "until", "ada"))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # it will move to torchao one day
-        for part in filter(None, parts):
-            torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, dtype=torch.qint8,
-                                                   inplace=True)
-    if vae and vae.cfg.decoder == "conv" and torch.cpu._is_amx_tile_supported():
-        conv = vae.decoder.conv.bfloat16()
-        conv.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
 
 
 class Monologue:
@@ -185,10 +157,8 @@ class CALM(nn.Module):
     def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None):
         super().__init__()
         C = cfg.backbone.dim
-        unknown = set(cfg.short_kinds) - set(kinds)
-        if unknown:
-            raise ValueError(f"short_kinds: unknown '{min(unknown)}'; valid: {', '.join(kinds)}")
         self.cfg, self.kinds = cfg, tuple(kinds)
+        self.monologue = cfg.monologue
         self.codes = codes if cfg.head.objective in DISCRETE else None    # x are (B, T, K) int64
 
         def embedding():
@@ -216,6 +186,32 @@ class CALM(nn.Module):
             self.short = Transformer(short)
         has_short = torch.tensor([k in cfg.short_kinds for k in kinds])
         self.register_buffer("has_short", has_short, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg, vae, vocab, kinds, only=None):
+        """The model for the latents of a VAE (its config); `only` is for models with experts."""
+        return cls(cfg, vae.latent_dim, vocab, kinds, vae.codes)
+
+    def wanted(self, state):
+        """The part of a state_dict that this model has: all of it."""
+        return state
+
+    def matrices(self):
+        """The modules whose linear layers are large: what int8 rounds (sample.py)."""
+        short = [self.short] if self.cfg.short_layers else []
+        head = self.head.net.matrices() if self.cfg.head.objective != "delay" else []
+        return [self.backbone, *short, *head]
+
+    def compile_for_training(self):
+        """torch.compile the backbone, the short-context transformer and the head."""
+        self.backbone.compile()
+        if self.cfg.short_layers:
+            self.short.compile()
+        if self.head.has_jvp:
+            # dynamo gives up on a compiled network inside an eager jvp, for good and in silence
+            self.head.loss = torch.compile(self.head.loss)
+        else:
+            self.head.net.compile()
 
     def voice(self, prompt, length):
         """Voice prompt (B, P, D), valid (B,) -> (B, P or 1 + P, C), valid ones of these (B,)."""
@@ -420,26 +416,3 @@ class CALM(nn.Module):
                 if use_short:
                     x_short = hear(self.short_latent, x, self.cfg.short_noise)[:, None]
             x_long, x_null = (heard + token)[:, None], (heard + nothing)[:, None]
-
-    @torch.no_grad()
-    def listen(self, vae, wav):
-        """wav (B, ch, S) -> x as this model sees it: normalised latents (B, T, D) or codes
-        (B, T, K); vae.denormalize takes either back.
-        """
-        return vae.encode_codes(wav) if self.codes else vae.normalize(vae.encode(wav)[0])
-
-    @torch.no_grad()
-    def render(self, vae, text, *, seconds, history=None, **options):
-        """generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
-        ended.
-
-        history (B, n, D), as `listen` gives it, is continued and stands at the front of each
-        waveform.
-        """
-        max_frames = max(1, round(seconds * vae.cfg.frame_rate))
-        drawn = list(self.generate(text, max_frames=max_frames, history=history, **options))
-        past = [] if history is None else [history]
-        x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)    # (B, n + T, D)
-        wav = vae.decode(vae.denormalize(x))                                # (B, ch, (n + T) · hop)
-        frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
-        return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]

@@ -1,10 +1,10 @@
-"""Audio files, text and cached latents on their way to the models. Imports none of our files.
+"""Audio files, text and cached latents on their way to the models.
 
     manifest.jsonl ── load_manifest ──> [Clip]         {"audio": "a/b.flac", "text": "...", ...}
     or a folder                            │
                 ┌──────────────────────────┴──────────────────┐
                 v  stage "vae"                                v  once, after the VAE
-          AudioBatches(step, rows)                      LatentCache.build(encode)
+          AudioBatches(step, rows)                      latents.py: build(encode)
           "audio" (B, channels, S)                      shard_00000.npy (sum of T, 2D) float16
           random crops, gain                                  │  [mean | log-variance], mapped
                                                               v  stage "lm"
@@ -21,127 +21,96 @@ model for speech, sound and music. Where this differs: text is bytes with one sp
 kind, not SentencePiece or T5 embeddings, so that nothing is downloaded; latents are cached as the
 posterior's mean and log-variance, so that training can draw a fresh sample each time.
 Precision: audio float32 (int16 in memory), latents float16 on disk, float32 in a batch.
-
-    python data.py scan  DIR --layout libritts --out train.jsonl     make a manifest
-    python data.py check train.jsonl --out clean.jsonl               read every file, drop bad ones
-    python data.py info  train.jsonl                                 hours, speakers, durations
-    python data.py describe train.jsonl --out described.jsonl        texts as descriptions
+Manifests are made by corpora/scan.py.
 """
-import argparse
-import csv
-import hashlib
 import json
 import math
 import os
-import sys
-import textwrap
 import unicodedata
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
+from typing import Annotated, get_args
 
 import numpy as np
 import soundfile as sf
 import soxr
 import torch
-from tqdm import tqdm
 
-KINDS = ("speech", "sound", "music")
+from cli import BadInput, atomic
+from schema import Kind, Range
+
+KINDS = get_args(Kind)                              # speech, sound, music
 PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
 END = 10                                            # line feed: the words of a clip are over
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-LAYOUTS = ("folder", "ljspeech", "libritts", "vctk", "audiocaps")
 LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
-
-
-class BadInput(Exception):
-    """The user's mistake. One line: what is wrong, where, what to do."""
-
-
-def cli(main):
-    """Runs main(). BadInput: one "error: ..." line on stderr, exit 2. Ctrl-C: exit 130."""
-    try:
-        main()
-    except BadInput as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are BadInput: one line instead of a usage text and a line."""
-
-    def error(self, message):
-        raise BadInput(f"{message} (see {self.prog} -h)")
-
-
-def threads(text):
-    """argparse type of --threads: 0 = torch's choice."""
-    if not text.isdecimal() or int(text) > 1024:
-        raise argparse.ArgumentTypeError(f"{text} is no number of CPU threads, use 0 to 1024")
-    return int(text)
 
 
 @dataclass
 class Clip:
     """One line of a manifest."""
-    audio: str                      # absolute path
-    text: str = ""                  # transcript (speech) or caption (sound, music), or description
-    kind: str = "speech"            # one of KINDS
-    speaker: str = ""               # "" = unknown
-    words: list | None = None       # [[word, start, end], ...] in seconds
-    duration: float | None = None   # seconds; None = ask the file's header
+    # absolute path
+    audio: str
+    # transcript (speech) or caption (sound, music), or a description of either
+    text: str = ""
+    kind: Kind = "speech"
+    # "" = unknown
+    speaker: str = ""
+    # [[word, start, end], ...] in seconds
+    words: list | None = None
+    # seconds; None = ask the file's header
+    duration: float | None = None
     id: str = ""
-    said: str = ""                  # speech: the transcript where text is a description (describe)
+    # speech: the words spoken, where `text` is a description ("said" in manifests of before)
+    transcript: str = ""
 
 
 @dataclass
 class DataConfig:
     """The [data] table."""
-    manifest: str = ""          # training manifest (.jsonl) or folder of audio; "" = the toy corpus
-    valid: str = ""             # held-out manifest; "" = max(2 %, 8) clips drawn from `manifest`
-    weights: dict[str, float] = field(default_factory=dict)
-    # ^ share of each kind in a batch, {speech = 0.5, sound = 0.25, music = 0.25}; {} as they are.
-    #   Why: corpora differ a hundredfold in size, and the small kinds would hardly be seen.
-    crop_seconds: float = 1.0   # s, a VAE training crop. 1 s holds what the discriminators look at;
-    #                             more rows teach more than longer ones
+    # training manifest (.jsonl) or folder of audio; "" = the toy corpus
+    manifest: str = ""
+    # held-out manifest; "" = max(2 %, 8) clips drawn from `manifest`
+    valid: str = ""
+    # share of each kind in a batch, {speech = 0.5, sound = 0.25, music = 0.25}; {} = as they are.
+    # Corpora differ a hundredfold in size, and the small kinds would hardly be seen
+    weights: dict[Kind, Annotated[float, Range(0)]] = field(default_factory=dict)
+    # seconds of a VAE training crop. 1 s holds what the discriminators look at; more rows teach
+    # more than longer ones
+    crop_seconds: Annotated[float, Range(above=0)] = 1.0
     # "" = UTF-8 bytes. Else the vocabulary of a published text model: a tokenizer.json, a folder
     # that holds one, or a name on the Hugging Face hub (hf extra); for a pretrained backbone
     tokenizer: str = ""
-    kind_token: bool = True     # text begins with its kind; false for weights that know none
-    #                             (Pocket TTS: speech only)
-    text_len: int = 64          # bytes (or tokens) of text in a row. A longer transcript is left
-    #                             out (it would not match the audio), a longer caption is cut
-    frames: int = 64            # latent frames in a row: 5.1 s at 12.5 Hz. Speech with text should
-    #                             fit whole: only then is its end seen together with its text
-    prompt_frames: int = 0      # latent frames kept for the voice prompt, 0 = no voice prompts
-    prompt_prob: float = 0.5    # share of speech rows that get one; the rest learn to do without
-    gain_db: float = 0.0        # dB, VAE loudness augmentation, uniform in +- gain_db, never clips
-    ram_gb: float = 2.0         # GB of decoded int16 audio kept by each process (17 h at 16 kHz)
-    workers: int = 4            # threads that decode audio; the batches do not depend on it
-    seed: int = 0               # of order, crops, gains, cuts and prompts
+    # text begins with its kind; false for weights that know none (Pocket TTS: speech only)
+    kind_token: bool = True
+    # bytes (or tokens) of text in a row. A longer transcript is left out (it would not match the
+    # audio), a longer caption is cut
+    text_len: Annotated[int, Range(1)] = 64
+    # latent frames in a row: 5.1 s at 12.5 Hz. Speech with text should fit whole: only then is its
+    # end seen together with its text
+    frames: Annotated[int, Range(1)] = 64
+    # latent frames kept for the voice prompt; 0 = no voice prompts
+    prompt_frames: Annotated[int, Range(0)] = 0
+    # share of speech rows that get one; the rest learn to do without
+    prompt_prob: Annotated[float, Range(0, 1)] = 0.5
+    # dB, VAE loudness augmentation, uniform in +- gain_db, never clips
+    gain_db: Annotated[float, Range(0)] = 0.0
+    # GB of decoded int16 audio kept by each process (17 h at 16 kHz)
+    ram_gb: Annotated[float, Range(0)] = 2.0
+    # threads that decode audio; the batches do not depend on it
+    workers: Annotated[int, Range(1)] = 4
+    # of order, crops, gains, cuts and prompts
+    seed: Annotated[int, Range(0)] = 0
 
     def __post_init__(self):
-        def need(ok, name, what):
-            if not ok:
-                raise ValueError(f"{name}: {what} (it is {getattr(self, name)!r})")
-        need(self.crop_seconds > 0, "crop_seconds", "must be positive; 1.0 is a good start")
-        for name in ("text_len", "frames", "workers"):
-            need(getattr(self, name) >= 1, name, "must be at least 1; set a positive number")
-        need(self.manifest or not self.valid, "valid",
-             "held-out clips of a data.manifest; without one the corpus is the toy's")
-        for name in ("prompt_frames", "gain_db", "ram_gb", "seed"):
-            need(getattr(self, name) >= 0, name, "cannot be negative; set 0 or more")
-        need(0 <= self.prompt_prob <= 1, "prompt_prob", "is a probability; set a value in 0..1")
-        need(set(self.weights) <= set(KINDS), "weights", f"unknown kind; use {', '.join(KINDS)}")
-        need(all(w >= 0 for w in self.weights.values()) and
-             (not self.weights or sum(self.weights.values()) > 0),
-             "weights", "no weight can be negative, nor all zero; {} means the natural shares")
+        if self.valid and not self.manifest:
+            raise ValueError("valid: held-out clips of a data.manifest; "
+                             "without one the corpus is the toy's")
+        if self.weights and not sum(self.weights.values()) > 0:
+            raise ValueError("weights: must not all be zero; {} means the natural shares")
 
 
 # ---------------------------------------------------------------------------- audio in and out
@@ -217,35 +186,7 @@ def save_audio(path, wav, sample_rate):
         sf.write(temp, np.clip(wav.T, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
 
 
-@contextmanager
-def atomic(path):
-    """`with atomic(path) as temp:` write temp; it becomes path only when nothing went wrong."""
-    temp = f"{path}.{os.getpid()}.tmp"
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(temp, "wb").close()
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); choose another place") from e
-    try:
-        yield temp
-        os.replace(temp, path)
-    finally:
-        if os.path.exists(temp):
-            os.remove(temp)
-
-
 # ---------------------------------------------------------------------------- manifests
-
-def check_writable(path):
-    """BadInput at the start, not after hours of work, where the file `path` cannot be written."""
-    new = not os.path.exists(path)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); choose another place") from e
-    if new:
-        os.remove(path)
 
 
 def load_manifest(path, must_exist=True):
@@ -256,10 +197,10 @@ def load_manifest(path, must_exist=True):
     missing, naming the first and how many."""
     path = Path(path)
     if path.is_dir():
-        return scan(path, "folder")
+        return clips_in_folder(path)
     if not path.is_file():
-        raise BadInput(f"{path}: no such manifest; `python data.py scan DIR --out {path}` makes "
-                       "one of a folder of recordings; a config's head says what made its own")
+        raise BadInput(f"{path}: no such manifest; `python -m corpora.scan DIR --out {path}` "
+                       "makes one of a folder of recordings; a config's head says what made its own")
     home, clips, gone = os.path.dirname(os.path.abspath(path)), [], []
     for n, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -271,8 +212,9 @@ def load_manifest(path, must_exist=True):
             raise BadInput(f"{where}: not JSON ({e.msg} at column {e.colno}); correct it") from e
         if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
             raise BadInput(f'{where}: needs {{"audio": "path", ...}}; it is {line.strip()[:60]}')
+        row = {"transcript": row.get("said")} | row                    # its name until 8841065
         row = {f.name: row[f.name] for f in fields(Clip) if row.get(f.name) is not None}
-        for name in ("text", "said", "kind", "speaker", "id"):
+        for name in ("text", "transcript", "kind", "speaker", "id"):
             if not isinstance(row.get(name, ""), str):
                 raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
         if row.get("kind", "speech") not in KINDS:
@@ -296,7 +238,7 @@ def load_manifest(path, must_exist=True):
         clips.append(Clip(**{"id": Path(row["audio"]).stem, **row}))
     if gone:
         raise BadInput(f"{gone[0]} ({len(gone)} of {len(clips)} are); correct the paths, or "
-                       f"`python data.py check {path} --out clean.jsonl` drops those lines")
+                       f"`python -m corpora.scan check {path} --out clean.jsonl` drops those lines")
     if not clips:
         raise BadInput(f"{path}: holds no clips; each line is {{\"audio\": \"a/b.flac\", ...}}")
     return clips
@@ -332,6 +274,27 @@ def load_clips(cfg):
     return [clips[i] for i in order[:keep]], [clips[i] for i in order[keep:]] or list(clips)
 
 
+def audio_files(folder):
+    """All audio files below a folder, sorted by path; hidden ones are left out."""
+    return sorted(p for p in Path(folder).rglob("*")
+                  if p.suffix.lower() in AUDIO and not p.name.startswith("."))
+
+
+def clips_in_folder(folder, kind="speech"):
+    """Every audio file below `folder` as a Clip, its text from the same-stem .txt -> list[Clip].
+
+    Errors: BadInput when there is none."""
+    clips = []
+    for path in audio_files(os.path.abspath(folder)):
+        text = path.with_suffix(".txt")
+        text = " ".join(read_text(text).split()) if text.is_file() else ""
+        clips.append(Clip(str(path), text, kind, id=path.stem))
+    if not clips:
+        raise BadInput(f"{folder}: no audio in it ({', '.join(AUDIO)}); "
+                       "see `python -m corpora.scan -h`")
+    return clips
+
+
 def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -339,72 +302,6 @@ def read_text(path):
         raise BadInput(f"{path}: cannot be read ({e.strerror}); correct the path") from e
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); convert it") from e
-
-
-def scan(folder, layout="folder", kind="speech"):
-    """Finds the clips of a corpus on disk -> list[Clip], in the order of their paths.
-
-    folder     any tree of audio files, the text in the same-stem .txt; `kind` for all of them
-    ljspeech   metadata.csv (id|text|normalised text), wavs/
-    libritts   speaker/chapter/*.normalized.txt beside the audio
-    vctk       txt/speaker/*.txt, wav48*/speaker/ (microphone 1 where there are two)
-    audiocaps  a .csv with audiocap_id, youtube_id, start_time, caption, and audio files below it
-               named by either id; give the .csv itself where there are several; kind "sound"
-
-    Texts without audio are skipped and counted. Errors: BadInput when nothing is found."""
-    root, found, skipped = Path(os.path.abspath(folder)), [], 0
-    if layout not in LAYOUTS:
-        raise BadInput(f"unknown layout {layout!r}; use {', '.join(LAYOUTS)}")
-    if not root.exists():
-        raise BadInput(f"{folder}: no such folder; correct the path")
-
-    def tree(base):
-        return sorted(p for p in base.rglob("*")
-                      if p.suffix.lower() in AUDIO and not p.name.startswith("."))
-
-    if layout == "folder":
-        for p in tree(root):
-            text = p.with_suffix(".txt")
-            found.append((p, read_text(text) if text.is_file() else "", ""))
-    elif layout == "ljspeech":
-        if not (root / "metadata.csv").is_file():
-            raise BadInput(f"{folder}: no metadata.csv in it; give LJSpeech's top folder")
-        for line in read_text(root / "metadata.csv").splitlines():
-            if line.strip():
-                name, *texts = line.split("|")
-                found.append((root / "wavs" / f"{name}.wav", texts[-1] if texts else "", "lj"))
-    elif layout == "libritts":
-        for p in sorted(root.rglob("*.normalized.txt")):
-            stem = p.name.removesuffix(".normalized.txt")
-            audio = [a for a in (p.with_name(stem + s) for s in AUDIO) if a.is_file()]
-            found.append(((audio or [p.with_name(stem + ".wav")])[0], read_text(p),
-                          p.parent.parent.name))
-    elif layout == "vctk":
-        for p in sorted(root.glob("txt/*/*.txt")):
-            audio = [a for end in ("_mic1.flac", ".flac", ".wav", "_mic2.flac")
-                     for a in sorted(root.glob(f"wav48*/{p.parent.name}/{p.stem}{end}"))]
-            found.append(((audio or [p])[0], read_text(p), p.parent.name))
-    else:
-        tables = [root] if root.is_file() else sorted(root.glob("*.csv"))
-        if len(tables) != 1:
-            raise BadInput(f"{folder}: needs one .csv, it has {len(tables)}; give the one you want,"
-                           f" e.g. {Path(folder) / 'train.csv'}, so that splits stay apart")
-        by_name = {p.stem: p for p in tree(tables[0].parent)}
-        for row in csv.DictReader(read_text(tables[0]).splitlines()):
-            if not {"audiocap_id", "youtube_id", "caption"} <= set(row):
-                raise BadInput(f"{tables[0]}: needs columns audiocap_id, youtube_id, caption")
-            tube = row["youtube_id"]
-            names = (tube, "Y" + tube, f"{tube}_{row.get('start_time')}", row["audiocap_id"])
-            found.append((next((by_name[n] for n in names if n in by_name), tables[0]),
-                          row["caption"], ""))
-        kind = "sound"
-    clips = [Clip(str(p), " ".join(text.split()), kind, who, id=p.stem)
-             for p, text, who in found if p.suffix.lower() in AUDIO and p.is_file()]
-    if not clips:
-        raise BadInput(f"{folder}: no clips in the {layout} layout; see `python data.py scan -h`")
-    if len(clips) < len(found):
-        print(f"{len(found) - len(clips)} texts have no audio file: skipped", file=sys.stderr)
-    return clips
 
 
 # ---------------------------------------------------------------------------- text
@@ -458,58 +355,8 @@ def decode_text(ids, cfg=None):
     return bytes(ids).decode("utf-8", "replace")
 
 
-# ---------------------------------------------------------------------------- descriptions
-
 # One interface for the three kinds (AudioCALM, data reformulation): what is heard, in a sentence;
 # for speech with who speaks, how, and the transcript word for word. Templates are ours.
-DESCRIPTIONS = {
-    "speech": ('{who} says{how}: "{text}"', 'Speech by {who}{how}. The words are: "{text}"',
-               'A recording of {who} speaking{how}: "{text}"', '{who}, speaking{how}: "{text}"',
-               'One hears {who} say{how}: "{text}"'),
-    "sound": ("{text}", "The sound of {text}", "{text} can be heard", "A recording of {text}",
-              "One hears {text}"),
-    "music": ("Music: {text}", "A piece of music, {text}", "The music is {text}",
-              "A recording of music: {text}", "One hears music: {text}")}
-PACES = ((11.0, ("slowly", "at a slow pace")), (18.0, ("",)),       # below so many characters a
-         (math.inf, ("quickly", "at a fast pace")))                 # second; read English: 14 to 15
-
-
-def describe(clip, seed=0):
-    """The clip's text as a description, "" stays "". A function of (seed, clip.id) and the clip.
-
-    Who: the speaker's name, or a paraphrase of "someone". How: the pace, measured as characters of
-    transcript a second, named only where it is unusual."""
-    if not clip.text:
-        return ""
-    name = hashlib.sha256(clip.id.encode()).digest()[:8]
-    g = rng("describe", seed, int.from_bytes(name, "little"))
-
-    def pick(options):
-        return options[int(g.integers(len(options)))]
-
-    who, how = pick(("someone", "a voice", "a person")), ""
-    if clip.kind == "speech":
-        who = f"speaker {clip.speaker}" if clip.speaker else who
-        pace = len(clip.text) / max(seconds_of(clip), 0.1)
-        how = pick(next(names for limit, names in PACES if pace < limit))
-    text = pick(DESCRIPTIONS[clip.kind]).format(who=who, how=" " + how if how else "",
-                                                text=clip.text.strip())
-    return text[0].upper() + text[1:]
-
-
-def read_rewritten(path):
-    """{"id": ..., "text": ...} a line, from any external tool -> {id: text}."""
-    rewritten = {}
-    for n, line in enumerate(read_text(path).split("\n"), 1):
-        try:
-            row = json.loads(line or "{}")
-        except json.JSONDecodeError as e:
-            raise BadInput(f"{path}, line {n}: not JSON ({e.msg}); correct it") from e
-        if line.strip() and not (isinstance(row, dict) and isinstance(row.get("id"), str)
-                                 and isinstance(row.get("text"), str)):
-            raise BadInput(f'{path}, line {n}: needs {{"id": "...", "text": "..."}}')
-        rewritten |= {row["id"]: row["text"]} if line.strip() else {}
-    return rewritten
 
 
 # ---------------------------------------------------------------------------- order and prefetch
@@ -672,180 +519,6 @@ class AudioBatches:
         return np.pad(crop, ((0, 0), (0, self.S - crop.shape[1]))).astype(np.float32), i, pcm
 
 
-def draw_spectrograms(path, pictures, sample_rate, columns=1):
-    """dB spectrograms (512-point Hann, hop 128, the same scale for all) of [(title, wav
-    (ch, S)), ...] -> path.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    rows = -(-len(pictures) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3 + 4 * columns, 2.1 * rows), squeeze=False,
-                             layout="constrained")
-    for ax, (title, wav) in zip(axes.flat, pictures):
-        wav = torch.nn.functional.pad(wav[0].float().cpu(), (0, max(0, 512 - wav.shape[-1])))
-        s = torch.stft(wav, 512, 128, window=torch.hann_window(512),
-                       return_complex=True).abs().clamp(min=1e-4)
-        ax.imshow(20 * s.log10().numpy(), origin="lower", aspect="auto", vmin=-60, vmax=35,
-                  extent=(0, wav.shape[-1] / sample_rate, 0, sample_rate / 2000))
-        ax.set_title(title[:80], fontsize=8)
-        ax.tick_params(labelsize=6)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("kHz", fontsize=7)
-    for ax in axes[-1]:
-        ax.set_xlabel("seconds", fontsize=7)
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
-
-
-# ---------------------------------------------------------------------------- latent cache
-
-def digest(*things):
-    """16 hex digits that name these things: tensors, state dicts, dataclasses, lists, scalars."""
-    h = hashlib.sha256()
-
-    def add(x):
-        h.update(type(x).__name__.encode() + b"\0")
-        if torch.is_tensor(x):
-            x = x.detach().cpu().contiguous()
-            h.update(f"{x.dtype}{tuple(x.shape)}".encode())
-            h.update(x.flatten().view(torch.uint8).numpy())
-        elif isinstance(x, dict):
-            for k in sorted(x):
-                add(k)
-                add(x[k])
-        elif isinstance(x, (list, tuple)):
-            h.update(str(len(x)).encode())
-            for y in x:
-                add(y)
-        elif is_dataclass(x):
-            for f in fields(x):
-                add(f.name)
-                add(getattr(x, f.name))
-        elif x is None or isinstance(x, (str, bytes, bool, int, float)):
-            h.update(repr(x).encode() + b"\0")
-        else:
-            raise TypeError(f"digest: cannot name a {type(x).__name__}")
-
-    add(things)
-    return h.hexdigest()[:16]
-
-
-class LatentCache:
-    """The latents of every clip of a manifest, read by memory map.
-
-    folder/key/index.json        which clips lie in which shard, and their frames
-    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance], or
-                                 (sum of T, K) int16, codes of an RVQ with K levels
-
-    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D or K);
-    cache.dim = D; cache.levels = K, 0 for latents."""
-
-    def __init__(self, path):
-        """Opens a finished cache, folder/key. Errors: BadInput when it is missing or unfinished."""
-        self.path = Path(path)
-        index = read_index(self.path)
-        if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
-            raise BadInput(f"{path}: the latent cache is unfinished; build it first")
-        self.dim, self.frames = index["dim"], np.zeros(index["n"], np.int64)
-        self.levels = index.get("levels", 0)
-        self.place = np.zeros((index["n"], 2), np.int64)                # shard, first frame
-        self.clips_of, self.shards = [], []
-        for k, shard in enumerate(index["shards"]):
-            clips, T = np.array(shard["clips"]), np.array(shard["frames"])
-            self.frames[clips], self.place[clips, 0] = T, k
-            self.place[clips, 1] = np.cumsum(T) - T
-            self.clips_of.append(clips)
-            self.shards.append(np.load(shard_file(self.path, k), mmap_mode="r"))
-
-    def __len__(self):
-        return len(self.frames)
-
-    def get(self, i):
-        """Clip i, np.memmap: latents float16 (T, 2D), [mean | log-variance], or codes int16 (T, K).
-        """
-        k, first = self.place[i]
-        return self.shards[k][first:first + self.frames[i]]
-
-    @classmethod
-    def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
-              levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
-        """Encodes every clip once -> LatentCache. Run again after an interruption: it goes on.
-
-        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
-        with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
-        Clips of like length share a batch of about batch_seconds of audio, longest first, padded
-        with zeros at the end; of each, ceil(S / hop) frames are kept. A clip longer than that is a
-        batch of its own. key names encoder and data (see digest); another list of clips under
-        the same key starts over.
-        Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
-        than dim says or are not finite in float16."""
-        path = Path(folder) / key
-        names = digest([[c.audio, os.path.getsize(c.audio)] for c in clips], sample_rate, channels,
-                       hop, dim, *([levels] if levels else []))
-        index, width = read_index(path), levels or 2 * dim
-        if index is None or index["names"] != names:
-            index = {"names": names, "n": len(clips), "dim": dim, "levels": levels, "shards": []}
-        seconds = [seconds_of(c) for c in clips]
-        done = {i for shard in index["shards"] for i in shard["clips"]}
-        todo = sorted(set(range(len(clips))) - done, key=lambda i: (-seconds[i], i))
-        batches = []
-        for i in todo:
-            if batches and (len(batches[-1]) + 1) * seconds[batches[-1][0]] <= batch_seconds:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        shard_seconds = max(shard_seconds, sum(seconds) / 256)              # few open files
-
-        def load(b):                                                        # -> (B, channels, S)
-            wavs = list(pool.map(lambda i: load_audio(clips[i].audio, sample_rate, channels,
-                                                      allow_silence=True), batches[b]))
-            S = -(-max(w.shape[1] for w in wavs) // hop) * hop
-            audio = np.stack([np.pad(w, ((0, 0), (0, S - w.shape[1]))) for w in wavs])
-            return torch.from_numpy(audio), [-(-w.shape[1] // hop) for w in wavs]
-
-        pool, parts, shard, held = ThreadPoolExecutor(workers), [], {"clips": [], "frames": []}, 0.0
-        passed = sum(seconds[i] for i in done)
-        bar = tqdm(total=round(sum(seconds)), initial=round(passed), desc="latents",
-                   unit=" s of audio", disable=not (show and todo))
-        with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
-            for b, (audio, frames) in enumerate(loaded):
-                latents = encode(audio).detach().cpu()                      # (B, T, 2D or K)
-                if latents.shape != (len(frames), audio.shape[-1] // hop, width):
-                    raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                                     f" not (B, S / {hop}, {width})")
-                if levels and latents.max() >= 1 << 15:
-                    raise ValueError("encode: codes do not fit into int16")
-                latents = latents.short() if levels else latents.half()
-                parts += [x[:T].numpy() for x, T in zip(latents, frames)]
-                for i, x in zip(batches[b], parts[-len(frames):]):
-                    if not np.isfinite(x).all():
-                        raise ValueError(f"encode: latents of {clips[i].audio} are not finite")
-                shard["clips"] += batches[b]
-                shard["frames"] += frames
-                held += sum(seconds[i] for i in batches[b])
-                passed += sum(seconds[i] for i in batches[b])
-                bar.update(round(passed) - bar.n)
-                if held >= shard_seconds or b + 1 == len(batches):
-                    with atomic(shard_file(path, len(index["shards"]))) as temp, \
-                            open(temp, "wb") as out:
-                        np.save(out, np.concatenate(parts))
-                    index["shards"].append(shard)
-                    with atomic(path / "index.json") as temp:
-                        Path(temp).write_text(json.dumps(index))
-                    parts, shard, held = [], {"clips": [], "frames": []}, 0.0
-        return cls(path)
-
-
-def shard_file(path, k):
-    return Path(path) / f"shard_{k:05d}.npy"
-
-
-def read_index(path):
-    file = Path(path) / "index.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
 # ---------------------------------------------------------------------------- LM batches
 
 class LatentBatches:
@@ -945,91 +618,3 @@ class LatentBatches:
         n = min(int(n), len(source))
         first = int(where * (len(source) - n + 1))
         return source[first:first + n]
-
-
-# ---------------------------------------------------------------------------- command line
-
-def main(argv=None):
-    p = Parser(description="Make, check and describe manifests of audio clips.")
-    sub = p.add_subparsers(dest="command", required=True)
-
-    def command(name, about):
-        return sub.add_parser(name, help=about.split(".")[0], description=about,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    s = command("scan", "Find the clips of a corpus on disk and write a manifest.\n\n"
-                + textwrap.dedent(scan.__doc__.split("\n\n", 1)[1]))
-    s.add_argument("dir", help="the corpus's top folder (audiocaps: or its .csv)")
-    s.add_argument("--layout", choices=LAYOUTS, default="folder", help="default: folder")
-    s.add_argument("--kind", choices=KINDS, default="speech", help="for all, default: speech")
-    s.add_argument("--out", required=True, help="the manifest to write, .jsonl")
-    s = command("check", "Read every file of a manifest and list the bad ones. Exit 2 if there are "
-                "any and no --out is given.")
-    s.add_argument("manifest", help=".jsonl or a folder of audio")
-    s.add_argument("--out", help="write the good clips here, with their durations")
-    s = command("info", "Clips, hours, speakers and durations, by kind.")
-    s.add_argument("manifest", help=".jsonl or a folder of audio")
-    s = command("describe", "Write a manifest whose texts are descriptions, for all kinds alike: "
-                "templates with paraphrases, or sentences from another tool. Train on it, and "
-                "write such sentences to sample.py.")
-    s.add_argument("manifest", help=".jsonl or a folder of audio")
-    s.add_argument("--out", required=True, help="the manifest to write, .jsonl")
-    s.add_argument("--seed", type=int, default=0, help="of the paraphrases, default: 0")
-    s.add_argument("--rewritten", help='.jsonl of {"id", "text"}: used in place of the templates')
-    a = p.parse_args(argv)
-
-    if a.command == "describe":
-        clips = load_manifest(a.manifest)
-        given = read_rewritten(a.rewritten) if a.rewritten else {}
-        if a.rewritten and not set(given) & {c.id for c in clips}:
-            raise BadInput(f"{a.rewritten}: no id of it is in {a.manifest}")
-        if a.seed < 0:
-            raise BadInput("--seed: cannot be negative; set 0 or more")
-        write_manifest(a.out, [replace(c, text=given.get(c.id) or describe(c, a.seed),
-                                       said=c.said or (c.text if c.kind == "speech" else ""))
-                               for c in clips])
-        print(f"{len(clips)} clips -> {a.out}")
-    elif a.command == "scan":
-        clips = scan(a.dir, a.layout, a.kind)
-        write_manifest(a.out, clips)
-        print(f"{len(clips)} clips -> {a.out}")
-    elif a.command == "check":
-        def read(clip):
-            try:
-                with open_audio(clip.audio) as f:
-                    rate = f.samplerate
-                return replace(clip, duration=load_audio(clip.audio, rate).shape[1] / rate), None
-            except BadInput as e:
-                return clip, str(e)
-
-        clips, good = load_manifest(a.manifest, must_exist=False), []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for clip, bad in tqdm(pool.map(read, clips), total=len(clips), unit="clip"):
-                if bad:
-                    tqdm.write(f"bad: {bad}")
-                else:
-                    good.append(clip)
-        print(f"{len(good)} of {len(clips)} clips are good")
-        if a.out and good:
-            write_manifest(a.out, good)
-            print(f"good clips -> {a.out}")
-        elif len(good) < len(clips):
-            raise BadInput(f"{a.manifest}: {len(clips) - len(good)} bad clips; " + (
-                "`--out clean.jsonl` writes a manifest without them" if good else "no good one"))
-    else:
-        clips = load_manifest(a.manifest)
-        seconds = np.array([seconds_of(c) for c in clips])
-        counts = Counter(c.kind for c in clips)
-        print("kind      clips   hours  speakers  seconds min/median/95%/max  with text  bytes max")
-        for kind in [k for k in KINDS if counts[k]]:
-            these = [c for c in clips if c.kind == kind]
-            t = seconds[[c.kind == kind for c in clips]]
-            span = "/".join(f"{v:.1f}" for v in np.quantile(t, (0, .5, .95, 1)))
-            texts = [len(encode_text(c.text, kind)) - 1 for c in these]
-            print(f"{kind:7s} {len(these):7d} {t.sum() / 3600:7.2f} "
-                  f"{len({c.speaker for c in these} - {''}):9d}  {span:>26s} "
-                  f"{np.mean(np.array(texts) > 0):9.0%} {max(texts):10d}")
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -97,6 +97,91 @@ class DelayLine:
         return torch.stack([x[:, k] for k, x in enumerate(last)], -1).clamp(min=0)
 
 
+class ResidualVQ(nn.Module):
+    """Residual vector quantisation: x ≈ c_1[k_1] + c_2[k_2] + ... + c_K[k_K].
+
+    Level i picks the entry nearest to what the levels before left over. x (B, T, D) -> z (B, T, D).
+    Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
+    2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share
+    is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries
+    at the first step. In training half of the rows use the first n levels only, n uniform
+    (quantizer dropout). Statistics and replacements are shared by all processes.
+    Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
+    """
+    decay, dead = 0.99, 0.1
+
+    def __init__(self, dim, levels, codes):
+        super().__init__()
+        self.register_buffer("codebooks", torch.randn(levels, codes, dim))
+        self.register_buffer("counts", torch.zeros(levels, codes))         # choices a step, running
+        self.register_buffer("sums", torch.zeros(levels, codes, dim))      # vectors a step, running
+
+    def nearest(self, x, level):
+        """x (N, D) -> index of the nearest entry (N,): least ‖c‖² - 2 x·c, in fp32."""
+        c = self.codebooks[level]
+        with torch.autocast(x.device.type, enabled=False):
+            return (c.pow(2).sum(1) - 2 * x.float() @ c.T).argmin(1)
+
+    def encode(self, x):
+        """(B, T, D) -> codes (B, T, K), int64."""
+        left, codes = x.flatten(0, 1), []
+        for level in range(len(self.codebooks)):
+            codes.append(self.nearest(left, level))
+            left = left - self.codebooks[level][codes[-1]]
+        return torch.stack(codes, -1).view(*x.shape[:2], -1)
+
+    def decode(self, codes):
+        """codes (.., K') of the first K' <= K levels -> (.., D)."""
+        return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
+
+    @torch.no_grad()
+    def learn(self, level, x, k, rows):
+        """One step of the running means; where rows (N,) is true x (N, D) chose the entries k (N,).
+
+        Every process calls it for every level, even without such rows: all_reduce waits for all.
+        """
+        x = x.float()
+        hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype) * rows[:, None]  # (N, codes)
+        spare = x[torch.randint(len(x), (self.codebooks.shape[1],), device=x.device)]
+        with torch.autocast(x.device.type, enabled=False):
+            total = hot.T @ x                                                    # (codes, D)
+        stats = torch.cat([hot.sum(0)[:, None], total, spare], 1)                # (codes, 1 + 2 D)
+        if torch.distributed.is_initialized():
+            stats[:, x.shape[1] + 1:] *= torch.distributed.get_rank() == 0
+            torch.distributed.all_reduce(stats)
+        count, total, spare = stats.split([1, x.shape[1], x.shape[1]], 1)
+        fair = count.sum() / len(count)                                # choices if all were equal
+        if fair == 0:
+            return
+        self.counts[level].lerp_(count[:, 0], 1 - self.decay)
+        self.sums[level].lerp_(total, 1 - self.decay)
+        dead = self.counts[level] < self.dead * fair
+        self.counts[level][dead], self.sums[level][dead] = fair, fair * spare[dead]
+        self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
+
+    def forward(self, x):
+        """x (B, T, D) -> z with the gradient of x, commitment loss mean ‖x_i - sg(c_i)‖² / D over
+        the levels in use.
+        """
+        B, levels = x.shape[0], len(self.codebooks)
+        used = torch.full((B,), levels, device=x.device)
+        if self.training:
+            some = torch.rand(B, device=x.device) < 0.5
+            used = torch.where(some, torch.randint(1, levels + 1, (B,), device=x.device), used)
+        left, z, loss, weight = x, torch.zeros_like(x), 0.0, 0.0
+        for level in range(levels):
+            on = (level < used).to(x.dtype)[:, None, None]                      # (B, 1, 1)
+            k = self.nearest(left.detach().flatten(0, 1), level)
+            if self.training:
+                rows = (on > 0).expand(-1, x.shape[1], 1).flatten()
+                self.learn(level, left.detach().flatten(0, 1), k, rows)
+            c = self.codebooks[level][k].view_as(x)
+            loss = loss + (on * (left - c.detach()).pow(2)).mean()
+            weight = weight + on.mean()
+            z, left = z + on * c, left - c
+        return x + (z - x).detach(), loss / weight
+
+
 class CodeEmbedding(nn.Module):
     """codes (.., K) -> the sum of their K embeddings (.., C); MISSING adds nothing."""
 
@@ -205,6 +290,10 @@ class DepthTransformer(nn.Module):
             elif "out" in name or "down" in name:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * blocks))
 
+    def matrices(self):
+        """The modules whose linear layers are large: what int8 rounds (sample.py)."""
+        return [self.blocks]
+
     def project(self, z):
         """z (N, C) -> what each level gets of it (N, K, w); levels of one set the same."""
         own = torch.stack([linear(z) for linear in self.cond.each], 1)          # (N, sets, w)
@@ -236,12 +325,16 @@ class DepthTransformer(nn.Module):
 class RQ(nn.Module):
     """A frame's K codes by a depth transformer (CALM 3.1, Table 9)."""
     lag = 0                                     # steps between a frame's first code and its last
+    has_jvp = False
 
     def __init__(self, levels, codes, cond_dim, cfg):
         super().__init__()
         self.cfg = cfg
         self.net = DepthTransformer(levels, codes, cond_dim, cfg.width, cfg.blocks,
                                     cfg.depth_heads, cfg.sets)
+
+    def set_step(self, step):
+        """Nothing here depends on the training step."""
 
     def loss(self, z, x):
         """-log p(x | z) / K, teacher-forced. (.., C), codes (.., K) -> (..), metrics."""
@@ -257,12 +350,16 @@ class RQ(nn.Module):
 
 class Delay(nn.Module):
     """K linear heads on z, for codes that calm.py has delayed (MusicGen)."""
+    has_jvp = False
 
     def __init__(self, levels, codes, cond_dim, cfg):
         super().__init__()
         self.cfg, self.lag, self.shape = cfg, levels - 1, (levels, codes)
         self.net = nn.Linear(cond_dim, levels * codes, bias=False)
         nn.init.zeros_(self.net.weight)
+
+    def set_step(self, step):
+        """Nothing here depends on the training step."""
 
     def loss(self, z, x):
         """-log p of the codes that are there, nats a code. (.., C), (.., K) -> (..), metrics."""

@@ -50,13 +50,15 @@ import soxr
 import torch
 from tqdm import tqdm
 
-import toy
-from config import FASTER, MODELS, load_checkpoint, open_run
-from data import (KINDS, BadInput, Parser, atomic, check_writable, cli, draw_spectrograms,
-                  encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of,
-                  threads)
+from cli import BadInput, Parser, atomic, check_writable, cli, threads
+from config import LM_STAGES, STAGES, load_checkpoint, open_run
+from corpora import toy
+from data import (KINDS, encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of)
 from discrete import DISCRETE
-from vae import kl_loss, mel_filters, spectral_losses, stft
+from gan import mel_filters, spectral_losses, stft
+from report import draw_spectrograms
+from sample import encode_prompt, render
+from vae import kl_loss
 
 
 def log_mel(wav, rate):
@@ -190,7 +192,7 @@ def information(vae, mean, logvar):
 
 
 @torch.no_grad()
-def judge_vae(vae, clips, limit, folder, judges=None):
+def judge_vae(vae, clips, limit, folder, judges=None, floor=1e-5):
     """{kind: {log_mel, stft, si_sdr, rate, original, reconstruction}} over the first `limit` clips
     of each kind; `judges` hears the speech.
     """
@@ -217,11 +219,11 @@ def judge_vae(vae, clips, limit, folder, judges=None):
             near.append((mel - log_mel(rec, rate)).abs().mean().item())
             rates.append(information(vae, mean, logvar))
             if wav.shape[-1] >= 2048 and wav.abs().max() > 1e-3:
-                spectra.append(spectral_losses(wav[None], rec[None], vae.cfg,
-                                               [2048, 1024, 512, 256], ["stft"])["stft"].item())
+                spectra.append(spectral_losses(wav[None], rec[None], rate,
+                                               [2048, 1024, 512, 256], ["stft"], floor)["stft"].item())
                 waves.append(si_sdr(wav, rec))
             if judges is not None and kind == "speech":
-                judges(wav[0].numpy(), rec[0].numpy(), clip.said or clip.text, rate)
+                judges(wav[0].numpy(), rec[0].numpy(), clip.transcript or clip.text, rate)
             if last is not None:
                 n = min(last.shape[1], mel.shape[1])
                 far.append((mel[:, :n] - last[:, :n]).abs().mean().item())
@@ -252,7 +254,7 @@ def voice_of(clip, clips, lm, vae, cfg):
     if clip.kind != "speech" or not cfg.data.prompt_frames or not other:
         return None
     wav = torch.tensor(load_audio(other[0].audio, vae.cfg.sample_rate, vae.cfg.channels))
-    latents = lm.listen(vae, wav[None])
+    latents = encode_prompt(lm, vae, wav[None])
     first = (latents.shape[1] - cfg.data.prompt_frames) // 2         # its middle: no silence
     return latents[:, first:first + cfg.data.prompt_frames], wav
 
@@ -272,7 +274,7 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
         texts, heard, late, groups, manifest = spread(sorted(held), limit), [], [], {}, []
         voices = {t: voice_of(held[t], clips, lm, vae, cfg) for t in texts}
         for text in texts:
-            alone = kind == "speech" and getattr(lm.cfg, "monologue", False)
+            alone = kind == "speech" and lm.monologue
             n = 0 if alone else len(encode_text(text, kind, cfg.data))
             groups.setdefault((n, voices[text] is not None), []).append(text)
         batches = [group[i:i + 32] for _, group in sorted(groups.items())
@@ -286,14 +288,14 @@ def judge_lm(lm, vae, cfg, clips, repeats, limit, folder="", judges=None, **opti
                 prompt = torch.cat([voices[t][0] for t in group])
             for draw in range(repeats):
                 seed = torch.Generator().manual_seed(1000 * draw + at)
-                wavs = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                wavs = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                                  prompt=prompt, generator=seed, **options)
                 heard += [facts(w, held[t], rate) for w, t in zip(wavs, group)]
                 late += [abs(w.shape[-1] // cfg.vae.hop
                              - math.ceil(round(seconds_of(held[t]) * rate) / cfg.vae.hop))
                          for w, t in zip(wavs, group)]               # in latent frames
                 for text, wav in zip(group, wavs):
-                    said = held[text].said or text
+                    said = held[text].transcript or text
                     if judges is not None and kind == "speech":
                         voice = voices[text]
                         judges.hear("generation", soxr.resample(wav[0].numpy(), rate, 16000), said,
@@ -353,9 +355,9 @@ def judge_continuation(lm, vae, cfg, clips, limit, folder="", **options):
                                             leave=False)
                             for x in seconds_heard(load(c, 20.0), rate)])
         wavs = [load(c, lead)[None] for c in prompts]
-        history = torch.cat([lm.listen(vae, w) for w in wavs])
+        history = torch.cat([encode_prompt(lm, vae, w) for w in wavs])
         tokens = torch.tensor([encode_text("", kind, cfg.data)] * len(prompts), dtype=torch.long)
-        made = lm.render(vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+        made = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                          history=history, generator=torch.Generator().manual_seed(0), **options)
         start = history.shape[1] * vae.cfg.hop
         if folder:
@@ -476,7 +478,7 @@ def overview(path, vae, models, cfg, clips):
         rows[1].append(("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]))
         for row, (name, (lm, options)) in zip(rows[2:], models.items()):
             voice = voice_of(clip, clips, lm, vae, cfg)
-            made, = lm.render(vae, torch.tensor([encode_text(clip.text, kind, cfg.data)]),
+            made, = render(lm, vae, torch.tensor([encode_text(clip.text, kind, cfg.data)]),
                               kind=KINDS.index(kind), seconds=cfg.sample.seconds,
                               prompt=None if voice is None else voice[0],
                               generator=torch.Generator().manual_seed(0), **options)
@@ -539,7 +541,7 @@ def main():
                        "commas; for steps whole ones from 1, for noise at most 1"
                        ) from None
     cfg, vae, _, _ = open_run(a.run)
-    stages = [s for s in reversed(MODELS)
+    stages = [s for s in LM_STAGES
               if os.path.exists(f"{a.run}/{s}.pt")] if a.what != "vae" else []
     if a.stage:
         if a.stage not in stages:
@@ -551,7 +553,7 @@ def main():
     clips = load_manifest(manifest) if manifest else load_clips(cfg.data)[1]
     figures, rows, models = {"run": a.run, "clips": len(clips)}, [], {}
     if a.what in ("all", "vae") and not a.sweep:
-        figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs, judges)
+        figures["vae"] = judge_vae(vae, clips, a.limit, a.wavs, judges, cfg.gan.loss_floor)
         if not figures["vae"] and a.what == "vae":
             raise BadInput(f"{len(clips)} held-out clips: the distance is relative to that of two "
                            "clips of a kind; --manifest needs at least two, of 1024 samples")
@@ -593,7 +595,7 @@ def main():
             if objective in DISCRETE or a.repeats < 2:
                 raise BadInput("--what draws: needs a flow or few-step head, and --repeats of at "
                                "least 2")
-            flow = open_run(a.run, FASTER.get(stage, stage))[2]
+            flow = open_run(a.run, STAGES[stage].after or stage)[2]
             found = judge_draws(flow, lm, [a.steps] if a.steps else [1, 2, 4, 16], cfg, clips,
                                 a.repeats, a.limit)
             figures[f"draws {stage}"] = found

@@ -48,82 +48,68 @@ inputs stay float64 (the tests use it).
 import copy
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-OBJECTIVES = ("rectified_flow", "trigflow", "consistency", "lsd", "rq", "delay")
-SOLVERS = ("euler", "heun")
+from schema import Range
+
 HALF_PI = math.pi / 2
 
 
 @dataclass
 class HeadConfig:
     """The [lm.head] and [audiocalm.head] tables."""
-    # What the head learns: rectified_flow | trigflow | consistency | lsd, or the discrete baselines
-    # rq | delay (discrete.py; they need [vae] bottleneck = "rvq"). TrigFlow is the paper's
-    # best and slowest (Tab. 4), consistency its choice for real time, lsd that of its third version
-    # for speech; consistency starts well from TrigFlow's weights (Consistency.load_flow).
-    objective: str = "trigflow"
-    # Channels inside the MLP. Tab. 9: 3072 (music, 601M parameters), 512 (speech, 10M); rq: 1024.
-    width: int = 512
-    # Residual blocks. Tab. 9: 12 (music), 6 (speech); rq: 6 transformer layers.
-    blocks: int = 6
-    # Head batch multiplier M (4.4, Tab. 9: 8): draws of (t, eps) per position and step. One pass of
+    # What the head learns; rq and delay are the discrete baselines (discrete.py; they need [vae]
+    # bottleneck = "rvq"). TrigFlow is the paper's best and slowest (Table 4), consistency its choice
+    # for real time, lsd that of its third version for speech; consistency starts well from
+    # TrigFlow's weights (Consistency.load_flow).
+    objective: Literal["rectified_flow", "trigflow", "consistency", "lsd", "rq", "delay"] = "trigflow"
+    # Channels inside the MLP. Table 9: 3072 (music, 601M parameters), 512 (speech, 10M); rq: 1024.
+    width: Annotated[int, Range(1)] = 512
+    # Residual blocks. Table 9: 12 (music), 6 (speech); rq: 6 transformer layers.
+    blocks: Annotated[int, Range(1)] = 6
+    # Head batch multiplier M (4.4, Table 9: 8): draws of (t, eps) per position and step. One pass of
     # the backbone serves M losses; memory and time of the head grow M times.
-    multiplier: int = 8
+    multiplier: Annotated[int, Range(1)] = 8
     # Mean and std of log(noise / signal), the same in all objectives: the log of tan t, or of t /
     # (1-t) for rectified_flow (where 0, 1 is SD3's logit-normal). Not given in the paper; sCM uses
-    # -1, 1.4 on images; -.4, 1.4 trained on every seed of our toys.
+    # -1, 1.4 on images; -0.4, 1.4 trained on every seed of our toys.
     p_mean: float = -0.4
-    p_std: float = 1.4
+    p_std: Annotated[float, Range(above=0)] = 1.4
     # consistency: learn w_psi(t) of Eq. 1 and 3, 257 parameters: exp(w) loss - w, so that every t
     # weighs the same (lsd: w(t, s), 513). The reported loss then is about 1 - w and may be
     # negative. Measured no better than without in our toys, and lsd diverged with it, so off; the
     # paper has it on.
     adaptive: bool = False
-    # consistency: calls of loss in training mode over which r goes from 0 (flow matching) to 1 (sCM
-    # uses 10k); with gradient accumulation each micro-batch is a call. 0 = r is 1 from the start,
-    # which was stable from scratch and is right when TrigFlow's weights are loaded.
-    warmup: int = 0
-    # consistency: c of g / (||g|| + c), sCM's .1. Not in the paper.
-    tangent_c: float = 0.1
-    # Divide each embedded time by its spread over the width, times a learned factor a channel
+    # consistency: steps over which r goes from 0 (flow matching) to 1 (sCM uses 10k). 0 = r is 1
+    # from the start, which was stable from scratch and is right when TrigFlow's weights are loaded.
+    warmup: Annotated[int, Range(0)] = 0
+    # consistency: c of g / (||g|| + c), sCM's 0.1. Not in the paper.
+    tangent_c: Annotated[float, Range(above=0)] = 0.1
+    # Divide each embedded time by its spread over the width, times a learned factor per channel
     # (Pocket TTS; not in MAR). sinusoid() below has that effect on the embedding's input already.
     time_norm: bool = False
     # lsd: weight of the self-distillation; the flow on the diagonal has the rest (v3, Pocket TTS).
-    distill: float = 0.25
-    # Flows: euler (one evaluation a step) | heun (two, second order). The others ignore it.
-    solver: str = "euler"
-    # Steps when sample() is not told: 0 = 1 for consistency and lsd, 20 for the flows. Tab. 4
-    # has 1 and 4 for consistency, 100 for TrigFlow; consistency gets worse beyond 4 to 10 (Tab. 6).
-    steps: int = 0
-    # rq: attention heads (Tab. 9: 16), sets of weights: one for each of the first levels, the rest
-    # share the last; 0 = as many as levels.
-    depth_heads: int = 16
-    sets: int = 0
+    distill: Annotated[float, Range(above=0, below=1)] = 0.25
+    # Flows: euler (one evaluation per step) or heun (two, second order). The others ignore it.
+    solver: Literal["euler", "heun"] = "euler"
+    # Steps when sample() is not told: 0 = 1 for consistency and lsd, 20 for the flows. Table 4
+    # has 1 and 4 for consistency, 100 for TrigFlow; consistency gets worse beyond 4 to 10 (Table 6).
+    steps: Annotated[int, Range(0)] = 0
+    # rq: attention heads (Table 9: 16).
+    depth_heads: Annotated[int, Range(1)] = 16
+    # rq: sets of weights: one for each of the first levels, the rest share the last; 0 = as many as
+    # levels.
+    sets: Annotated[int, Range(0)] = 0
     # rq, delay: draw among so many likeliest codes; 0 = all (MusicGen's default is 250).
-    top_k: int = 0
+    top_k: Annotated[int, Range(0)] = 0
 
     def __post_init__(self):
-        for key, valid, says in (
-                ("objective", self.objective in OBJECTIVES, " | ".join(OBJECTIVES)),
-                ("width", self.width >= 1, "an integer of at least 1"),
-                ("blocks", self.blocks >= 1, "an integer of at least 1"),
-                ("multiplier", self.multiplier >= 1, "an integer of at least 1"),
-                ("p_std", self.p_std > 0, "a number above 0"),
-                ("warmup", self.warmup >= 0, "an integer of at least 0"),
-                ("tangent_c", self.tangent_c > 0, "a number above 0"),
-                ("distill", 0 < self.distill < 1, "a number between 0 and 1"),
-                ("solver", self.solver in SOLVERS, " | ".join(SOLVERS)),
-                ("steps", self.steps >= 0, "an integer of at least 0"),
-                ("depth_heads", self.depth_heads >= 1
-                 and (self.objective != "rq" or self.width % self.depth_heads == 0),
-                 "an integer that divides width"),
-                ("sets", self.sets >= 0, "an integer of at least 0"),
-                ("top_k", self.top_k >= 0, "an integer of at least 0")):
-            if not valid:
-                raise ValueError(f"head.{key}: {getattr(self, key)!r} is wrong; valid: {says}")
+        if self.objective == "rq" and self.width % self.depth_heads:
+            raise ValueError(f"depth_heads: must divide width = {self.width}, "
+                             f"got {self.depth_heads}")
 
     @property
     def sample_steps(self):
@@ -204,7 +190,7 @@ class AdaLNMLP(nn.Module):
 
     def __init__(self, dim, cond_dim, width, blocks, two_times=False, time_norm=False):
         super().__init__()
-        self.dim = dim
+        self.dim, self.two_times = dim, two_times
         self.input = nn.Linear(dim, width)
         self.cond = nn.Linear(cond_dim, width)
         embedding = lambda: nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width),
@@ -222,6 +208,15 @@ class AdaLNMLP(nn.Module):
                 nn.init.zeros_(m.bias)
         for m in [block.ada[1] for block in self.blocks] + [self.ada[1], self.output]:
             nn.init.zeros_(m.weight)                                      # blocks start as identity
+
+    def matrices(self):
+        """The modules whose linear layers are large: what int8 rounds (sample.py)."""
+        until = [self.until] if self.two_times else []
+        return [self.blocks, self.time, *until, self.ada]
+
+    def towards(self, x_t, t, z):
+        """F as a function of s: what LSD differentiates."""
+        return lambda s: self(x_t, t, z, s)
 
     def forward(self, x_t, t, z, s=None):
         dtype = self.input.weight.dtype
@@ -300,10 +295,14 @@ def start(net, z, cfg, default, shape, steps, temperature, generator):
 
 class RectifiedFlow(nn.Module):
     """x_t = (1-t) x + t eps, F = dx/dt = eps - x, t in (0, 1) (Liu et al. 2023; AudioCALM)."""
+    has_jvp = False                          # its loss differentiates the network by its inputs
 
     def __init__(self, net, cfg):
         super().__init__()
         self.net, self.cfg = net, cfg
+
+    def set_step(self, step):
+        """Nothing here depends on the training step."""
 
     def loss(self, z, x):
         """||F(x_t, t, z) - (eps - x)||² / D. (.., C), (.., D) -> (..), metrics."""
@@ -334,10 +333,14 @@ class TrigFlow(nn.Module):
     Variance 1 at every t, and the same F as Consistency, which can therefore start from its
     weights.
     """
+    has_jvp = False
 
     def __init__(self, net, cfg):
         super().__init__()
         self.net, self.cfg = net, cfg
+
+    def set_step(self, step):
+        """Nothing here depends on the training step."""
 
     def loss(self, z, x):
         """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. (.., C), (.., D) -> (..), metrics."""
@@ -400,6 +403,7 @@ class Consistency(nn.Module):
     watch tangent_max and energy_score. Two passes: the jvp without graph, then a plain forward with
     one; one pass gives the same gradient and takes 2.5 x the memory.
     """
+    has_jvp = True
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -409,6 +413,10 @@ class Consistency(nn.Module):
             self.psi = nn.Linear(256, 1)                                    # w_psi(t)
             nn.init.zeros_(self.psi.weight)
             nn.init.zeros_(self.psi.bias)
+
+    def set_step(self, step):
+        """The training step, for the warm-up of r."""
+        self.it.fill_(step)
 
     def f(self, x_t, t, z):
         """The consistency function: x_t (.., D), t (..), z (.., C) -> clean x (.., D)."""
@@ -490,6 +498,7 @@ class LSD(nn.Module):
     On the 3-mode toy of tests/test_heads.py, 300 steps, energy distance with 1, 2, 4 steps: .06,
     .02, .01; Consistency .07, .06, .07 (two seeds).
     """
+    has_jvp = True
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -502,6 +511,9 @@ class LSD(nn.Module):
     def f(self, x_t, t, s, z):
         """The flow map: x_t (.., D), t, s (..), z (.., C) -> x_s (.., D)."""
         return x_t + (s - t)[..., None] * fp32(self.net(x_t, t, z, s))
+
+    def set_step(self, step):
+        """Nothing here depends on the training step."""
 
     def weigh(self, loss, t, s):
         if not self.cfg.adaptive:
@@ -525,9 +537,8 @@ class LSD(nn.Module):
         other = torch.sigmoid(cfg.p_mean + cfg.p_std * torch.randn_like(t))
         t, s = torch.maximum(t, other), torch.minimum(t, other)             # towards less noise
         x_t = x + t[..., None] * v
-        # a network that is a whole backbone gives the part that s enters: no attention in a jvp
-        part = (self.net.towards(x_t, t, z) if hasattr(self.net, "towards")
-                else lambda s: self.net(x_t, t, z, s))
+        # F as a function of s alone; a network that is a whole backbone runs it only once for this
+        part = self.net.towards(x_t, t, z)
         with torch.autocast(x.device.type, enabled=False):
             F, dFds = torch.func.jvp(lambda s: fp32(part(s)), (s,), (torch.ones_like(s),))
         jump = (s - t)[..., None]

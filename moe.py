@@ -32,8 +32,6 @@ import torch.nn as nn
 
 from backbone import MLP, BackboneConfig
 
-EXPERTS = ("none", "speech", "all")
-
 
 class Experts(nn.Module):
     """kinds: names in the order of a sorted batch's rows; owners: those that have an expert."""

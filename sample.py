@@ -23,20 +23,68 @@ import argparse
 import math
 import re
 import time
+import warnings
 
 import soundfile as sf
 import torch
+import torch.nn as nn
 
-from calm import to_int8
-from config import MODELS, open_run
-from data import KINDS, BadInput, Parser, cli, encode_text, load_audio, save_audio, threads
+from cli import BadInput, Parser, cli, threads
+from config import LM_STAGES, open_run
+from data import KINDS, encode_text, load_audio, save_audio
+
+
+@torch.no_grad()
+def encode_prompt(lm, vae, wav):
+    """wav (B, ch, S) -> x as the model sees it: normalised latents (B, T, D) or codes (B, T, K);
+    vae.denormalize takes either back.
+    """
+    return vae.encode_codes(wav) if lm.codes else vae.normalize(vae.encode(wav)[0])
+
+
+@torch.no_grad()
+def render(lm, vae, text, *, seconds, history=None, **options):
+    """lm.generate(text, **options), decoded: a list of B waveforms (ch, S), each cut where its row
+    ended.
+
+    history (B, n, D), as `encode_prompt` gives it, is continued and stands at the front of each
+    waveform.
+    """
+    max_frames = max(1, round(seconds * vae.cfg.frame_rate))
+    drawn = list(lm.generate(text, max_frames=max_frames, history=history, **options))
+    past = [] if history is None else [history]
+    x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)        # (B, n + T, D)
+    wav = vae.decode(vae.denormalize(x))                                    # (B, ch, (n + T) · hop)
+    frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
+    return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
+
+
+def to_int8(lm, vae=None):
+    """Round the big matrices of sampling to int8, in place: backbone, head, decoder's transformer
+    (not what touches latents: lm.latent, the head's first and last layers and its condition).
+
+    Weights are rounded once, one scale a matrix, activations at each call (PyTorch's dynamic
+    quantisation). One latent reads every weight once, so a quarter of the bytes is up to 2.8 times
+    the speed. The convolutions of a conv decoder compute more than they read: they go to bf16 where
+    the CPU has bf16 matrix units (AMX), 1.7 times the speed of Mimi's decoder, its audio 47 dB
+    above the difference. CPU only; cannot be trained or saved any more.
+    """
+    parts = lm.matrices() + ([vae.decoder.transformer] if vae else [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # it will move to torchao one day
+        for part in parts:
+            torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, dtype=torch.qint8,
+                                                   inplace=True)
+    if vae and vae.cfg.decoder == "conv" and torch.cpu._is_amx_tile_supported():
+        conv = vae.decoder.conv.bfloat16()
+        conv.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
 
 
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", *MODELS],
-                   metavar="STAGE", help=f"which model, of {', '.join(MODELS)}; default: the first "
+    p.add_argument("--stage", default="", choices=["", *LM_STAGES],
+                   metavar="STAGE", help=f"which model, of {', '.join(LM_STAGES)}; default: the last "
                                          "of these that the run has")
     p.add_argument("--text", help="what is said or heard")
     p.add_argument("--kind", default="speech", choices=KINDS)
@@ -129,8 +177,8 @@ def main():
             raise BadInput("--int8: is for --device cpu")
         to_int8(lm, vae)
     rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
-    monologue = getattr(lm.cfg, "monologue", False)  # its words run on from the prompt's end
-    said = f"{a.prompt_text} " if a.prompt_text and not monologue else ""
+    # a monologue's words run on from the prompt's end
+    said = f"{a.prompt_text} " if a.prompt_text and not lm.monologue else ""
 
     def encode(text):
         return encode_text(text, a.kind, cfg.data)
@@ -152,7 +200,7 @@ def main():
         wav = torch.tensor(load_audio(a.prompt, rate, cfg.vae.channels)).to(a.device)
         wav = wav[:, -round(seconds * rate):] if seconds else wav
         with torch.no_grad():
-            latents = lm.listen(vae, wav[None])                              # (1, T, D) or codes
+            latents = encode_prompt(lm, vae, wav[None])                              # (1, T, D) or codes
         if a.text is not None and not a.prompt_text:
             if not cfg.data.prompt_frames:
                 raise BadInput(f"--prompt: {a.run} was trained without voice prompts "

@@ -53,156 +53,98 @@ autocast dtype.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 from backbone import BackboneConfig, KVCache, Transformer
-
-LOSSES = ("time", "mel", "stft", "adv", "feat", "kl", "commit", "distill")
-
-
-def default_weights():
-    """EnCodec's balance of time and adversarial terms, DAC's of mel and features, CALM's KL (Table
-    10).
-    """
-    return {"time": 0.1, "mel": 15.0, "stft": 0.0, "adv": 1.0, "feat": 2.0, "kl": 0.01}
+from discrete import ResidualVQ
+from schema import Range
 
 
 @dataclass
 class VAEConfig:
-    """The [vae] table.
+    """The [vae] table: what one needs to turn a waveform into latents and back.
 
     Table 10: music 32 kHz, 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
     """
-    sample_rate: int = 24000        # Hz
-    channels: int = 1               # audio channels
-    latent_dim: int = 32            # D
-    # upsampling, decoder order; product = hop
-    ratios: list[int] = field(default_factory=lambda: [6, 5, 4, 4, 4])
-    encoder: str = "conv"           # conv | stft: log-magnitudes replace the outermost ratios
-    decoder: str = "conv"           # conv | istft: magnitude and phase replace the outermost ratios
-    # samples; for stft / istft: product of the last ratios that the STFT replaces
-    stft_hop: int = 0
-    # istft: direct (Vocos) | locked (tones that hold, for encoder = stft)
-    phase: str = "direct"
-    stft_size: int = 0              # n_fft in samples; 0 = 4 · stft_hop
-    # samples; encoder = stft: the n_fft of all spectra that it is given; none = the stft_size.
+    # Hz
+    sample_rate: Annotated[int, Range(1)] = 24000
+    # audio channels
+    channels: Annotated[int, Range(1)] = 1
+    # D
+    latent_dim: Annotated[int, Range(1)] = 32
+    # upsampling factors, decoder order; their product is the hop
+    ratios: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [6, 5, 4, 4, 4])
+    # stft: log-magnitudes replace the outermost ratios
+    encoder: Literal["conv", "stft"] = "conv"
+    # istft: magnitude and phase replace the outermost ratios
+    decoder: Literal["conv", "istft"] = "conv"
+    # samples; for stft and istft: the product of the last ratios, which the STFT replaces
+    stft_hop: Annotated[int, Range(0)] = 0
+    # istft: direct (Vocos), or locked (tones that hold, for encoder = stft)
+    phase: Literal["direct", "locked"] = "direct"
+    # n_fft in samples; 0 = 4 · stft_hop
+    stft_size: Annotated[int, Range(0)] = 0
+    # samples; encoder = stft: the n_fft of all spectra that it is given; [] = the stft_size.
     # A long one tells the harmonics of a tone apart, a short one its beginning
-    encoder_windows: list[int] = field(default_factory=list)
-    # seanet (ELU, no norm: both papers) | convnext (LayerNorm, GELU, as Vocos: learns faster)
-    block: str = "seanet"
-    # transformer positions a latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling comes
-    # after the encoder's transformer, the first upsampling before the decoder's
-    inner: int = 1
-    # how `inner` positions become one latent: conv (strided: Mimi) | cls (one learned [CLS] after
+    encoder_windows: list[Annotated[int, Range(1)]] = field(default_factory=list)
+    # seanet (ELU, no norm: both papers) or convnext (LayerNorm, GELU, as Vocos: learns faster)
+    block: Literal["seanet", "convnext"] = "seanet"
+    # transformer positions per latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling
+    # comes after the encoder's transformer, the first upsampling before the decoder's
+    inner: Annotated[int, Range(1)] = 1
+    # how `inner` positions become one latent: conv (strided: Mimi) or cls (one learned [CLS] after
     # each patch of them, seen through the transformer: AudioCALM)
-    aggregator: str = "conv"
-    # plain (RMSNorm) | mimi (LayerNorm, layer scale .01, no final norm) | pocket (Mimi with the
+    aggregator: Literal["conv", "cls"] = "conv"
+    # plain (RMSNorm), mimi (LayerNorm, layer scale 0.01, no final norm) or pocket (Mimi with the
     # tanh approximation of GELU, as in Pocket TTS)
-    transformer_style: str = "plain"
-    bottleneck: str = "gaussian"    # gaussian | rvq (the discrete baseline of Tables 1 and 3)
-    codebooks: int = 8              # rvq: K codebooks (8 at 12.5 Hz, Table 1; 32 at 25 Hz, Table 3)
-    codebook_size: int = 2048       # rvq: entries of a codebook (Mimi)
-    teacher: str = ""               # distill: WavLM, a folder or a name on the Hugging Face hub
-    width: int = 64                 # channels next to the waveform; doubled at each ratio
-    width_max: int = 512            # ... up to this
-    res_layers: int = 1             # residual units a level, dilated 1, 2, 4, ...
-    dim: int = 512                  # transformer width C
-    heads: int = 8
-    encoder_layers: int = 8         # Table 10: 8 + 8 speech, 4 + 4 music
-    decoder_layers: int = 8
+    transformer_style: Literal["plain", "mimi", "pocket"] = "plain"
+    # rvq: the discrete baseline of Tables 1 and 3
+    bottleneck: Literal["gaussian", "rvq"] = "gaussian"
+    # rvq: K codebooks (8 at 12.5 Hz, Table 1; 32 at 25 Hz, Table 3)
+    codebooks: Annotated[int, Range(1)] = 8
+    # rvq: entries of a codebook (Mimi)
+    codebook_size: Annotated[int, Range(1)] = 2048
+    # channels next to the waveform; doubled at each ratio
+    width: Annotated[int, Range(1)] = 64
+    # ... up to this
+    width_max: Annotated[int, Range(1)] = 512
+    # residual units per level, dilated 1, 2, 4, ...
+    res_layers: Annotated[int, Range(0)] = 1
+    # transformer width C
+    dim: Annotated[int, Range(1)] = 512
+    heads: Annotated[int, Range(1)] = 8
+    # Table 10: 8 + 8 speech, 4 + 4 music
+    encoder_layers: Annotated[int, Range(0)] = 8
+    decoder_layers: Annotated[int, Range(0)] = 8
     # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
-    context: float = 10.0
-    # eq. 2; 0 = not computed
-    loss_weights: dict[str, float] = field(default_factory=default_weights)
-    # samples
-    loss_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128, 64, 32])
-    # amplitude below which spectra count as silent (DAC); 1e-3 = -60 dB learns faster
-    loss_floor: float = 1e-5
-    # windows drawn each step; 0 = all (fewer is faster: the STFTs are 40 % of a step)
-    loss_scales: int = 0
-    # samples (EnCodec)
-    disc_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
-    disc_width: int = 32            # channels of the discriminators
-    # seconds of each crop, drawn anew each step, that the discriminators hear; 0 = all of it. They
-    # cost most of a step, and a short part makes more steps of the same time (HiFi-GAN: .37)
-    disc_seconds: float = 0.0
-    disc_start: int = 0             # step at which the discriminators begin to learn
-    # steps that they learn alone before the generator hears them: one that has learnt nothing yet
-    # only shakes a decoder that is already good
-    disc_warmup: int = 0
-    # 1 = the discriminators see X as it is (EnCodec); .3: |X|^.3 with X's phase, at equal loudness,
-    # so that detail 40 dB below the peaks counts. Learns sooner, but needs the balancer (LOG.md)
-    disc_power: float = 1.0
-    # 0 = the losses are added with their weights; else the balancer with this decay (EnCodec .999):
-    # weights of time, mel, stft, adv and feat become shares of a gradient of norm 1, beside which
-    # those of kl, commit and distill are to be chosen anew
-    balance: float = 0.0
+    context: Annotated[float, Range(0)] = 10.0
 
     def __post_init__(self):
-        for name, valid in (("encoder", ("conv", "stft")), ("decoder", ("conv", "istft")),
-                            ("phase", ("direct", "locked")), ("block", ("seanet", "convnext")),
-                            ("aggregator", ("conv", "cls")),
-                            ("transformer_style", ("plain", "mimi", "pocket")),
-                            ("bottleneck", ("gaussian", "rvq"))):
-            if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"{name}: unknown '{getattr(self, name)}'; valid: {', '.join(valid)}")
-        if not self.ratios or min(self.ratios) < 1:
+        if not self.ratios:
             raise ValueError("ratios: needs at least one whole number >= 1")
-        for name in ("sample_rate", "channels", "latent_dim", "width", "dim", "heads", "width_max",
-                     "disc_width", "inner", "codebooks", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("encoder_layers", "decoder_layers", "stft_hop", "stft_size", "res_layers",
-                     "context", "loss_floor", "loss_scales", "disc_seconds", "disc_start",
-                     "disc_warmup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-        for name in ("loss_windows", "disc_windows"):
-            if min(getattr(self, name), default=0) < 8:
-                raise ValueError(f"{name}: needs windows of at least 8 samples, "
-                                 f"got {getattr(self, name)}")
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
-        if self.disc_seconds and self.disc_seconds * self.sample_rate < max(self.disc_windows):
-            raise ValueError("disc_seconds: must hold the longest of disc_windows, "
-                             f"{max(self.disc_windows) / self.sample_rate:.3f} s, "
-                             f"got {self.disc_seconds}")
-        if not 0 < self.disc_power <= 1:
-            raise ValueError(f"disc_power: must be above 0 and at most 1, got {self.disc_power}")
-        if not 0 <= self.balance < 1:
-            raise ValueError(f"balance: must be from 0 to below 1, got {self.balance}")
-        if self.disc_power < 1 and not any(self.loss_weights.get(name, 0) > 0
-                                           for name in ("time", "mel", "stft")):
-            raise ValueError("disc_power: below 1 no discriminator hears the level; it needs a "
-                             "time, mel or stft loss that does")
-        unknown = set(self.loss_weights) - set(LOSSES)
-        if unknown:
-            raise ValueError(f"loss_weights: unknown '{min(unknown)}'; valid: {', '.join(LOSSES)}")
-        if not all(weight >= 0 for weight in self.loss_weights.values()):
-            raise ValueError(f"loss_weights: must not be negative, got {self.loss_weights}")
-        if self.loss_weights.get("distill", 0) > 0 and not self.teacher:
-            raise ValueError("teacher: loss_weights.distill needs one, "
-                             "e.g. \"microsoft/wavlm-large\" or a folder")
         if self.encoder_windows and self.encoder != "stft":
             raise ValueError("encoder_windows: needs encoder = \"stft\"")
         if "stft" in self.encoder + self.decoder:
-            outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
-            if self.stft_hop not in outer:
-                raise ValueError("stft_hop: must be the product of the last ratios, "
-                                 f"one of {outer}, got {self.stft_hop}")
-            if self.n_fft < self.stft_hop:
-                raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, "
-                                 f"got {self.stft_size}")
-            if self.encoder_windows and min(self.encoder_windows) < self.stft_hop:
-                raise ValueError(f"encoder_windows: must be at least stft_hop = {self.stft_hop}, "
-                                 f"got {min(self.encoder_windows)}")
+            self.check_stft()
+
+    def check_stft(self):
+        outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
+        if self.stft_hop not in outer:
+            raise ValueError("stft_hop: must be the product of the last ratios, "
+                             f"one of {outer}, got {self.stft_hop}")
+        if self.n_fft < self.stft_hop:
+            raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, "
+                             f"got {self.stft_size}")
+        if self.encoder_windows and min(self.encoder_windows) < self.stft_hop:
+            raise ValueError(f"encoder_windows: must be at least stft_hop = {self.stft_hop}, "
+                             f"got {min(self.encoder_windows)}")
 
     @property
     def hop(self):
@@ -231,25 +173,6 @@ class VAEConfig:
             outer *= ratios.pop()
             width *= 2
         return ratios, min(width, self.width_max)
-
-    def units(self, width):
-        """The residual units of one level."""
-        if self.block == "convnext":
-            return [ConvNeXt(width) for _ in range(self.res_layers)]
-        return [Residual(width, 2 ** i) for i in range(self.res_layers)]
-
-    def between(self, width):
-        """What stands between the residual units and a convolution that changes the rate."""
-        return Norm(width) if self.block == "convnext" else Elu()
-
-    def transformer(self, layers, cls=False):
-        rate = self.frame_rate * (self.inner + int(cls))                  # positions a second
-        plain = self.transformer_style == "plain"
-        return BackboneConfig(dim=self.dim, layers=layers, heads=self.heads,
-                              mlp="gelu_tanh" if self.transformer_style == "pocket" else "gelu",
-                              norm="rms" if plain else "layer", final_norm=plain,
-                              layer_scale=0.0 if plain else 0.01,
-                              window=max(1, round(self.context * rate)))
 
 
 # ---------------------------------------------------------------- causal layers
@@ -490,94 +413,30 @@ class InverseSpectrum(nn.Module):
         return tail[..., owed:]
 
 
-# ---------------------------------------------------------------- the discrete baseline
-
-class ResidualVQ(nn.Module):
-    """Residual vector quantisation: x ≈ c_1[k_1] + c_2[k_2] + ... + c_K[k_K].
-
-    Level i picks the entry nearest to what the levels before left over. x (B, T, D) -> z (B, T, D).
-    Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
-    2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share
-    is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries
-    at the first step. In training half of the rows use the first n levels only, n uniform
-    (quantizer dropout). Statistics and replacements are shared by all processes.
-    Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
-    """
-    decay, dead = 0.99, 0.1
-
-    def __init__(self, dim, levels, codes):
-        super().__init__()
-        self.register_buffer("codebooks", torch.randn(levels, codes, dim))
-        self.register_buffer("counts", torch.zeros(levels, codes))         # choices a step, running
-        self.register_buffer("sums", torch.zeros(levels, codes, dim))      # vectors a step, running
-
-    def nearest(self, x, level):
-        """x (N, D) -> index of the nearest entry (N,): least ‖c‖² - 2 x·c, in fp32."""
-        c = self.codebooks[level]
-        with torch.autocast(x.device.type, enabled=False):
-            return (c.pow(2).sum(1) - 2 * x.float() @ c.T).argmin(1)
-
-    def encode(self, x):
-        """(B, T, D) -> codes (B, T, K), int64."""
-        left, codes = x.flatten(0, 1), []
-        for level in range(len(self.codebooks)):
-            codes.append(self.nearest(left, level))
-            left = left - self.codebooks[level][codes[-1]]
-        return torch.stack(codes, -1).view(*x.shape[:2], -1)
-
-    def decode(self, codes):
-        """codes (.., K') of the first K' <= K levels -> (.., D)."""
-        return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
-
-    @torch.no_grad()
-    def learn(self, level, x, k, rows):
-        """One step of the running means; where rows (N,) is true x (N, D) chose the entries k (N,).
-
-        Every process calls it for every level, even without such rows: all_reduce waits for all.
-        """
-        x = x.float()
-        hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype) * rows[:, None]  # (N, codes)
-        spare = x[torch.randint(len(x), (self.codebooks.shape[1],), device=x.device)]
-        with torch.autocast(x.device.type, enabled=False):
-            total = hot.T @ x                                                    # (codes, D)
-        stats = torch.cat([hot.sum(0)[:, None], total, spare], 1)                # (codes, 1 + 2 D)
-        if torch.distributed.is_initialized():
-            stats[:, x.shape[1] + 1:] *= torch.distributed.get_rank() == 0
-            torch.distributed.all_reduce(stats)
-        count, total, spare = stats.split([1, x.shape[1], x.shape[1]], 1)
-        fair = count.sum() / len(count)                                # choices if all were equal
-        if fair == 0:
-            return
-        self.counts[level].lerp_(count[:, 0], 1 - self.decay)
-        self.sums[level].lerp_(total, 1 - self.decay)
-        dead = self.counts[level] < self.dead * fair
-        self.counts[level][dead], self.sums[level][dead] = fair, fair * spare[dead]
-        self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
-
-    def forward(self, x):
-        """x (B, T, D) -> z with the gradient of x, commitment loss mean ‖x_i - sg(c_i)‖² / D over
-        the levels in use.
-        """
-        B, levels = x.shape[0], len(self.codebooks)
-        used = torch.full((B,), levels, device=x.device)
-        if self.training:
-            some = torch.rand(B, device=x.device) < 0.5
-            used = torch.where(some, torch.randint(1, levels + 1, (B,), device=x.device), used)
-        left, z, loss, weight = x, torch.zeros_like(x), 0.0, 0.0
-        for level in range(levels):
-            on = (level < used).to(x.dtype)[:, None, None]                      # (B, 1, 1)
-            k = self.nearest(left.detach().flatten(0, 1), level)
-            if self.training:
-                rows = (on > 0).expand(-1, x.shape[1], 1).flatten()
-                self.learn(level, left.detach().flatten(0, 1), k, rows)
-            c = self.codebooks[level][k].view_as(x)
-            loss = loss + (on * (left - c.detach()).pow(2)).mean()
-            weight = weight + on.mean()
-            z, left = z + on * c, left - c
-        return x + (z - x).detach(), loss / weight
-
-
 # ---------------------------------------------------------------- encoder, decoder, VAE
+
+def residual_units(cfg, width):
+    """The residual units of one level."""
+    if cfg.block == "convnext":
+        return [ConvNeXt(width) for _ in range(cfg.res_layers)]
+    return [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
+
+
+def activation(cfg, width):
+    """What stands between residual units and a convolution that changes the rate."""
+    return Norm(width) if cfg.block == "convnext" else Elu()
+
+
+def transformer_config(cfg, layers, cls=False):
+    """The BackboneConfig of the encoder's or decoder's transformer; cls: with a [CLS] per patch."""
+    positions_per_second = cfg.frame_rate * (cfg.inner + int(cls))
+    plain = cfg.transformer_style == "plain"
+    return BackboneConfig(dim=cfg.dim, layers=layers, heads=cfg.heads,
+                          mlp="gelu_tanh" if cfg.transformer_style == "pocket" else "gelu",
+                          norm="rms" if plain else "layer", final_norm=plain,
+                          layer_scale=0.0 if plain else 0.01,
+                          window=max(1, round(cfg.context * positions_per_second)))
+
 
 class Encoder(nn.Module):
     """wav (B, ch, T · hop) -> (B, T, 2 D)."""
@@ -597,13 +456,13 @@ class Encoder(nn.Module):
         for i in reversed(range(len(ratios))):
             last = convnext and i == 0
             wider = cfg.dim if last else min(2 * width, cfg.width_max)
-            layers += [*cfg.units(width), cfg.between(width),
+            layers += [*residual_units(cfg, width), activation(cfg, width),
                        Conv(width, wider, ratios[i] * (1 if convnext else 2), stride=ratios[i])]
             width = wider
         self.conv = Chain(*layers, *([] if convnext else [Elu(), Conv(width, cfg.dim, 3)]))
         self.cls = cfg.aggregator == "cls"
         self.inner, outputs = cfg.inner, cfg.latent_dim * (2 if cfg.bottleneck == "gaussian" else 1)
-        self.transformer = Transformer(cfg.transformer(cfg.encoder_layers, self.cls))
+        self.transformer = Transformer(transformer_config(cfg, cfg.encoder_layers, self.cls))
         if self.cls:
             self.token = nn.Parameter(0.02 * torch.randn(cfg.dim))
         strided = cfg.inner > 1 and not self.cls
@@ -638,19 +497,20 @@ class Decoder(nn.Module):
         self.up = None
         if cfg.inner > 1:                                            # each channel by itself: Mimi
             self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim)
-        self.transformer = Transformer(cfg.transformer(cfg.decoder_layers))
+        self.transformer = Transformer(transformer_config(cfg, cfg.decoder_layers))
         layers = [Conv(cfg.dim, widths[0], 7)]
         if cfg.block == "convnext":
             layers, widths[0] = [], cfg.dim
         for ratio, wide, width in zip(ratios, widths, widths[1:]):
-            layers += [cfg.between(wide), ConvTranspose(wide, width, ratio), *cfg.units(width)]
+            layers += [activation(cfg, wide), ConvTranspose(wide, width, ratio),
+                       *residual_units(cfg, width)]
         if cfg.decoder == "istft":
             inverse = InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels, cfg.phase)
             head = Conv(narrow, cfg.channels * inverse.maps * (cfg.n_fft // 2 + 1), 3)
             inverse.start(head.conv)
-            layers += [cfg.between(narrow), head, inverse]
+            layers += [activation(cfg, narrow), head, inverse]
         else:
-            layers += [cfg.between(narrow), Conv(narrow, cfg.channels, 3)]
+            layers += [activation(cfg, narrow), Conv(narrow, cfg.channels, 3)]
         self.conv = Chain(*layers)
         self.latency = cfg.n_fft - cfg.stft_hop if cfg.decoder == "istft" else 0
 
@@ -795,265 +655,6 @@ class VAE(nn.Module):
         return self.decode(z), z, {"kl": kl_loss(mean, logvar)}
 
 
-# ---------------------------------------------------------------- losses
-
-def stft(x, n_fft):
-    """(B, S) -> complex (B, n_fft / 2 + 1, frames), hop n_fft / 4, fp32."""
-    window = torch.hann_window(n_fft, device=x.device)
-    return torch.stft(x.float(), n_fft, n_fft // 4, window=window, return_complex=True)
-
-
-@cache
-def mel_filters(sample_rate, n_fft, n_mels, device=None):
-    """Triangles on the mel scale m = 2595 log10(1 + f / 700): (n_mels, n_fft / 2 + 1), each summing
-    to about 1.
-    """
-    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
-    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, device=device) / 2595) - 1)     # Hz
-    freq = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, device=device)
-    up = (freq - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    down = (edges[2:, None] - freq) / (edges[2:] - edges[1:-1])[:, None]
-    filters = torch.minimum(up, down).clamp(min=0)
-    return filters / filters.sum(1, keepdim=True).clamp(min=1e-3)
-
-
 def kl_loss(mean, logvar):
     """KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, the mean over dimensions and positions."""
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
-
-
-def spectral_losses(x, y, cfg, windows, names):
-    """Sums over windows / number of windows. x, y (B, ch, S): original, reconstruction.
-
-    mel:  mean |log10 mel(x) - log10 mel(y)|, floor loss_floor, 5 n_fft / 32 bands
-          (DAC: 5 at 32 .. 320 at 2048)
-    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log |X| - log |Y||
-          (Yamamoto et al. 2020), same floor
-    The floor is added, not clamped to: silence that should not be silent keeps a gradient.
-    Spectra are divided by sqrt(n_fft): white noise of amplitude a has magnitudes of about .6 a.
-    """
-    x, y = x.flatten(0, 1), y.flatten(0, 1)
-    out, floor = dict.fromkeys(names, 0.0), cfg.loss_floor
-    for n_fft in windows:
-        X, Y = (stft(w, n_fft).abs() / math.sqrt(n_fft) for w in (x, y))
-        if "mel" in out:
-            filters = mel_filters(cfg.sample_rate, n_fft, max(5, 5 * n_fft // 32), x.device)
-            mels = [(filters @ s + floor).log10() for s in (X, Y)]
-            out["mel"] = out["mel"] + (mels[0] - mels[1]).abs().mean()
-        if "stft" in out:
-            norm = X.pow(2).sum((1, 2)).clamp(min=X[0].numel() * floor ** 2)
-            convergence = ((X - Y).pow(2).sum((1, 2)) / norm).clamp(min=1e-8).sqrt().mean()
-            logs = ((X + floor).log() - (Y + floor).log()).abs().mean()
-            out["stft"] = out["stft"] + convergence + logs
-    return {name: value / len(windows) for name, value in out.items()}
-
-
-class Teacher:
-    """A frozen WavLM: wav (B, ch, S) -> its last hidden states, averaged to T frames, (B, T, dim).
-
-    Needs the `hf` extra. `teacher` is a folder saved by transformers or a name on the hub; audio is
-    brought to 16 kHz by cutting or extending its spectrum, and to zero mean and unit variance where
-    the model's feature extractor says so. WavLM's 50 frames a second become T by averaging over
-    equal spans (Mimi averages too). Which layer is not given in CALM; the last is Mimi's choice.
-    """
-    rate = 16000
-
-    def __init__(self, cfg):
-        try:
-            from transformers import AutoFeatureExtractor, WavLMModel
-        except ImportError:
-            raise ValueError("teacher: needs the hf extra: pip install -e .[hf]") from None
-        try:
-            self.model = WavLMModel.from_pretrained(cfg.teacher).eval().requires_grad_(False)
-            self.normalize = AutoFeatureExtractor.from_pretrained(cfg.teacher).do_normalize
-        except OSError as e:
-            raise ValueError(f"teacher: {cfg.teacher} cannot be loaded "
-                             f"({str(e).splitlines()[0]})") from None
-        self.cfg, self.dim = cfg, self.model.config.hidden_size
-
-    @torch.no_grad()
-    def __call__(self, wav, frames):
-        self.model.to(wav.device)
-        with torch.autocast(wav.device.type, enabled=False):
-            x = wav.float().mean(1)                                             # (B, S)
-            n = round(x.shape[1] * self.rate / self.cfg.sample_rate)
-            spectrum = torch.fft.rfft(x)
-            if n < x.shape[1]:
-                spectrum = spectrum[:, :n // 2 + 1]
-            x = torch.fft.irfft(spectrum, n=n) * (n / x.shape[1])              # zeros fill the rest
-            if self.normalize:
-                x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
-            # a frame sees 400 samples, every 320: 40 zeros on both sides give S / 320 frames
-            features = self.model(F.pad(x, (40, 40))).last_hidden_state
-            return F.adaptive_avg_pool1d(features.transpose(1, 2), frames).transpose(1, 2)
-
-
-class STFTDiscriminator(nn.Module):
-    """Real and imaginary STFT as an image -> logits; 2-d convs dilated in time, strided in
-    frequency (EnCodec).
-
-    power < 1: the clip is brought to RMS 1 and X becomes X (|X|² + 1e-6)^((power - 1) / 2), which
-    is ours: a spectrum spans 60 dB, and with X itself only its loudest partials reach the logits.
-    """
-
-    def __init__(self, n_fft, channels, width, power=1.0):
-        super().__init__()
-        self.n_fft, self.power = n_fft, power
-        conv = lambda cin, cout, kernel, **options: weight_norm(nn.Conv2d(
-            cin, cout, kernel,
-            padding=tuple((k - 1) * d // 2
-                          for k, d in zip(kernel, options.get("dilation", (1, 1)))),
-            **options))
-        self.convs = nn.ModuleList(
-            [conv(2 * channels, width, (3, 9))]
-            + [conv(width, width, (3, 9), stride=(1, 2), dilation=(d, 1)) for d in (1, 2, 4)]
-            + [conv(width, width, (3, 3))])
-        self.logits = conv(width, 1, (3, 3))
-
-    def forward(self, wav):
-        B, ch, _ = wav.shape
-        if self.power < 1:
-            wav = wav / wav.float().pow(2).mean((1, 2), keepdim=True).clamp(min=1e-6).sqrt()
-        s = stft(wav.flatten(0, 1), self.n_fft) / math.sqrt(self.n_fft)     # (B ch, bins, frames)
-        if self.power < 1:
-            s = s * (torch.view_as_real(s).pow(2).sum(-1) + 1e-6) ** ((self.power - 1) / 2)
-        x = torch.view_as_real(s).permute(0, 3, 2, 1).reshape(B, 2 * ch, s.shape[2], s.shape[1])
-        x, features = x.contiguous(memory_format=torch.channels_last), []   # faster in bf16
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.2)
-            features.append(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.logits(x.float()), features
-
-
-class Discriminators(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.each = nn.ModuleList(
-            STFTDiscriminator(n, cfg.channels, cfg.disc_width, cfg.disc_power)
-            for n in cfg.disc_windows)
-
-    def forward(self, wav):
-        """wav (B, ch, S) -> [(logits, features) for each scale]"""
-        return [d(wav) for d in self.each]
-
-
-class Balancer(nn.Module):
-    """Gradients of several losses on one output, each with a fixed share (EnCodec section 3.4,
-    with its R = 1).
-
-    g = Σ_i  λ_i / Σ_j λ_j · g_i / <‖g_i‖>,   g_i = B ∂ loss_i / ∂ output: of each row's own loss
-
-    ‖g_i‖ is the mean over rows, <·> its running mean over micro-batches (and processes). However
-    large a loss happens to be, it pulls with its weight, j being the losses of this step (adv and
-    feat may have to wait). A row of g has a norm of about 1, or less where losses disagree; the
-    gradient is g / B, that of a mean over rows. EnCodec leaves out both B.
-    """
-
-    def __init__(self, names, decay):
-        super().__init__()
-        self.names, self.decay = names, decay
-        self.register_buffer("norms", torch.zeros(len(names)))      # sums of decay^age ‖g‖
-        self.register_buffer("seen", torch.zeros(len(names)))       # sums of decay^age
-
-    def forward(self, terms, weights, output):
-        """terms {name: scalar}, means over rows; output (B, ..) -> scalar 0 with gradient g / B.
-        """
-        total, g = sum(weights[name] for name in terms), 0.0
-        for name, term in terms.items():
-            with torch.autocast(output.device.type, enabled=False):
-                one, = torch.autograd.grad(term, output, retain_graph=True)             # g_i / B
-            norm = one.flatten(1).norm(dim=1).mean() * len(one)
-            if torch.distributed.is_initialized():
-                torch.distributed.all_reduce(norm)
-                norm = norm / torch.distributed.get_world_size()
-            i = self.names.index(name)
-            if norm.isfinite():
-                self.norms[i] = self.decay * self.norms[i] + norm
-                self.seen[i] = self.decay * self.seen[i] + 1
-            mean = self.norms[i] / self.seen[i].clamp(min=1e-12)
-            g = g + weights[name] / total * one / mean.clamp(min=1e-12)
-        pull = (output * g).sum()
-        return pull - pull.detach()
-
-
-class VAEGAN(nn.Module):
-    """The VAE, its discriminators, and eq. 2.
-
-    loss_weights of 0 are not computed; no discriminators without adv, feat.
-    """
-
-    def __init__(self, cfg: VAEConfig):
-        super().__init__()
-        self.cfg, self.vae = cfg, VAE(cfg)
-        self.weights = {name: w for name, w in cfg.loss_weights.items() if w > 0}
-        self.disc = Discriminators(cfg) if self.weights.keys() & {"adv", "feat"} else None
-        audible = [name for name in ("time", "mel", "stft", "adv", "feat") if name in self.weights]
-        self.balancer = Balancer(audible, cfg.balance) if cfg.balance else None
-        if "distill" in self.weights:
-            self.teacher = [Teacher(cfg)]                    # in a list: neither trained nor saved
-            self.to_teacher = nn.Linear(cfg.latent_dim, self.teacher[0].dim)
-
-    def losses(self, wav, step):
-        """wav (B, ch, S) -> yields (optimizer name, loss, metrics): first "vae", then "disc" if it
-        plays.
-
-        adv:  generator -mean D(x̂);
-              discriminator mean relu(1 - D(x)) + mean relu(1 + D(x̂))            (hinge)
-        distill: 1 - cos(linear(z_t), WavLM_t), averaged over latents (CALM 5.1, after Mimi); we
-              take z as sampled, since the paper does not say
-        feat: mean |D_l(x) - D_l(x̂)| / mean |D_l(x)| over layers and scales           (EnCodec)
-        """
-        cfg = self.cfg
-        rec, z, terms = self.vae(wav)
-        terms = {name: value for name, value in terms.items() if name in self.weights}
-        if "time" in self.weights:
-            terms["time"] = (wav - rec).abs().mean()
-        if "distill" in self.weights:
-            target, = self.teacher
-            told = self.to_teacher(z)
-            terms["distill"] = 1 - F.cosine_similarity(told, target(wav, z.shape[1]), dim=-1).mean()
-        spectral = [name for name in ("mel", "stft") if name in self.weights]
-        if spectral:
-            windows = cfg.loss_windows
-            if cfg.loss_scales:
-                windows = [windows[i]
-                           for i in torch.randperm(len(windows))[:cfg.loss_scales].tolist()]
-            with torch.autocast(wav.device.type, enabled=False):
-                terms |= spectral_losses(wav, rec, cfg, windows, spectral)
-        playing = self.disc is not None and step >= cfg.disc_start
-        heard = slice(None)
-        if playing and cfg.disc_seconds:
-            length = min(round(cfg.disc_seconds * cfg.sample_rate), wav.shape[-1])
-            start = torch.randint(wav.shape[-1] - length + 1, ()).item()
-            heard = slice(start, start + length)
-        if playing and step >= cfg.disc_start + cfg.disc_warmup:
-            self.disc.requires_grad_(False)                  # gradients pass through it, none stay
-            with torch.no_grad():
-                real = self.disc(wav[..., heard])
-            fake = self.disc(rec[..., heard])
-            if "adv" in self.weights:
-                terms["adv"] = -sum(logits.mean() for logits, _ in fake) / len(fake)
-            if "feat" in self.weights:
-                pairs = [(r, f) for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
-                terms["feat"] = sum((r - f).float().abs().mean()
-                                    / r.float().abs().mean().clamp(min=1e-4)
-                                    for r, f in pairs) / len(pairs)
-            self.disc.requires_grad_(True)
-            real = fake = pairs = None
-        weigh = lambda some: sum((self.weights[name] * value for name, value in some.items()),
-                                 rec.new_zeros(()))
-        on_wav = {name: value for name, value in terms.items()
-                  if self.balancer is not None and name in self.balancer.names}
-        total = weigh({name: value for name, value in terms.items() if name not in on_wav})
-        if on_wav:
-            total = total + weigh(on_wav).detach() + self.balancer(on_wav, self.weights, rec)
-        terms = {name: value.detach() for name, value in terms.items()}       # lets the graphs go
-        on_wav = None
-        if total.requires_grad:                          # nothing to learn from before adv plays
-            yield "vae", total, terms
-        if playing:
-            real, fake = self.disc(wav[..., heard]), self.disc(rec[..., heard].detach())
-            loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean()
-                       for (r, _), (f, _) in zip(real, fake)) / len(real)
-            yield "disc", loss, {"disc": loss.detach()}

@@ -1,0 +1,81 @@
+"""What every command shares: one line for a mistake of the user, an argument parser that says it that
+way, and files that are written whole or not at all. Imports none of our files.
+
+    def main():
+        p = Parser(description=__doc__, ...)
+        ...
+        raise BadInput(f"--seed: {seed} is negative; use 0 or more")
+
+    if __name__ == "__main__":
+        cli(main)          ─►  stderr "error: --seed: -1 is negative; use 0 or more", exit status 2
+
+Exit status of every command: 0 done, 2 the user's mistake (one line says which), 130 interrupted,
+1 anything else.
+"""
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """The user's mistake, in one line: what is wrong, where, what to do."""
+
+
+def cli(main):
+    """Run main(). BadInput becomes one "error: ..." line on stderr and exit status 2; Ctrl-C 130."""
+    try:
+        main()
+    except BadInput as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are BadInput: one line instead of a usage text and a line."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (see {self.prog} -h)")
+
+
+def threads(text):
+    """The argparse type of --threads: a number of CPU threads, 0 = torch's choice."""
+    if not text.isdecimal() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is no number of CPU threads, use 0 to 1024")
+    return int(text)
+
+
+@contextmanager
+def atomic(path):
+    """`with atomic(path) as temp:` write to temp; it becomes path only if nothing goes wrong.
+
+    Makes parent folders. Errors: BadInput where the file cannot be written."""
+    temp = f"{path}.{os.getpid()}.tmp"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(temp, "wb").close()
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); choose another place") from e
+
+    try:
+        yield temp
+        os.replace(temp, path)
+    finally:
+        if os.path.exists(temp):
+            os.remove(temp)
+
+
+def check_writable(path):
+    """Raise BadInput at the start, not after hours of work, where `path` cannot be written."""
+    new = not os.path.exists(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); choose another place") from e
+    if new:
+        os.remove(path)

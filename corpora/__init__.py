@@ -1,0 +1,1 @@
+"""Making corpora: recordings (scan), the toy corpus, flite's voices, word times (align)."""

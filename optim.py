@@ -1,0 +1,94 @@
+"""Optimizers and learning rate: AdamW (the papers), or Muon for the matrices and AdamW for the rest.
+
+    stage.optimized {"vae": module, "disc": module} ─► make_optimizers ─► {"vae": Muon, "disc": AdamW}
+    step ─► schedule ─► factor of the learning rate: linear warm-up, then a cosine to lr_end
+
+Sources: AdamW (Loshchilov & Hutter 2019), CALM Table 9; Muon (Jordan et al. 2024), with steps of
+AdamW's size (Liu et al. 2025).
+"""
+import math
+
+import torch
+import torch.nn as nn
+
+from cli import BadInput
+
+
+def schedule(cfg, step):
+    """The factor of the learning rate at a step: linear warm-up, then cosine from 1 to lr_end."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    share = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def make_optimizers(stage, cfg, device):
+    """{name: optimizer} for stage.optimized {name: module}; cfg: StageConfig.
+
+    Discriminators (2-d convolutions with weight norm) stay with AdamW.
+    Errors: BadInput where this torch has no Muon."""
+    if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise BadInput(f"optimizer: muon needs torch 2.9 or newer, this is {torch.__version__}; "
+                       "use adamw")
+
+    def adamw(parameters):
+        matrices = [p for p in parameters if p.dim() >= 2]
+        vectors = [p for p in parameters if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+                  {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas),
+                                 fused=not device.startswith("mps"))
+
+    optimizers = {}
+    for name, module in stage.optimized.items():
+        if cfg.optimizer == "muon" and name != "disc":
+            optimizers[name] = Muon(module, adamw, cfg.lr, cfg.weight_decay)
+        else:
+            optimizers[name] = adamw(list(module.parameters()))
+    return optimizers
+
+
+class Muon:
+    """torch.optim.Muon for the matrices of linear layers and convolutions, AdamW for the rest.
+
+    Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that directions with
+    small gradients are learned as fast as those with large ones: what a VAE on log-spectra needs,
+    where a frame's level drowns its shape (LOG.md). A convolution (out, in, k) is a matrix
+    (out, in · k), a transposed one (in, out · k), by a view. Steps have AdamW's size, so that one
+    learning rate serves both. Depthwise kernels, embeddings, norms and biases are AdamW's.
+    """
+
+    def __init__(self, module, adamw, lr, weight_decay):
+        self.weights = [m.weight for m in module.modules() if is_matrix(m)]
+        self.views = [p.detach().flatten(1) for p in self.weights]
+        in_muon = {id(p) for p in self.weights}
+        self.adamw = adamw([p for p in module.parameters() if id(p) not in in_muon])
+        self.muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay,
+                                     adjust_lr_fn="match_rms_adamw")
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+    def zero_grad(self, set_to_none=True):
+        self.adamw.zero_grad(set_to_none)
+        for p in self.weights:
+            p.grad = None
+
+    def step(self):
+        for p, view in zip(self.weights, self.views):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self):
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state):
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+
+def is_matrix(module):
+    """Whether Muon takes this layer's weight: a linear layer or a convolution that is not grouped."""
+    if isinstance(module, nn.Linear):
+        return True
+    return isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and module.groups == 1

@@ -1,0 +1,137 @@
+"""Every picture: spectrograms, losses, and the mask of AudioCALM.
+
+    python report.py losses out/quickstart       draw the run's loss.png anew from its log.jsonl
+    python report.py mask mask.png               who sees whom in AudioCALM's training pass
+
+matplotlib is imported when the first picture is drawn, always without a screen.
+"""
+import argparse
+import json
+import os
+
+import torch
+
+from audiocalm import make_mask, rule
+from cli import BadInput, Parser, atomic, cli
+from config import read_log
+
+
+def pyplot():
+    """matplotlib.pyplot that draws into files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_picture(fig, path, dpi=80):
+    """fig -> a png at path, whole or not at all."""
+    with atomic(path) as temp:
+        fig.savefig(temp, dpi=dpi, format="png")
+    pyplot().close(fig)
+
+
+def draw_spectrograms(path, pictures, sample_rate, columns=1):
+    """dB spectrograms (512-point Hann, hop 128, the same scale for all) of [(title, wav
+    (ch, S)), ...] -> a png at path.
+    """
+    rows = -(-len(pictures) // columns)
+    fig, axes = pyplot().subplots(rows, columns, figsize=(3 + 4 * columns, 2.1 * rows),
+                                  squeeze=False, layout="constrained")
+    for ax, (title, wav) in zip(axes.flat, pictures):
+        wav = wav[0].float().cpu()
+        wav = torch.nn.functional.pad(wav, (0, max(0, 512 - len(wav))))
+        spectrum = torch.stft(wav, 512, 128, window=torch.hann_window(512), return_complex=True)
+        db = 20 * spectrum.abs().clamp(min=1e-4).log10()
+        ax.imshow(db.numpy(), origin="lower", aspect="auto", vmin=-60, vmax=35,
+                  extent=(0, len(wav) / sample_rate, 0, sample_rate / 2000))
+        ax.set_title(title[:80], fontsize=8)
+        ax.tick_params(labelsize=6)
+
+    for ax in axes[:, 0]:
+        ax.set_ylabel("kHz", fontsize=7)
+    for ax in axes[-1]:
+        ax.set_xlabel("seconds", fontsize=7)
+    save_picture(fig, path)
+
+
+def draw_losses(run):
+    """run/loss.png: every logged figure of every stage against the step; held-out ones are dots."""
+    # (stage, name) -> [(step, value), ...]
+    rows = [json.loads(line) for line in read_log(run)]
+    curves = {}
+    for row in rows:
+        for name in row.keys() - {"stage", "step", "rate"}:
+            curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
+
+    # one panel per figure of training, in the order of the stages
+    order = [row["stage"] for row in rows]
+    trained = [key for key in curves if not key[1].startswith("valid_")]
+    trained.sort(key=lambda key: (order.index(key[0]), key[1]))
+    if not trained:
+        return
+
+    columns = 4
+    lines = -(-len(trained) // columns)
+    fig, axes = pyplot().subplots(lines, columns, squeeze=False, layout="constrained",
+                                  figsize=(3 * columns, 2 * lines))
+    for ax in axes.flat[len(trained):]:
+        ax.set_axis_off()
+    for ax, (stage, name) in zip(axes.flat, trained):
+        ax.plot(*zip(*curves[stage, name]), lw=0.9)
+        if (stage, f"valid_{name}") in curves:
+            ax.plot(*zip(*curves[stage, f"valid_{name}"]), "o", ms=4)
+        ax.set_title(f"{stage}: {name}", fontsize=8)
+        ax.tick_params(labelsize=6)
+    save_picture(fig, f"{run}/loss.png")
+
+
+def draw_mask(path, prefix=4, blocks=3, block=4):
+    """AudioCALM's mask as a png: a row is the position that looks, a column the one that is seen."""
+    # the mask of a short sequence: [text and prompt | clean | noisy]
+    T = blocks * block
+    order = torch.cat([torch.arange(-prefix, 0)] + [torch.arange(T) // block] * 2)
+    copy = torch.cat([torch.zeros(prefix + T), torch.ones(T)])
+    S = len(order)
+    valid = torch.ones(1, S, dtype=torch.bool)
+    mask = make_mask(rule(order, copy, valid), 1, S, copy.device)[0, 0]
+
+    # coloured by the part that is seen
+    key = torch.arange(S)
+    part = 1 + (key >= prefix).long() + (key >= prefix + T)
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+    colors = plt.matplotlib.colors.ListedColormap(["#f4f4f4", "#7a7a7a", "#3b6fb6", "#c8553d"])
+    ax.imshow((mask * part).numpy(), cmap=colors, vmin=0, vmax=3)
+
+    # a white line and a name per block
+    edges = [0, prefix, *range(prefix + block, S, block)]
+    for at in edges:
+        ax.axhline(at - 0.5, color="white", lw=1)
+        ax.axvline(at - 0.5, color="white", lw=1)
+    middle = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:] + [S])]
+    names = ["text,\nprompt"] + [f"{half}\n{i + 1}" for half in ("clean", "noisy")
+                                 for i in range(blocks)]
+    ax.set_xticks(middle, names, fontsize=8)
+    ax.set_yticks(middle, names, fontsize=8)
+    ax.set_xlabel("is seen")
+    ax.set_ylabel("looks")
+    ax.tick_params(length=0)
+    save_picture(fig, path, dpi=100)
+
+
+def main():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["losses", "mask"])
+    p.add_argument("path", help="losses: a run folder; mask: the png to write")
+    a = p.parse_args()
+    if a.what == "mask":
+        draw_mask(a.path)
+        return
+    if not os.path.exists(f"{a.path}/log.jsonl"):
+        raise BadInput(f"{a.path}: no log.jsonl in it; give a run folder")
+    draw_losses(a.path)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,97 @@
+"""Strict dataclasses: which values a field may have stands beside its type, and is checked here.
+
+    layers: Annotated[int, Range(1)] = 4                  at least 1
+    noise: Annotated[float, Range(0, 1)] = 1.0            0 .. 1
+    lr: Annotated[float, Range(above=0)] = 1e-3           above 0
+    ema: Annotated[float, Range(0, below=1)] = 0.0        0 .. below 1
+    encoder: Literal["conv", "stft"] = "conv"             one of these
+
+    {"lr": -1} ─► build(StageConfig, table, "train.lm") ─► "train.lm.lr: must be above 0, got -1.0"
+
+A rule between two fields stands in the dataclass's __post_init__, as a ValueError. Every file with a
+config imports this one: it imports none of ours but cli.py.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+from cli import BadInput
+
+# what a clip of audio is: every corpus, batch and model uses these names, in this order
+Kind = Literal["speech", "sound", "music"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both included, above `above` and below `below`."""
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def __str__(self):
+        """What a value must do, e.g. "be at least 1"."""
+        parts = []
+        if self.low > -math.inf and self.high < math.inf:
+            return f"lie in {self.low} .. {self.high}"
+        if self.low > -math.inf:
+            parts.append(f"at least {self.low}")
+        if self.above > -math.inf:
+            parts.append(f"above {self.above}")
+        if self.high < math.inf:
+            parts.append(f"at most {self.high}")
+        if self.below < math.inf:
+            parts.append(f"below {self.below}")
+        return "be " + " and ".join(parts)
+
+
+def check(value, kind, key):
+    """`value` as the annotated type `kind`, or BadInput naming the key."""
+    origin, args = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, key)
+
+    if origin is Annotated:
+        value = check(value, args[0], key)
+        if value not in args[1]:
+            raise BadInput(f"{key}: must {args[1]}, got {value}")
+        return value
+
+    if origin is Literal:
+        if value not in args:
+            raise BadInput(f"{key}: unknown {value!r}; valid: {', '.join(args)}")
+        return value
+
+    if origin is list and isinstance(value, list):
+        return [check(v, args[0], key) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return {check(k, args[0], key): check(v, args[1], f"{key}.{k}") for k, v in value.items()}
+
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise BadInput(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise BadInput(f"{key}: must be a finite number, got {value}")
+    return value
+
+
+def build(cls, table, key=""):
+    """A dataclass from a (nested) dict; strict. BadInput names the key."""
+    if not isinstance(table, dict):
+        raise BadInput(f"{key}: expected a table, got {table!r}")
+    prefix = key + "." if key else ""
+    kinds = get_type_hints(cls, include_extras=True)
+    for name in table:
+        if name not in kinds:
+            raise BadInput(f"{prefix}{name}: unknown key; valid: {', '.join(sorted(kinds))}")
+
+    values = {name: check(value, kinds[name], prefix + name) for name, value in table.items()}
+    try:
+        return cls(**values)
+    except ValueError as e:
+        raise BadInput(f"{prefix}{e}") from None

@@ -1,0 +1,374 @@
+"""What train.py's one loop asks of each stage: the model, its batches, its losses, its validation.
+
+                         model           optimized            batch(step, rows)   losses(batch, step)
+    VAEStage             VAEGAN          "vae", "disc"        waveform crops      gan.py, eq. 2
+    LMStage              CALM, AudioCALM the stage's name     cached latents      model.loss
+    ConsistencyStage     CALM            "consistency"        cached latents      model.loss
+    DistillStage         CALM            "distill"            cached latents      model.regress
+
+A stage has:
+    model        what is saved and resumed
+    optimized    {optimizer's name: module}; losses() yields (optimizer's name, loss, metrics)
+    averaged     the module whose average (EMA) is kept
+    validate(module, step) -> {figure: number}: held-out figures; renders samples
+    finish(module): after the last step, with the averaged weights
+    check_loaded(path): after a checkpoint was loaded into the model
+    compile(): torch.compile what is worth it
+
+Which class trains which stage stands in config.STAGES.
+"""
+import dataclasses
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+
+from calm import CALM
+from cli import BadInput
+from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model, resolve,
+                    stage_table, vae_weights)
+from data import KINDS, AudioBatches, LatentBatches, encode_text, load_audio, save_audio, seconds_of
+from discrete import DISCRETE
+from gan import VAEGAN, spectral_losses
+from latents import LatentCache, digest
+from report import draw_spectrograms
+from sample import encode_prompt, render
+from vae import VAE
+
+
+class VAEStage:
+    """Waveform crops -> VAE-GAN; at the end the latents' mean and std become buffers of the VAE."""
+
+    def __init__(self, cfg, runtime, clips, valid, name):
+        self.cfg = cfg
+        self.runtime = runtime
+        self.clips = clips
+        self.valid = valid
+        try:
+            self.model = VAEGAN(cfg.vae, cfg.gan)
+        except ValueError as e:                      # the teacher cannot be loaded
+            raise BadInput(f"gan.{e}") from None
+        self.averaged = self.model.vae
+
+        # one optimizer for the VAE and the projection to the teacher, one for the discriminators
+        learning = [part for part_name, part in self.model.named_children()
+                    if part_name not in ("disc", "balancer")]
+        self.optimized = {"vae": torch.nn.ModuleList(learning)}
+        if self.model.disc is not None:
+            self.optimized["disc"] = self.model.disc
+
+        self.batch = AudioBatches(clips, cfg.data, cfg.vae.sample_rate, cfg.vae.channels,
+                                  cfg.train.vae.batch, cfg.vae.hop)
+
+    def compile(self):
+        self.model.vae.encoder.compile()
+        self.model.vae.decoder.compile()
+
+    def check_loaded(self, path):
+        """Any weights of the right shapes may go on."""
+
+    def losses(self, batch, step):
+        return self.model.losses(batch["audio"], step)
+
+    def load_clip(self, clip, seconds):
+        """The first seconds of a clip, (1, ch, S), on the device."""
+        wav = load_audio(clip.audio, self.cfg.vae.sample_rate, self.cfg.vae.channels,
+                         seconds=seconds, allow_silence=True)
+        return torch.tensor(wav)[None].to(self.runtime.device)
+
+    def validate(self, vae, step):
+        """Mean log10-mel distance on up to 16 held-out clips of each kind; two of each are rendered
+        beside their original.
+        """
+        distances = []
+        for kind in KINDS:
+            held_out = [c for c in self.valid if c.kind == kind]
+            for i, clip in enumerate(held_out[:16]):
+                wav = self.load_clip(clip, 5.0)
+                rec = vae.decode(vae.encode(wav)[0])[..., :wav.shape[-1]]
+                if wav.shape[-1] >= 2048:
+                    distance = spectral_losses(wav, rec, self.cfg.vae.sample_rate, [1024], ["mel"],
+                                               self.cfg.gan.loss_floor)
+                    distances.append(distance["mel"].item())
+                if i < 2:
+                    self.render(f"step{step:08d}_vae_{kind}{i + 1}", wav[0], rec[0])
+        return {"valid_mel": sum(distances) / max(len(distances), 1)}
+
+    def render(self, name, wav, rec):
+        """Original and reconstruction (ch, S) -> two wavs and a picture in samples/."""
+        path = f"{self.cfg.out}/samples/{name}"
+        sample_rate = self.cfg.vae.sample_rate
+        save_audio(f"{path}_original.wav", wav.cpu().numpy(), sample_rate)
+        save_audio(f"{path}_reconstruction.wav", rec.cpu().numpy(), sample_rate)
+        draw_spectrograms(f"{path}.png", [("original", wav), ("reconstruction", rec)], sample_rate)
+
+    def finish(self, vae):
+        """Mean and std over posterior samples of some 400 clips (all, if there are fewer than 800)
+        -> buffers.
+        """
+        some = self.clips[:: max(1, len(self.clips) // 400)]
+        vae.measure(self.load_clip(clip, 10.0) for clip in some)
+
+
+class LMStage:
+    """Cached latents and text -> the language model of the stage's name.
+
+    A stage that goes on from another's weights (config.STAGES: consistency from lm, audiocalm_lsd
+    from audiocalm) changes the objective.
+    """
+
+    def __init__(self, cfg, runtime, clips, valid, name):
+        self.cfg = cfg
+        self.runtime = runtime
+        self.valid = valid
+        self.name = name
+
+        # the trained VAE, and the latents of every clip
+        weights = self.load_vae()
+        table = stage_table(cfg, name)
+        self.levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0    # of codes
+        train_latents = self.cache_latents(clips, weights)
+        valid_latents = self.cache_latents(valid, weights)
+
+        # the model; some stages start from another's weights
+        self.model = make_model(cfg, name)
+        if STAGES[name].after:
+            self.start_from(STAGES[name].after)
+        self.averaged = self.model
+        self.optimized = {name: self.model}
+
+        # batches: the kinds' weights hold for training only
+        word_rate = cfg.vae.frame_rate if self.model.monologue else 0.0
+        batch_size = getattr(cfg.train, name).batch
+        self.batch = LatentBatches(clips, train_latents, cfg.data, batch_size, cfg.vae.latent_dim,
+                                   word_rate)
+        self.held_out = LatentBatches(valid, valid_latents,
+                                      dataclasses.replace(cfg.data, weights={}), len(valid),
+                                      cfg.vae.latent_dim, word_rate)
+
+    def load_vae(self):
+        """self.vae from the run's vae.pt -> its weights."""
+        path = f"{self.cfg.out}/vae.pt"
+        weights = vae_weights(self.finished(path, "vae"))
+        self.vae = VAE(self.cfg.vae)
+        load_weights(self.vae, weights, path)
+        self.vae.to(self.runtime.device).eval()
+        return weights
+
+    def finished(self, path, stage):
+        """The checkpoint of a stage that must come before this one, or BadInput."""
+        state = load_checkpoint(path, "cpu")
+        if not state["done"]:
+            raise BadInput(f"{path}: its training is not finished; "
+                           f"put \"{stage}\" before \"{self.name}\" in stages")
+        return state
+
+    def cache_latents(self, clips, weights):
+        """The LatentCache of clips; its key names the VAE's weights, the files and the levels."""
+        cfg = self.cfg
+        names = [clip.audio for clip in clips]
+        key = digest(weights, names, *([self.levels] if self.levels else []))
+
+        @torch.no_grad()
+        def encode(wav):
+            wav = wav.to(self.runtime.device)
+            with self.runtime.autocast():
+                if self.levels:
+                    return self.vae.encode_codes(wav).cpu()
+                return torch.cat(self.vae.encode(wav), -1).cpu()
+
+        def build(show):
+            return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
+                                     sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
+                                     hop=cfg.vae.hop, dim=cfg.vae.latent_dim, levels=self.levels,
+                                     batch_seconds=60.0, show=show)
+
+        # the first process encodes, the others wait and then only read
+        if self.runtime.rank == 0:
+            build(show=True)
+        if self.runtime.world > 1:
+            dist.barrier()
+        return build(show=False)
+
+    def start_from(self, before):
+        """Load the weights of the stage `before`, whose objective was another one."""
+        path = f"{self.cfg.out}/{before}.pt"
+        state = self.finished(path, before)
+        weights = state["ema"] or state["model"]
+        head = {k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")}
+        try:
+            self.model.head.load_flow(head)
+        except RuntimeError:
+            raise BadInput(f"{path}: its head has other sizes than the config's") from None
+        load_weights(self.model, self.model.state_dict() | weights, path)
+
+    def check_loaded(self, path):
+        """Any weights of the right shapes may go on."""
+
+    def compile(self):
+        self.model.compile_for_training()
+
+    def prepare(self, batch):
+        """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D).
+
+        Codes (B, T, K) stay as they are.
+        """
+        if self.levels:
+            return batch
+        for name in ("x", "prompt"):
+            mean, logvar = batch[name].chunk(2, -1)
+            z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+            batch[name] = self.vae.normalize(z)
+        s = torch.arange(batch["x"].shape[1], device=batch["x"].device)
+        batch["x"] = batch["x"] * (s < batch["frames"][:, None])[..., None]
+        return batch
+
+    def losses(self, batch, step):
+        self.model.head.set_step(step)
+        loss, metrics = self.model.loss(self.prepare(batch))
+        yield self.name, loss, metrics
+
+    def validate(self, model, step):
+        """Held-out loss with fixed noise; clips of each kind from text, and held-out clips
+        continued.
+        """
+        torch.manual_seed(1)
+        rows = range(min(64, len(self.valid)))
+        batch = self.prepare(self.runtime.to(self.held_out(0, rows)))
+        _, metrics = model.loss(batch)
+
+        for kind in KINDS:
+            clips = [c for c in self.valid if c.kind == kind]
+            self.render_texts(model, step, kind, clips)
+            self.render_continuations(model, step, kind, clips)
+        return {f"valid_{k}": v.item() for k, v in metrics.items()}
+
+    def render_texts(self, model, step, kind, clips):
+        """The config's texts of a kind, else some of the held-out ones."""
+        cfg = self.cfg
+        texts = cfg.sample.texts.get(kind)
+        if not texts:
+            texts = sorted({c.text for c in clips if c.text
+                            and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
+        for i, text in enumerate(some_of(texts, cfg.sample.count)):
+            self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
+
+    def render_continuations(self, model, step, kind, clips):
+        """The first seconds of some held-out clips, continued without text."""
+        cfg = self.cfg
+        longer = [c for c in clips if seconds_of(c) > cfg.sample.prompt_seconds + 1]
+        for i, clip in enumerate(some_of(longer, cfg.sample.count)):
+            wav = load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
+                             seconds=cfg.sample.prompt_seconds)
+            wav = torch.tensor(wav)[None].to(self.runtime.device)
+            self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}", kind, "", i,
+                        history=encode_prompt(model, self.vae, wav))
+
+    def render(self, model, name, kind, text, seed, **options):
+        """One generation -> samples/NAME.wav and .png."""
+        cfg, device = self.cfg, self.runtime.device
+        tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
+        # eager: every new length of the cache would be compiled anew
+        with torch.compiler.set_stance("force_eager"):
+            wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
+                          seconds=cfg.sample.seconds, steps=cfg.sample.steps or None,
+                          temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
+                          noise=cfg.sample.noise,
+                          generator=torch.Generator(device).manual_seed(seed), **options)
+        save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
+        draw_spectrograms(f"{cfg.out}/samples/{name}.png",
+                          [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)
+
+    def finish(self, model):
+        """Nothing is measured after the last step."""
+
+
+def some_of(items, count):
+    """`count` of the items, evenly spaced from the first on."""
+    return items[:: max(1, len(items) // max(1, count))][:count]
+
+
+class ConsistencyStage(LMStage):
+    """The flow's weights -> a head that draws in one step. With train.consistency.teacher the flow
+    itself gives dx/dt (consistency distillation), and the head alone learns: what makes the
+    teacher's z must stay as it is.
+    """
+
+    def __init__(self, cfg, runtime, clips, valid, name):
+        super().__init__(cfg, runtime, clips, valid, name)
+        self.fixed = {}                                  # weights that a checkpoint must not change
+        if cfg.train.consistency.teacher:
+            self.model.to(runtime.device).requires_grad_(False)
+            self.model.head.teach()
+            self.model.head.requires_grad_(True)
+            self.fixed = {k: v.clone() for k, v in self.model.state_dict().items()
+                          if not k.startswith("head.")}
+
+    def check_loaded(self, path):
+        """BadInput where a checkpoint has another backbone than the one that the teacher reads."""
+        state = self.model.state_dict()
+        if any(not torch.equal(state[k], v) for k, v in self.fixed.items()):
+            raise BadInput(f"train.{self.name}.teacher: {path} has another backbone than "
+                           f"{self.cfg.out}/{STAGES[self.name].after}.pt, which teaches; "
+                           "use --fresh or --out")
+
+
+class DistillStage(LMStage):
+    """A student's backbone learns the teacher's guided Z (CALM.regress); head and EOS are the
+    teacher's and stay. Nothing is dropped: with guidance learned, sample with cfg = 1. The VAE is
+    the one beside the teacher, unless the student's run has one.
+    """
+
+    def __init__(self, cfg, runtime, clips, valid, name):
+        path = cfg.train.distill.teacher
+        state = load_checkpoint(path, "cpu")
+        self.copy_vae(cfg, runtime, f"{os.path.dirname(path)}/vae.pt")
+        super().__init__(cfg, runtime, clips, valid, name)
+
+        # the teacher: in a list, so that it is not ours to save
+        weights = state["ema"] or state["model"]
+        teacher = self.load_teacher(state, weights, path)
+        self.teacher = [teacher.to(runtime.device).eval().requires_grad_(False)]
+
+        # everything but the backbone is copied; head and EOS stay as they are
+        own = {k: v for k, v in self.model.state_dict().items() if k.startswith("backbone.")}
+        copied = {k: v for k, v in weights.items() if not k.startswith("backbone.")}
+        load_weights(self.model, own | copied, path)
+        self.model.head.requires_grad_(False)
+        self.model.eos.requires_grad_(False)
+
+    def copy_vae(self, cfg, runtime, vae):
+        """The VAE beside the teacher becomes the run's, where the run has none."""
+        if runtime.rank == 0 and not os.path.exists(f"{cfg.out}/vae.pt") and os.path.exists(vae):
+            shutil.copyfile(vae, f"{cfg.out}/vae.pt")
+        if runtime.world > 1:
+            dist.barrier()
+
+    def load_teacher(self, state, weights, path):
+        """The teacher's model, or BadInput where this student cannot learn from it."""
+        stage = state["stage"]
+        if stage not in LM_STAGES or STAGES[stage].model is not CALM:
+            raise BadInput(f"train.distill.teacher: {path} is no CALM but \"{stage}\"")
+        teacher_cfg = resolve(state["config"])
+        teacher_table = stage_table(teacher_cfg, stage)
+        for table in (self.cfg.lm, teacher_table):
+            if table.monologue or table.head.objective in DISCRETE:
+                raise BadInput("train.distill: is for latents with text before them, "
+                               "not for a monologue or codes")
+        objective = teacher_table.head.objective
+        if self.cfg.lm.head.objective != objective:
+            raise BadInput(f"lm.head.objective: must be the teacher's, '{objective}'")
+
+        teacher = make_model(teacher_cfg, stage)
+        load_weights(teacher, weights, path)
+        return teacher
+
+    def losses(self, batch, step):
+        loss, metrics = self.model.regress(self.prepare(batch), self.teacher[0],
+                                           self.cfg.train.distill.guidance)
+        yield self.name, loss, metrics
+
+    def compile(self):
+        super().compile()
+        self.teacher[0].backbone.compile()

@@ -1,0 +1,204 @@
+"""sample.py and evaluate.py as a user calls them."""
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+import sample as sample_script
+import train
+from config import open_run
+from cli import BadInput
+from sample import sentences
+from conftest import run, write
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("trained"))
+    done = run("train.py", "--config", write(folder), "--stages", '["vae", "lm"]',
+               "--train.vae.steps", "2", "--train.lm.steps", "2")
+    assert done.returncode == 0, done.stderr
+    t = np.arange(16000) / 16000
+    sf.write(f"{folder}/ref.wav", 0.3 * np.sin(2 * np.pi * 300 * t), 16000)
+    return folder
+
+
+def sample(folder, *arguments, out="x.wav"):
+    done = run("sample.py", "--run", f"{folder}/run", "--threads", "1", "--seconds", "0.4",
+               "--out", f"{folder}/{out}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "x real time" in done.stdout and "first audio after" in done.stdout
+    return sf.read(f"{folder}/{out}")[0]
+
+
+def test_text_of_every_kind_becomes_sound_of_the_asked_length_at_most(trained):
+    for kind in ("speech", "sound", "music"):
+        wav = sample(trained, "--text", "two", "--kind", kind)
+        assert 640 <= len(wav) <= 6400 and np.isfinite(wav).all()
+
+
+def test_streaming_writes_the_same_samples(trained):
+    plain = sample(trained, "--text", "two", "--seed", "3")
+    stream = sample(trained, "--text", "two", "--seed", "3", "--stream", out="stream.wav")
+    np.testing.assert_allclose(stream, plain, atol=2 / 32768)
+
+
+def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():
+    fits = lambda text: len(text) <= 12
+    pieces = sentences("One two. Three, four five, six. seven eight nine", fits)
+    assert pieces == ["One two.", "Three,", "four five,", "six.", "seven", "eight nine"]
+    assert sentences("One two. Three four. ".strip(), fits) == ["One two.", "Three four."]
+    assert sentences("short", fits) == ["short"] and sentences("", fits) == [""]
+    with pytest.raises(BadInput, match="data.text_len"):
+        sentences("incomprehensibilities", fits)
+
+
+def test_a_long_text_is_spoken_sentence_by_sentence(trained):
+    one = sample(trained, "--text", "two", out="one.wav")
+    long = sample(trained, "--text", "two. one two one two, one two one two one two one two. one",
+                  out="long.wav")
+    assert len(one) < len(long)
+
+
+def test_a_prompt_is_continued_and_stands_at_the_front(trained):
+    wav = sample(trained, "--prompt", f"{trained}/ref.wav", "--kind", "sound",
+                 "--prompt-seconds", "0.5", out="c.wav")
+    assert 0.52 * 16000 + 640 <= len(wav) <= (0.52 + 0.4) * 16000
+    other = sample(trained, "--prompt", f"{trained}/ref.wav", "--kind", "sound",
+                   "--prompt-seconds", "0.5", "--seed", "1", out="d.wav")
+    lead = 8320 - 480                                # 13 latents, less what the decoder owes
+    np.testing.assert_allclose(wav[:lead], other[:lead], atol=2 / 32768)
+
+
+def test_a_prompt_with_text_lends_its_voice_or_is_continued_by_the_new_words(trained):
+    voice = sample(trained, "--prompt", f"{trained}/ref.wav", "--text", "two", out="v.wav")
+    after = sample(trained, "--prompt", f"{trained}/ref.wav", "--prompt-text", "one",
+                   "--text", "two", out="a.wav")
+    assert len(voice) <= 6400 and len(after) <= 6400
+
+
+def test_evaluation_prints_a_table_and_writes_figures(trained):
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "2", "--repeats", "1",
+               "--threads", "1", "--json", f"{trained}/f.json", "--wavs", f"{trained}/wavs")
+    assert done.returncode == 0, done.stderr
+    assert "reconstruction: facts right" in done.stdout and "chance" in done.stdout
+    with open(f"{trained}/f.json") as f:
+        figures = json.load(f)
+    assert figures["vae"]["speech"]["original"] >= 0.9      # the oracle understands the synthesiser
+    assert (set(figures["lm"]["facts"]) <= {"speech", "sound", "music"}
+            and figures["lm"]["steps"] == 20)
+    with open(f"{trained}/wavs/lm/speech.jsonl") as f:
+        made = [json.loads(line) for line in f]
+    assert len(made) == 2 and all(os.path.exists(f"{trained}/wavs/lm/{m['audio']}") for m in made)
+
+
+def test_draws_of_few_steps_are_compared_with_those_of_many(trained):
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "3",
+               "--threads", "1", "--what", "draws", "--json", f"{trained}/d.json")
+    assert done.returncode == 0, done.stderr
+    assert "lm, 2 steps: energy distance" in done.stdout
+    with open(f"{trained}/d.json") as f:
+        found = json.load(f)["draws lm"]
+    assert set(found) == {"1", "2", "4", "16"} and found["1"]["speech"][1] > 0
+    wrong = run("evaluate.py", "--run", f"{trained}/run", "--what", "draws", "--repeats", "1")
+    assert wrong.returncode == 2 and "--repeats" in wrong.stderr
+
+
+def test_a_sweep_prints_a_row_a_value_and_draws_the_curves(trained):
+    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "1",
+               "--threads", "1", "--sweep", "steps", "--values", "1,3", "--what", "lm",
+               "--json", f"{trained}/s.json", "--wavs", f"{trained}/sweep")
+    assert done.returncode == 0, done.stderr
+    with open(f"{trained}/s.json") as f:
+        assert set(json.load(f)["sweep steps"]) == {"1", "3"}
+    assert "facts speech" in done.stdout and os.path.exists(f"{trained}/sweep/sweep_steps.png")
+    wrong = run("evaluate.py", "--run", f"{trained}/run", "--sweep", "steps", "--values", "1.5")
+    assert wrong.returncode == 2 and "--values 1.5" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def universal(trained, tmp_path_factory):
+    """AudioCALM on the VAE of the other run."""
+    folder = str(tmp_path_factory.mktemp("universal"))
+    config = write(folder)
+    shutil.copytree(f"{trained}/run/toy", f"{folder}/run/toy")
+    shutil.copy(f"{trained}/run/vae.pt", f"{folder}/run/vae.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", config, "--stages",
+                                    '["vae", "audiocalm", "audiocalm_lsd"]',
+                                    "--train.vae.steps", "2", "--train.audiocalm_lsd.batch", "4",
+                                    "--train.audiocalm_lsd.steps", "1"])
+        train.main()
+    return folder
+
+
+def test_audiocalm_trains_as_a_stage_and_speaks_through_the_same_commands(
+        universal, monkeypatch, capsys):
+    with open(f"{universal}/run/log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    assert {"head", "stop", "valid_head_speech"} <= set().union(
+        *(row for row in rows if row["stage"] == "audiocalm"))
+    wavs = {}
+    for name, more in (("plain", []), ("stream", ["--stream"]),
+                       ("guided", ["--cfg", "2", "--steps", "2", "--kind", "music"]),
+                       ("fast", ["--stage", "audiocalm_lsd", "--cfg", "2"])):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{universal}/run", "--text", "two",
+                                          "--seconds", "0.4", "--out", f"{universal}/x.wav",
+                                          "--stage", "audiocalm"] + more)
+        sample_script.main()
+        assert "from audiocalm" in capsys.readouterr().out
+        wavs[name] = sf.read(f"{universal}/x.wav")[0]
+    np.testing.assert_allclose(wavs["stream"], wavs["plain"], atol=2 / 32768)
+    assert 640 <= len(wavs["guided"]) <= 6400 and np.isfinite(wavs["guided"]).all()
+
+
+def test_the_speech_expert_stays_on_disk_when_sound_or_music_is_asked_for(universal):
+    size = lambda kind: sum(p.numel() for p in
+                            open_run(f"{universal}/run", kind=kind)[2].parameters())
+    assert size("speech") == size(None)
+    assert size("sound") == size("music") == size(None) - 3 * 16 * 16
+
+
+def test_audiocalm_is_judged_like_the_others(universal):
+    done = run("evaluate.py", "--run", f"{universal}/run", "--what", "lm", "--limit", "1",
+               "--repeats", "1", "--threads", "1", "--json", f"{universal}/f.json",
+               "--stage", "audiocalm")
+    assert done.returncode == 0, done.stderr
+    with open(f"{universal}/f.json") as f:
+        found = json.load(f)["audiocalm"]
+    assert found["objective"] == "rectified_flow" and found["steps"] == 20
+    assert set(found["length"]) == {"speech", "sound", "music"}
+
+
+def test_int8_and_a_decoding_thread_give_sound_too(trained):
+    plain = sample(trained, "--text", "two", "--seed", "3")
+    thread = sample(trained, "--text", "two", "--seed", "3", "--parallel", out="p.wav")
+    np.testing.assert_allclose(thread, plain, atol=2 / 32768)
+    rounded = sample(trained, "--text", "two", "--seed", "3", "--int8", out="i.wav")
+    assert np.isfinite(rounded).all() and len(rounded) >= 640
+
+
+def test_sampling_is_timed_end_to_end(trained):
+    done = run("-m", "tools.bench", "--what", "sample", "--config", f"{trained}/tiny.toml", "--repeats", "1",
+               "--seconds", "0.4", "--threads", "1", "--json", f"{trained}/b.json")
+    assert done.returncode == 0, done.stderr
+    with open(f"{trained}/b.json") as f:
+        figures = json.load(f)
+    assert set(figures) == {"nanoCALM", "nanoCALM, parallel", "latent by latent", "nanoCALM int8",
+                            "nanoCALM int8, parallel"}
+    for row in figures.values():
+        assert min(row.values()) > 0
+        assert row["first_audio_ms"] <= 400 / row["real_time_factor"]
+
+
+@pytest.mark.parametrize("command", [
+    "train.py", "sample.py", "evaluate.py", "report.py", "-m corpora.scan", "-m corpora.toy",
+    "-m corpora.flite", "-m corpora.align", "-m tools.bench", "-m tools.convert", "-m tools.ablate",
+    "-m tools.compare"])
+def test_every_command_explains_itself(command):
+    done = run(*command.split(), "-h")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 8

@@ -1,0 +1,59 @@
+"""The language models of configs/paper have the sizes of Table 9 (meta device: no memory)."""
+import os
+
+import pytest
+import torch
+
+from calm import CALM
+from config import load
+from data import KINDS, vocabulary
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def build(name):
+    cfg = load(f"{ROOT}/configs/paper/{name}.toml")
+    with torch.device("meta"):
+        return cfg, CALM(cfg.lm, cfg.vae.latent_dim, vocabulary(), KINDS, cfg.vae.codes)
+
+
+def millions(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("name", ["calm_music", "rq_music"])
+def test_the_music_backbone_has_the_1_35_billion_parameters_of_table_9(name):
+    cfg, model = build(name)
+    assert millions(model.backbone) == pytest.approx(1350, rel=0.01)
+    assert cfg.data.frames == 30 * cfg.vae.frame_rate
+
+
+@pytest.mark.parametrize("name", ["calm_speech", "rq_speech"])
+def test_the_speech_backbone_has_2_2_billion_parameters_with_a_vocabulary_of_48000_in_and_out(name):
+    cfg, model = build(name)
+    assert millions(model.backbone) == pytest.approx(1927, rel=1e-3)
+    assert millions(model.backbone) + 2 * 0.048 * 2560 == pytest.approx(2200, rel=0.02)
+    assert cfg.data.frames == 300 * cfg.vae.frame_rate and cfg.lm.acoustic_delay == 2
+
+
+def test_heads_and_short_context_have_the_sizes_of_table_9():
+    cfg, model = build("calm_music")
+    assert millions(model.head) == pytest.approx(601, rel=1e-3)
+    assert millions(model.short) == pytest.approx(113, rel=3e-3)
+    assert cfg.lm.head.multiplier == 8 and cfg.lm.short_context == 10
+    assert millions(build("calm_speech")[1].head) == pytest.approx(10.15, rel=1e-3)
+    for name, levels, near in (("rq_music", 32, 748.7), ("rq_speech", 8, 656.4)):
+        cfg, model = build(name)
+        assert cfg.vae.codebooks == levels and millions(model.head) == pytest.approx(near, abs=0.1)
+        assert millions(model.head) == pytest.approx(701, rel=0.07)
+
+
+@pytest.mark.parametrize("name", ["music", "speech"])
+def test_the_models_say_of_the_codec_and_the_backbone_what_their_own_configs_say(name):
+    """A config is one complete file: these tables stand in several, and must not drift apart."""
+    calm, rq = load(f"{ROOT}/configs/paper/calm_{name}.toml"), load(
+        f"{ROOT}/configs/paper/rq_{name}.toml")
+    assert calm.lm.backbone == rq.lm.backbone and calm.train.lm == rq.train.lm
+    for cfg, codec in ((calm, f"vae_{name}"), (rq, f"rvq_{name}")):
+        alone = load(f"{ROOT}/configs/paper/{codec}.toml")
+        assert cfg.vae == alone.vae and cfg.train.vae == alone.train.vae

@@ -1,0 +1,65 @@
+"""Configs are read strictly, overridden from the command line and written back unchanged."""
+import pytest
+
+from config import Config, build, dump, load
+from cli import BadInput
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_overrides_reach_nested_tables_with_their_types(tmp_path):
+    path = write(tmp_path / "a.toml", "[lm.backbone]\nlayers = 2\n")
+    cfg = load(path, ["--lm.backbone.layers", "6", "--train.vae.lr=0.5", "--out", "runs/x",
+                      "--vae.ratios", "[4, 2]", "--data.weights.speech", "1"])
+    assert ((cfg.lm.backbone.layers, cfg.train.vae.lr, cfg.out, cfg.vae.ratios)
+            == (6, 0.5, "runs/x", [4, 2]))
+    assert cfg.data.weights == {"speech": 1.0}
+
+
+@pytest.mark.parametrize("text, value", [(".15", 0.15), ("-.5", -0.5), ("1e-3", 1e-3)])
+def test_a_number_may_be_written_without_its_zero(tmp_path, text, value):
+    path = write(tmp_path / "b.toml", "")
+    assert load(path, ["--sample.cfg", text]).sample.cfg == value
+    assert load(path, ["--out", "./runs", "--data.manifest=.runs/a"]).out == "./runs"
+
+
+def test_a_list_of_names_can_be_given_with_commas(tmp_path):
+    path = write(tmp_path / "c.toml", "")
+    assert load(path, ["--stages", "vae"]).stages == ["vae"]
+    assert load(path, ["--stages", "vae,lm"]).stages == ["vae", "lm"]
+
+
+def test_a_dumped_config_loads_to_the_same_value(tmp_path):
+    cfg = build(Config, {"sample": {"texts": {"speech": ["one \"two\"", "drei ü"]}},
+                         "gan": {"loss_weights": {"mel": 2}}})
+    assert load(write(tmp_path / "b.toml", dump(cfg))) == cfg
+
+
+def test_whole_numbers_are_accepted_where_a_float_is_wanted_but_not_the_reverse():
+    assert build(Config, {"train": {"lm": {"lr": 1}}}).train.lm.lr == 1.0
+    with pytest.raises(BadInput, match="train.lm.steps: expected int, got 1.5"):
+        build(Config, {"train": {"lm": {"steps": 1.5}}})
+    with pytest.raises(BadInput, match="train.lm.steps: expected int, got True"):
+        build(Config, {"train": {"lm": {"steps": True}}})
+
+
+def test_a_wrong_element_of_a_list_or_table_is_named():
+    with pytest.raises(BadInput, match="vae.ratios: expected int, got 'x'"):
+        build(Config, {"vae": {"ratios": [4, "x"]}})
+    with pytest.raises(BadInput, match="data.weights.speech: expected float"):
+        build(Config, {"data": {"weights": {"speech": "half"}}})
+
+
+def test_the_consistency_stage_is_refused_for_weights_that_mean_something_else():
+    for objective in ("lsd", "rq"):
+        with pytest.raises(BadInput, match="^stages: consistency goes on from the weights of trigflow"):
+            build(Config, {"stages": ["lm", "consistency"],
+                           "lm": {"head": {"objective": objective}}})
+
+
+def test_values_that_a_dataclass_refuses_carry_their_table():
+    with pytest.raises(BadInput, match="^lm.backbone.heads: dim / heads"):
+        build(Config, {"lm": {"backbone": {"dim": 10, "heads": 3}}})

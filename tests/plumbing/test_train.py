@@ -1,0 +1,452 @@
+"""The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds.
+"""
+import functools
+import glob
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+import optim
+import stages
+import train
+from cli import BadInput
+from config import (Config, StageConfig, dump, load, load_checkpoint, make_model, open_run,
+                    save_checkpoint)
+from conftest import ROOT, TINY, logged, run, write
+from gan import Discriminators
+from schema import build
+from vae import VAE
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run, all three stages, never interrupted."""
+    folder = str(tmp_path_factory.mktemp("finished"))
+    done = run("train.py", "--config", write(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_checkpoints_log_picture_and_sounds(finished):
+    out = f"{finished[0]}/run"
+    for name in ("config.toml", "log.jsonl", "loss.png", "vae.pt", "lm.pt", "consistency.pt"):
+        assert os.path.getsize(f"{out}/{name}") > 0, name
+    for kind in ("speech", "sound", "music"):
+        for pattern in (f"*_vae_{kind}1_original.wav", f"*_vae_{kind}1_reconstruction.wav",
+                        f"*_vae_{kind}1.png", f"*_lm_{kind}1.wav", f"*_consistency_{kind}1.wav"):
+            assert glob.glob(f"{out}/samples/{pattern}"), pattern
+    assert "eta" in finished[1].stdout and "steps/s" in finished[1].stdout
+
+
+def test_finished_stages_are_skipped(finished):
+    again = run("train.py", "--config", f"{finished[0]}/tiny.toml")
+    assert again.returncode == 0 and again.stdout.count("skipped") == 3
+
+
+def test_other_training_settings_for_a_finished_stage_are_answered_aloud(finished):
+    """They were dropped in silence, and config.toml then told what never happened."""
+    again = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--train.lm.lr", "0.123")
+    assert "lm: was trained with lr = " in again.stdout and "not 0.123" in again.stdout
+
+
+def test_fresh_deletes_the_named_stages_alone_and_nothing_where_the_corpus_is_missing(
+        finished, tmp_path):
+    """Bug: `--stages lm --fresh` deleted vae.pt, before a typo in the manifest was noticed."""
+    out = shutil.copytree(f"{finished[0]}/run", tmp_path / "again")
+    again = ("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", str(out),
+             "--stages", "lm", "--fresh")
+    before = {f: os.path.getmtime(out / f) for f in ("vae.pt", "lm.pt", "consistency.pt")}
+    for typo in (("--data.manifest", "typo.jsonl"), ("--train.lm.init", "typo.pt")):
+        done = run(*again, *typo)
+        assert done.returncode == 2 and {f: os.path.getmtime(out / f) for f in before} == before
+    done = run(*again)
+    assert done.returncode == 0, done.stderr
+    after = {f: os.path.getmtime(out / f) for f in before}
+    assert [f for f in before if after[f] != before[f]] == ["lm.pt"]
+    stages = {json.loads(line)["stage"] for line in open(out / "log.jsonl")}
+    assert stages == {"vae", "lm", "consistency"}
+
+
+def test_half_a_line_of_the_log_left_by_a_kill_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "lm", "step": 20}\n{"stage": "lm", "st')
+    assert train.read_log(str(tmp_path)) == ['{"stage": "lm", "step": 20}\n']
+    assert train.read_log(str(tmp_path / "none")) == []
+
+
+def test_a_run_killed_at_any_moment_resumes_to_bitwise_the_same_losses_and_weights(
+        finished, tmp_path):
+    config, out = write(str(tmp_path)), f"{tmp_path}/run"
+    for stage, step in (("vae", 6), ("lm", 7)):      # between checkpoints at 4 and 8
+        process = subprocess.Popen([sys.executable, "train.py", "--config", config],
+                                   cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.PIPE)
+        for line in process.stdout:
+            if line.startswith(f"{stage} {step}/"):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert load_checkpoint(f"{out}/{stage}.pt")["step"] == 4
+    done = run("train.py", "--config", config)
+    assert done.returncode == 0 and "resuming at step 4" in done.stdout
+    assert logged(out) == logged(f"{finished[0]}/run")
+    for name in ("vae", "lm", "consistency"):
+        one, other = (load_checkpoint(f"{folder}/run/{name}.pt")["model"]
+                      for folder in (finished[0], tmp_path))
+        assert all(torch.equal(one[k], other[k]) for k in one), name
+
+
+def test_ctrl_c_saves_the_last_step_first(tmp_path):
+    config = write(str(tmp_path))
+    process = subprocess.Popen([sys.executable, "train.py", "--config", config,
+                                "--train.vae.save_every", "1000"],
+                               cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("vae 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate()[0]
+    assert process.returncode == 130 and "the same command goes on" in rest
+    assert load_checkpoint(f"{tmp_path}/run/vae.pt")["step"] >= 2
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path):
+    config, out = write(str(tmp_path)), f"{tmp_path}/run"
+    assert run("train.py", "--config", config, "--stages", '["vae"]',
+               "--train.vae.steps", "4").returncode == 0
+    before = open(f"{out}/vae.pt", "rb").read()
+    limit = len(before) // 2                # files may not grow beyond this: what a full disk does
+    again = run("train.py", "--config", config, "--stages", '["vae"]',
+                "--train.vae.steps", "8", "--fresh",
+                preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert (again.returncode == 2 and "could not be written" in again.stderr
+            and again.stderr.count("\n") == 1)
+    from config import save_checkpoint
+    path = f"{tmp_path}/old.pt"
+    save_checkpoint(path, {"a": torch.zeros(10)})
+    child = subprocess.run([sys.executable, "-c", f"""
+import resource, signal, torch, config
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    config.save_checkpoint({path!r}, {{"a": torch.ones(100_000)}})
+except config.BadInput as e:
+    print(e)
+"""], cwd=ROOT, capture_output=True, text=True)
+    assert "untouched" in child.stdout, child.stderr
+    assert torch.equal(torch.load(path)["a"], torch.zeros(10)) and not os.path.exists(path + ".tmp")
+
+
+@pytest.mark.parametrize("stage", ["vae", "lm"])
+def test_accumulated_gradients_equal_the_large_batch(finished, monkeypatch, stage):
+    folder = finished[0]
+    cfg = load(f"{folder}/tiny.toml", ["--vae.disc_start", "0", "--vae.loss_scales", "0"])
+    # noise differs by construction: hold it
+    for name in ("randn", "rand", "randn_like", "rand_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k) * 0 + 0.5)
+    runtime = train.Runtime(cfg)
+    clips, valid = train.corpus(cfg, runtime)
+    torch.manual_seed(0)
+    made = (stages.VAEStage(cfg, runtime, clips, valid, "vae") if stage == "vae"
+            else stages.LMStage(cfg, runtime, clips, valid, "lm"))
+    for p in made.model.parameters():
+        p.data += 0.05 * torch.linspace(-1, 1, p.numel()).view_as(p)
+    if stage == "lm":                     # equal lengths: a mean over valid positions is not linear
+        for part in (made.batch, made.held_out):
+            part.cfg = cfg.data
+
+    def grads(micro):
+        made.model.zero_grad(set_to_none=True)
+        batches = [(range(s, s + micro), made.batch(0, range(s, s + micro)))
+                   for s in range(0, 4, micro)]
+        for _, b in batches:
+            if stage == "lm":
+                b["frames"] = torch.full_like(b["frames"], 10)
+                b["ended"] = torch.ones_like(b["ended"])
+        train.gradients(made, batches, 0, runtime, 0, 4)
+        return [p.grad.clone() for p in made.model.parameters() if p.grad is not None]
+
+    for whole, pieces in zip(grads(4), grads(2)):
+        torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-3)
+
+
+def test_every_part_that_learns_has_an_optimizer(finished, monkeypatch):
+    """Guards the projection to WavLM, which nobody stepped and nobody cleared of gradients."""
+    monkeypatch.setattr("gan.Teacher", lambda *_: types.SimpleNamespace(dim=5))
+    cfg = load(f"{finished[0]}/tiny.toml", ["--gan.loss_weights.distill", "1", "--gan.teacher", "x",
+                                            "--gan.balance", "0.9"])
+    runtime = train.Runtime(cfg)
+    stage = stages.VAEStage(cfg, runtime, *train.corpus(cfg, runtime), "vae")
+    stepped = [id(p) for part in stage.optimized.values() for p in part.parameters()]
+    assert sorted(stepped) == sorted(id(p) for p in stage.model.parameters())
+    assert id(stage.model.to_teacher.weight) in stepped
+
+
+def test_two_processes_train_like_one_with_two_micro_batches(finished, tmp_path):
+    """Each process takes its rows of the same global batch; the noise belongs to the rows."""
+    losses = []
+    for number, launch in enumerate((["train.py"], ["-m", "torch.distributed.run", "--standalone",
+                                                    "--nproc_per_node=2", "train.py"])):
+        config = write(str(tmp_path), out=f"run{number}")
+        done = run(*launch, "--config", config, "--stages", '["vae"]',
+                   "--train.vae.micro_batch", "2", "--train.vae.steps", "5", timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append([row["vae"] for row in logged(f"{tmp_path}/run{number}") if "vae" in row])
+    assert len(losses[0]) == 5
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]),
+                               atol=1e-4, rtol=1e-4)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(
+        finished, tmp_path, monkeypatch, capsys):
+    cfg = load(write(str(tmp_path)), ["--stages", '["vae"]', "--train.vae.steps", "30"])
+    runtime = train.Runtime(cfg)
+    os.makedirs(f"{cfg.out}/samples")
+    clips, valid = train.corpus(cfg, runtime)
+    stage = stages.VAEStage(cfg, runtime, clips, valid, "vae")
+    before = {k: v.clone() for k, v in stage.model.state_dict().items()}
+    stage.losses = lambda batch, step: iter(
+        [("vae", sum(p.sum() for p in stage.model.vae.parameters()) * float("nan"), {})])
+    with pytest.raises(FloatingPointError, match="ten steps in a row.*vae nan"):
+        train.train(stage, "vae", cfg, runtime)
+    assert all(torch.equal(before[k], v) for k, v in stage.model.state_dict().items())
+    assert capsys.readouterr().out.count("step skipped") == 9
+
+
+def test_training_keeps_its_compiled_graphs_through_a_validation(finished, tmp_path, monkeypatch):
+    """Bugs: lengths of validation made is_causal symbolic, and from then on the backbone ran
+    uncompiled; each length of a cache compiled a graph of its own.
+    """
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    shutil.copytree(f"{finished[0]}/run", tmp_path / "run", ignore=shutil.ignore_patterns("*lm.pt"))
+    cfg = load(f"{finished[0]}/tiny.toml", ["--out", f"{tmp_path}/run", "--compile", "yes"])
+    clips, valid = train.corpus(cfg, runtime := train.Runtime(cfg))
+    stage = stages.LMStage(cfg, runtime, clips, valid, "lm")
+    stage.model.train()
+    stage.compile()
+    rows = range(cfg.train.lm.batch)
+
+    def graphs():
+        counters.clear()
+        train.gradients(stage, [(rows, stage.batch(0, rows))], 0, runtime, 0, len(rows))
+        return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    torch._dynamo.reset()
+    assert graphs()[1] == {} and graphs() == (0, {})
+    counters.clear()
+    with torch.no_grad():
+        stage.model.eval()
+        stage.validate(stage.model, 1)
+        stage.model.train()
+    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    assert graphs() == (0, {})
+    torch._dynamo.reset()
+
+
+def test_averaged_weights_follow_with_their_decay():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    ema = train.EMA(layer, 0.9)
+    torch.nn.init.ones_(layer.weight)
+    ema.update(0)                                    # warm-up: decay (1 + 0) / (10 + 0) = .1
+    assert ema.state["weight"].item() == pytest.approx(0.9)
+    ema.update(10_000)
+    assert ema.state["weight"].item() == pytest.approx(0.91)
+
+
+def ill_conditioned(optimizer):
+    """Steps of a linear layer: each input direction is a tenth as loud as the one before."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4, bias=False)
+    stage = types.SimpleNamespace(optimized={"lm": layer})
+    opt = optim.make_optimizers(stage, StageConfig(optimizer=optimizer, lr=0.1), "cpu")["lm"]
+    scale = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    mix = torch.linalg.qr(torch.randn(4, 4))[0]
+    x = torch.randn(256, 4) * scale @ mix
+    target = torch.randn(4, 4)
+    for step in range(400):
+        for group in opt.param_groups:
+            group["lr"] = 0.1 * (1 - step / 400)
+        opt.zero_grad()
+        (x @ (layer.weight - target).T).pow(2).sum().backward()
+        opt.step()
+    return ((layer.weight - target) @ mix.T).norm(dim=0)       # error along each direction
+
+
+def test_muon_learns_directions_of_small_gradients_that_adamw_leaves():
+    adamw, muon = ill_conditioned("adamw"), ill_conditioned("muon")
+    assert adamw[0] < 0.01 and muon[0] < 0.01
+    assert muon[2] < 0.3 * adamw[2] and muon[3] < 0.5 * adamw[3]
+
+
+def test_muon_moves_a_convolution_by_an_orthogonal_matrix_of_adamws_size():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(8, 6, 3)
+    stage = types.SimpleNamespace(optimized={"vae": conv})
+    opt = optim.make_optimizers(stage, StageConfig(optimizer="muon", lr=0.1), "cpu")["vae"]
+    before, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    conv(torch.randn(2, 8, 20)).pow(2).sum().backward()
+    opt.step()
+    step = (before - conv.weight.detach()).flatten(1) / (0.1 * 0.2 * math.sqrt(24))
+    values = torch.linalg.svdvals(step)
+    assert 0.6 < values.min() and values.max() < 1.3           # Newton-Schulz: about 1
+    assert ((conv.bias - bias).abs() - 0.1).abs().max() < 1e-3  # AdamW's first step: lr
+
+
+def test_discriminators_are_not_given_to_muon():
+    stage = types.SimpleNamespace(optimized={"disc": torch.nn.Conv2d(1, 2, 3)})
+    found = optim.make_optimizers(stage, StageConfig(optimizer="muon"), "cpu")["disc"]
+    assert isinstance(found, torch.optim.AdamW)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    cfg = build(Config, {"train": {"lm": {"steps": 110, "warmup": 10, "lr_end": 0.1}}}).train.lm
+    assert optim.schedule(cfg, 0) == 0.1 and optim.schedule(cfg, 9) == 1.0
+    assert (optim.schedule(cfg, 60) == pytest.approx(0.55)
+            and optim.schedule(cfg, 110) == pytest.approx(0.1))
+
+
+def test_the_latents_that_the_model_sees_have_zero_mean_and_unit_variance(finished):
+    cfg, vae, _, _ = open_run(f"{finished[0]}/run")
+    clips, _ = train.corpus(cfg, train.Runtime(cfg))
+    stage = stages.LMStage(cfg, train.Runtime(cfg), clips, clips, "lm")
+    xs = []
+    for step in range(20):
+        b = stage.prepare(stage.batch(step, range(4)))
+        xs += [x[:n] for x, n in zip(b["x"], b["frames"])]
+    x = torch.cat(xs)
+    assert x.mean(0).abs().max() < 0.35 and (x.std(0) - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/configs/**/*.toml", recursive=True)),
+                         ids=os.path.basename)
+def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
+    cfg = load(path)
+    with open(tmp_path / "again.toml", "w") as f:
+        f.write(dump(cfg))
+    assert load(tmp_path / "again.toml") == cfg
+    with torch.device("meta"):
+        VAE(cfg.vae), Discriminators(cfg.gan, cfg.vae.channels)
+        for stage in set(cfg.stages) - {"vae"}:
+            make_model(cfg, stage)
+
+
+def test_a_student_is_distilled_with_the_teachers_head_untouched(finished, tmp_path):
+    teacher = f"{finished[0]}/run/lm.pt"
+    config = write(str(tmp_path))
+    with open(config, "a") as f:
+        f.write(f"[train.distill]\nteacher = \"{teacher}\"\nsteps = 4\nbatch = 4\nlog_every = 1\n")
+    command = ["train.py", "--config", config, "--sample.count", "0", "--stages", '["distill"]',
+               "--lm.backbone.layers", "2"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in logged(f"{tmp_path}/run") if row["stage"] == "distill"]
+    assert len(rows) >= 4 and all("explained" in row for row in rows[:4])
+    theirs, ours = load_checkpoint(teacher), load_checkpoint(f"{tmp_path}/run/distill.pt")["model"]
+    theirs = theirs["ema"] or theirs["model"]
+    for k in ours:
+        if k.startswith(("head.", "eos.")):
+            assert torch.equal(ours[k], theirs[k]), k
+    assert not torch.equal(ours["latent.weight"], theirs["latent.weight"])
+    assert "backbone.blocks.1.mlp.down.weight" in ours and len(theirs) < len(ours)
+    assert open_run(f"{tmp_path}/run")[3] == "distill"
+    wrong = run(*command, "--fresh", "--lm.head.width", "8")
+    assert wrong.returncode == 2 and "does not fit" in wrong.stderr, wrong.stderr
+    wrong = run("train.py", "--config", write(str(tmp_path)), "--stages", '["distill"]')
+    assert wrong.returncode == 2 and "train.distill.teacher" in wrong.stderr
+
+
+def test_a_run_may_start_from_the_weights_of_another_with_other_losses(finished, tmp_path):
+    start = f"{finished[0]}/run/vae.pt"
+    done = run("train.py", "--config", write(str(tmp_path)), "--stages", '["vae"]',
+               "--train.vae.init", start, "--vae.loss_weights.adv", "0",
+               "--vae.loss_weights.feat", "0", "--train.vae.steps", "1", "--train.vae.lr", "1e-9")
+    assert done.returncode == 0 and f"starts from {start}" in done.stdout, done.stderr
+    old, new = load_checkpoint(start), load_checkpoint(f"{tmp_path}/run/vae.pt")
+    for k in new["ema"].keys() - {"latent_mean", "latent_std"}:
+        torch.testing.assert_close(new["ema"][k], old["ema"][k], atol=1e-6, rtol=0)
+    wrong = run("train.py", "--config", f"{tmp_path}/tiny.toml", "--fresh",
+                "--train.vae.init", start, "--vae.latent_dim", "6")
+    assert wrong.returncode == 2 and start in wrong.stderr
+
+
+def test_frozen_parts_keep_their_weights_while_the_others_learn(finished, tmp_path):
+    start = f"{finished[0]}/run/vae.pt"
+    options = ("--config", write(str(tmp_path)), "--stages", '["vae"]', "--train.vae.init", start,
+               "--train.vae.steps", "2")
+    done = run("train.py", *options, "--train.vae.freeze", '["encoder"]')
+    assert done.returncode == 0, done.stderr
+    old, new = load_checkpoint(start)["ema"], load_checkpoint(f"{tmp_path}/run/vae.pt")["ema"]
+    moved = {k for k in new if not torch.equal(old[k], new[k])}
+    assert any(k.startswith("decoder.") for k in moved)
+    assert not any(k.startswith("encoder.") for k in moved)
+    wrong = run("train.py", *options, "--fresh", "--train.vae.freeze", '["ears"]')
+    assert wrong.returncode == 2 and "ears" in wrong.stderr and "decoder" in wrong.stderr
+
+
+def test_the_consistency_stage_of_a_rectified_flow_is_lsd_from_its_weights(finished, tmp_path):
+    shutil.copytree(f"{finished[0]}/run", f"{tmp_path}/run", ignore=shutil.ignore_patterns("lm.pt"))
+    cfg = load(f"{finished[0]}/tiny.toml", ["--lm.head.objective", "rectified_flow",
+                                            "--out", f"{tmp_path}/run"])
+    runtime = train.Runtime(cfg)
+    clips, valid = train.corpus(cfg, runtime)
+    flow = stages.LMStage(cfg, runtime, clips, valid, "lm").model
+    for p in flow.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    save_checkpoint(f"{tmp_path}/run/lm.pt", {"stage": "lm", "config": {}, "done": True,
+                                              "model": flow.state_dict(), "ema": None})
+    few = stages.ConsistencyStage(cfg, runtime, clips, valid, "consistency").model
+    assert few.cfg.head.objective == "lsd" and few.cfg.head.sample_steps == 1
+    x, t, z = torch.randn(5, 4), torch.rand(5), torch.randn(5, 16)
+    torch.testing.assert_close(few.head.net(x, t, z, t), flow.head.net(x, t, z))
+    assert torch.equal(few.backbone.norm.weight, flow.backbone.norm.weight)
+
+
+def test_distilled_consistency_trains_the_head_alone_and_resumes_with_its_teacher(
+        finished, tmp_path):
+    for name in ("whole", "stopped"):
+        shutil.copytree(f"{finished[0]}/run", f"{tmp_path}/{name}",
+                        ignore=shutil.ignore_patterns("consistency.pt"))
+    options = ("train.py", "--config", f"{finished[0]}/tiny.toml", "--stages", "consistency",
+               "--train.consistency.teacher", "true", "--train.consistency.steps", "12",
+               "--train.consistency.save_every", "4")
+    process = subprocess.Popen([sys.executable, *options, "--out", f"{tmp_path}/stopped"], cwd=ROOT,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("consistency 6/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    for out in ("whole", "stopped"):
+        done = run(*options, "--out", f"{tmp_path}/{out}")
+        assert done.returncode == 0, done.stderr
+    assert "resuming at step 4" in done.stdout
+    flow, head, resumed = (load_checkpoint(f"{tmp_path}/{path}.pt") for path in (
+        "whole/lm", "whole/consistency", "stopped/consistency"))
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in head["model"].items())
+    moved = {k for k, v in flow["ema"].items() if not torch.equal(v, head["model"][k])}
+    assert moved and all(k.startswith("head.net.") for k in moved)
+    head["model"]["eos.bias"] += 1                   # as after steps without a teacher
+    save_checkpoint(f"{tmp_path}/whole/consistency.pt", head | {"done": False})
+    wrong = run(*options, "--out", f"{tmp_path}/whole")
+    assert wrong.returncode == 2 and "another backbone" in wrong.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
+    done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
+    assert (done.returncode == 2
+            and "latent_dim = 4" in done.stderr and "latent_dim = 5" in done.stderr)

@@ -1,0 +1,1 @@
+"""Programs beside training: speed, conversion, ablations, studies. Nothing imports them."""
