@@ -12,11 +12,11 @@
        prompt ─► VAE encoder ─► latents ─► CALM, one latent at a time ─► VAE decoder ─► wav
                                                   └── --stream: written as it comes ──┘
 
-A text longer than the run was trained on is spoken sentence by sentence (then at commas, then
-between words), in the voice of --prompt, else of the first sentence (where the run was trained
-without voice prompts, each in its own).
---prompt alone is continued (the wav holds prompt and continuation). --prompt with --text lends its
-voice; with --prompt-text too, the clip is continued with the new words and only these are kept.
+A text longer than those of training is spoken sentence by sentence (split at sentences, then at
+commas, then between words), in the voice of --prompt or else of the first sentence. A run that was
+trained without voice prompts speaks each sentence in a voice of its own.
+--prompt alone is continued: the wav holds prompt and continuation. --prompt with --text lends its
+voice. With --prompt-text as well, the clip is continued with the new words, and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -51,27 +51,32 @@ def render(lm, vae, text, *, seconds, history=None, **options):
     waveform.
     """
     max_frames = max(1, round(seconds * vae.cfg.frame_rate))
-    drawn = list(lm.generate(text, max_frames=max_frames, history=history, **options))
-    past = [] if history is None else [history]
-    x = torch.cat([*past, torch.stack([x for x, _ in drawn], 1)], 1)        # (B, n + T, D)
+    generated = list(lm.generate(text, max_frames=max_frames, history=history, **options))
+    x = torch.stack([latent for latent, _ in generated], 1)                 # (B, T, D)
+    if history is not None:
+        x = torch.cat([history, x], 1)                                      # (B, n + T, D)
     wav = vae.decode(vae.denormalize(x))                                    # (B, ch, (n + T) · hop)
-    frames = sum((~ended).long() for _, ended in drawn) + (x.shape[1] - len(drawn))     # (B,)
+
+    # each row up to the frame at which it ended
+    history_frames = x.shape[1] - len(generated)
+    frames = history_frames + sum((~ended).long() for _, ended in generated)            # (B,)
     return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
 
 
 def to_int8(lm, vae=None):
-    """Round the big matrices of sampling to int8, in place: backbone, head, decoder's transformer
-    (not what touches latents: lm.latent, the head's first and last layers and its condition).
+    """Round the large matrices of sampling to int8, in place: backbone, head, the decoder's
+    transformer. Layers that touch latents stay as they are: lm.latent, the head's first and last
+    layers and its condition.
 
-    Weights are rounded once, one scale a matrix, activations at each call (PyTorch's dynamic
-    quantisation). One latent reads every weight once, so a quarter of the bytes is up to 2.8 times
+    PyTorch's dynamic quantisation: weights are rounded once, one scale per matrix, activations at
+    each call. Every latent reads every weight once, so a quarter of the bytes gives up to 2.8 times
     the speed. The convolutions of a conv decoder compute more than they read: they go to bf16 where
-    the CPU has bf16 matrix units (AMX), 1.7 times the speed of Mimi's decoder, its audio 47 dB
-    above the difference. CPU only; cannot be trained or saved any more.
+    the CPU has bf16 matrix units (AMX), which decodes Mimi 1.7 times as fast; the difference lies
+    47 dB below the audio. CPU only; the models cannot be trained or saved afterwards.
     """
     parts = lm.matrices() + ([vae.decoder.transformer] if vae else [])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # it will move to torchao one day
+        warnings.simplefilter("ignore")                   # torch says it will move to torchao
         for part in parts:
             torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, dtype=torch.qint8,
                                                    inplace=True)
@@ -83,37 +88,49 @@ def to_int8(lm, vae=None):
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
-    p.add_argument("--stage", default="", choices=["", *LM_STAGES],
-                   metavar="STAGE", help=f"which model, of {', '.join(LM_STAGES)}; default: the last "
-                                         "of these that the run has")
-    p.add_argument("--text", help="what is said or heard")
+    p.add_argument("--stage", default="", choices=["", *LM_STAGES], metavar="STAGE",
+                   help=f"which model, of {', '.join(LM_STAGES)}; default: the last of these that "
+                        "the run has")
+
+    # what
+    p.add_argument("--text", help="what is spoken, or the caption of what is played")
     p.add_argument("--kind", default="speech", choices=KINDS)
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
-    p.add_argument("--prompt-text", help="what the prompt says")
+    p.add_argument("--prompt-text", help="the words of the prompt")
     p.add_argument("--seconds", type=float,
-                   help="longest new audio, of a long text that of each sentence; "
+                   help="most seconds of new audio, per sentence of a long text; "
                         "default: the config's")
     p.add_argument("--prompt-seconds", type=float,
-                   help="of a prompt to continue, its last so many seconds")
+                   help="of a prompt to continue, use its last so many seconds")
+
+    # how it is sampled
     p.add_argument("--steps", type=int,
-                   help="steps a latent (audiocalm: a block); default: 1 for consistency and lsd, "
-                        "20 for flows")
+                   help="steps per latent (audiocalm: per block); default: 1 for consistency and "
+                        "lsd, 20 for flows")
     p.add_argument("--temperature", type=float,
                    help="variance of the noise, 0 .. 1; default: the config's")
     p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
     p.add_argument("--noise", type=float,
-                   help="share of the training's noise on what the model hears of its own past, "
+                   help="share of the training's noise on the past that the model conditions on, "
                         "0 .. 1; default: the config's")
     p.add_argument("--seed", type=int, default=0)
+
+    # where and how fast
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--int8", action="store_true",
-                   help="CPU: round the big matrices to 8 bits, a conv decoder to bf16 (AMX)")
+                   help="CPU: round the large matrices to 8 bits, a conv decoder to bf16 (AMX)")
     p.add_argument("--parallel", action="store_true",
                    help="decode in a second thread (with --threads 1 on two free cores)")
     p.add_argument("--out", default="sample.wav", help="default: sample.wav")
     a = p.parse_args()
+    check_arguments(a)
+    return a
+
+
+def check_arguments(a):
+    """BadInput for what cannot be generated, before anything is loaded."""
     if a.text is not None and not a.text.strip():
         raise BadInput("--text: is empty; say something")
     if not a.out.lower().endswith(".wav"):
@@ -123,14 +140,18 @@ def parse():
                        "and --text (what comes next)")
     if a.text is None and not a.prompt:
         raise BadInput("give --text, --prompt or both (see -h)")
+    if a.int8 and a.device != "cpu":
+        raise BadInput("--int8: is for --device cpu")
+
+    # numbers
     if not 0 <= a.seed < 2 ** 63:
         raise BadInput(f"--seed: {a.seed} does not lie in 0 .. 2^63 - 1")
     if not 0 <= (a.noise or 0) <= 1:
         raise BadInput(f"--noise: {a.noise} does not lie in 0 .. 1")
-    for name, low in (("seconds", 0), ("prompt_seconds", 0), ("steps", 0), ("cfg", -math.inf),
-                      ("temperature", -1e-9)):
+    above = {"seconds": 0, "prompt_seconds": 0, "steps": 0, "cfg": -math.inf, "temperature": -1e-9}
+    for name, low in above.items():
         value = getattr(a, name)
-        if value is not None and not (low < value < math.inf):
+        if value is not None and not low < value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')}: {value} is not possible; "
                            "use a larger, finite number")
     try:
@@ -138,17 +159,21 @@ def parse():
     except (RuntimeError, AssertionError) as e:
         raise BadInput(
             f"--device {a.device}: not available here ({str(e).splitlines()[0]})") from None
-    return a
 
+
+# ---------------------------------------------------------------- text
 
 def sentences(text, fits):
-    """Pieces of text that fit, in order: cut behind sentences, else behind commas, else in halves.
+    """Pieces of the text for which fits(piece) is true, in order: split behind sentences, else
+    behind commas, else in halves between words.
     """
     if fits(text):
         return [text]
-    parts = next((parts for cut in (r"(?<=[.!?;:])\s+", r"(?<=,)\s+")
-                  if len(parts := re.split(cut, text)) > 1), None)
-    if parts is None:
+    for boundary in (r"(?<=[.!?;:])\s+", r"(?<=,)\s+"):
+        parts = re.split(boundary, text)
+        if len(parts) > 1:
+            break
+    else:
         words = text.split()
         if len(words) == 1:
             raise BadInput(f"--text: '{text[:40]}' (behind --prompt-text, if any) is longer than "
@@ -158,11 +183,148 @@ def sentences(text, fits):
     return [piece for part in parts for piece in sentences(part, fits)]
 
 
-def noted(drawn, heard):
-    """The same latents, kept in the list `heard` as they pass."""
-    for x, ended in drawn:
-        heard.append(x)
+def texts_to_generate(a, cfg, lm):
+    """The pieces of --text, each short enough for the run; behind --prompt-text, if there is one."""
+    limit = cfg.data.text_len
+
+    def tokens(text):
+        """Text tokens, without the one that names the kind."""
+        return len(encode_text(text, a.kind, cfg.data)) - 1
+
+    if a.kind != "speech" and tokens(a.text or "") > limit:
+        unit = "tokens" if cfg.data.tokenizer else "bytes"
+        raise BadInput(f"--text: {tokens(a.text)} {unit} are more than this run was "
+                       f"trained on (data.text_len = {limit})")
+
+    # a monologue's words run on from the prompt's end, a prefix holds the prompt's words too
+    before = f"{a.prompt_text} " if a.prompt_text and not lm.monologue else ""
+    pieces = sentences((a.text or "").strip(), lambda text: tokens(before + text) <= limit)
+    return [before + pieces[0], *pieces[1:]]
+
+
+# ---------------------------------------------------------------- prompt
+
+def load_prompt(a, cfg, vae, lm):
+    """--prompt as latents -> (voice prompt (1, P, D), history to continue (1, n, D)), one of them
+    None: with --text alone beside it the prompt lends its voice, else it is continued.
+    """
+    if not a.prompt:
+        return None, None
+    wav = torch.tensor(load_audio(a.prompt, cfg.vae.sample_rate, cfg.vae.channels)).to(a.device)
+    if a.text is None:
+        seconds = a.prompt_seconds or cfg.sample.prompt_seconds
+        wav = wav[:, -round(seconds * cfg.vae.sample_rate):]
+    latents = encode_prompt(lm, vae, wav[None])                             # (1, T, D) or codes
+    if a.text is None or a.prompt_text:
+        return None, latents
+
+    if not cfg.data.prompt_frames:
+        raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
+                       "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
+    return latents[:, :cfg.data.prompt_frames], None
+
+
+# ---------------------------------------------------------------- audio
+
+class Output:
+    """The generated audio on its way to --out: collected, and with --stream written at once.
+
+    skip: samples to drop from the front (the end of a prompt that is not kept).
+    """
+
+    def __init__(self, a, vae, skip):
+        self.path = a.out
+        self.sample_rate = vae.cfg.sample_rate
+        self.skip = skip
+        self.pieces = []
+        self.file = None
+        if a.stream:
+            try:
+                self.file = sf.SoundFile(a.out, "w", self.sample_rate, vae.cfg.channels, "PCM_16",
+                                         format="WAV")
+            except (OSError, sf.LibsndfileError) as e:
+                raise BadInput(f"--out {a.out}: cannot be written ({e})") from None
+
+    def write(self, wav):
+        """wav (1, ch, n)."""
+        skipped = min(self.skip, wav.shape[-1])
+        self.skip -= skipped
+        wav = wav[0, :, skipped:].cpu()
+        self.pieces.append(wav)
+        if self.file is not None:
+            self.file.write(wav.T.numpy())
+            self.file.flush()
+
+    def close(self):
+        wav = torch.cat(self.pieces, -1)
+        if self.file is not None:
+            self.file.close()
+        else:
+            save_audio(self.path, wav.numpy(), self.sample_rate)
+
+
+def recorded(generated, latents):
+    """The same (latent, ended) pairs; the latents are also appended to the list as they pass."""
+    for x, ended in generated:
+        latents.append(x)
         yield x, ended
+
+
+def sampling_options(a, sample):
+    """The options of lm.generate: the command line's, else the config's [sample]."""
+    return {"kind": KINDS.index(a.kind),
+            "steps": a.steps or sample.steps or None,
+            "temperature": sample.temperature if a.temperature is None else a.temperature,
+            "guidance": sample.cfg if a.cfg is None else a.cfg,
+            "noise": sample.noise if a.noise is None else a.noise,
+            "generator": torch.Generator(a.device).manual_seed(a.seed)}
+
+
+@torch.no_grad()
+def generate(a, cfg, vae, lm, texts):
+    """All texts, one after the other, into --out.
+
+    -> (seconds of new audio, seconds of work until the first of it, seconds of work).
+    """
+    options = sampling_options(a, cfg.sample)
+    seconds = a.seconds or cfg.sample.seconds
+    max_frames = max(1, round(seconds * cfg.vae.frame_rate))
+    voice, history = load_prompt(a, cfg, vae, lm)
+
+    # the history is decoded first: the new audio then joins it without a seam
+    start = time.perf_counter()
+    state = {}
+    keep_history = history is not None and a.text is None
+    output = Output(a, vae, skip=vae.latency if history is not None and not keep_history else 0)
+    if history is not None:
+        lead = vae.decode(vae.denormalize(history), state)
+        if keep_history:
+            output.write(lead)
+
+    new_frames = 0
+    first_audio = None
+    for text in texts:
+        tokens = torch.tensor([encode_text(text, a.kind, cfg.data)], dtype=torch.long,
+                              device=a.device)
+        latents = []
+        generated = lm.generate(tokens, max_frames=max_frames, prompt=voice, history=history,
+                                **options)
+        for wav, n, _ in vae.decode_stream(recorded(generated, latents), state, a.parallel):
+            output.write(wav)
+            new_frames += n
+            first_audio = first_audio or time.perf_counter() - start
+            if not a.stream and new_frames % 24 < n:
+                print(f"{new_frames / cfg.vae.frame_rate:.1f} of at most "
+                      f"{seconds * len(texts):.1f} s", flush=True)
+
+        # the next sentence takes the voice of the prompt, or else of this one
+        if cfg.data.prompt_frames and voice is None:
+            spoken = torch.stack(latents, 1) if history is None else history
+            voice = spoken[:, :cfg.data.prompt_frames]
+        history = None
+    output.write(vae.flush(state))
+    output.close()
+    return new_frames / cfg.vae.frame_rate, first_audio, time.perf_counter() - start
 
 
 def main():
@@ -173,94 +335,12 @@ def main():
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     if a.int8:
-        if a.device != "cpu":
-            raise BadInput("--int8: is for --device cpu")
         to_int8(lm, vae)
-    rate, hop, limit = cfg.vae.sample_rate, cfg.vae.hop, cfg.data.text_len
-    # a monologue's words run on from the prompt's end
-    said = f"{a.prompt_text} " if a.prompt_text and not lm.monologue else ""
 
-    def encode(text):
-        return encode_text(text, a.kind, cfg.data)
-
-    if a.kind != "speech" and len(encode(a.text or "")) > 1 + limit:
-        unit = "tokens" if cfg.data.tokenizer else "bytes"
-        raise BadInput(f"--text: {len(encode(a.text)) - 1} {unit} are more than this run was "
-                       f"trained on (data.text_len = {limit})")
-    texts = sentences((a.text or "").strip(), lambda text: len(encode(said + text)) <= 1 + limit)
-    texts[0] = said + texts[0]
-    options = {"kind": KINDS.index(a.kind), "steps": a.steps or cfg.sample.steps or None,
-               "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
-               "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
-               "noise": cfg.sample.noise if a.noise is None else a.noise,
-               "generator": torch.Generator(a.device).manual_seed(a.seed)}
-    history = None
-    if a.prompt:
-        seconds = (a.prompt_seconds or cfg.sample.prompt_seconds) if a.text is None else None
-        wav = torch.tensor(load_audio(a.prompt, rate, cfg.vae.channels)).to(a.device)
-        wav = wav[:, -round(seconds * rate):] if seconds else wav
-        with torch.no_grad():
-            latents = encode_prompt(lm, vae, wav[None])                              # (1, T, D) or codes
-        if a.text is not None and not a.prompt_text:
-            if not cfg.data.prompt_frames:
-                raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
-                               "(data.prompt_frames = 0); "
-                               "add --prompt-text to continue the clip instead")
-            options["prompt"] = latents[:, :cfg.data.prompt_frames]
-        else:
-            history = latents
-
-    seconds = a.seconds or cfg.sample.seconds
-    frames = max(1, round(seconds * vae.cfg.frame_rate))
-    keep_prompt = history is not None and a.text is None
-    begin, first, state, pieces, new = time.perf_counter(), None, {}, [], 0
-    # the decoder hears the history first: the new audio then joins it without a seam
-    lead = vae.decode(vae.denormalize(history), state).detach() if history is not None else None
-    sink = None
-    if a.stream:
-        try:
-            sink = sf.SoundFile(a.out, "w", rate, cfg.vae.channels, "PCM_16", format="WAV")
-        except (OSError, sf.LibsndfileError) as e:
-            raise BadInput(f"--out {a.out}: cannot be written ({e})") from None
-
-    # the prompt's last samples
-    owed = vae.latency if history is not None and not keep_prompt else 0
-
-    def emit(wav):                                                              # (1, ch, n)
-        nonlocal owed
-        wav, owed = wav[..., owed:], owed - min(owed, wav.shape[-1])
-        pieces.append(wav[0].cpu())
-        if sink is not None:
-            sink.write(wav[0].T.cpu().numpy())
-            sink.flush()
-
-    if keep_prompt:
-        emit(lead)
-    with torch.no_grad():
-        for text in texts:
-            tokens, heard = torch.tensor([encode(text)], dtype=torch.long, device=a.device), []
-            drawn = noted(lm.generate(tokens, max_frames=frames, history=history, **options), heard)
-            for wav, n, _ in vae.decode_stream(drawn, state, a.parallel):
-                emit(wav)
-                new += n
-                first = first or time.perf_counter() - begin
-                if not a.stream and new % 24 < n:
-                    print(f"{new * hop / rate:.1f} of at most {seconds * len(texts):.1f} s",
-                          flush=True)
-            voice = torch.stack(heard, 1) if history is None else history
-            if cfg.data.prompt_frames and "prompt" not in options:
-                options["prompt"] = voice[:, :cfg.data.prompt_frames]
-            history = None
-        emit(vae.flush(state))
-    wav = torch.cat(pieces, -1)
-    took = time.perf_counter() - begin
-    if sink is not None:
-        sink.close()
-    else:
-        save_audio(a.out, wav.numpy(), rate)
-    print(f"{a.out}: {new * hop / rate:.2f} s from {stage}, {took:.2f} s of work = "
-          f"{new * hop / rate / took:.1f} x real time, "
-          f"first audio after {1000 * first:.0f} ms")
+    texts = texts_to_generate(a, cfg, lm)
+    new, first, took = generate(a, cfg, vae, lm, texts)
+    print(f"{a.out}: {new:.2f} s from {stage}, {took:.2f} s of work = {new / took:.1f} x real "
+          f"time, first audio after {1000 * first:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class Range:
 
 def check(value, kind, key):
     """`value` as the annotated type `kind`, or BadInput naming the key."""
-    origin, args = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    args = get_args(kind)
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key)
 

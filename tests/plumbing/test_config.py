@@ -1,8 +1,11 @@
 """Configs are read strictly, overridden from the command line and written back unchanged."""
+import dataclasses
+
 import pytest
 
-from config import Config, build, dump, load
 from cli import BadInput
+from config import Config, dump, load, resolve
+from schema import build
 
 
 def write(path, text):
@@ -63,3 +66,25 @@ def test_the_consistency_stage_is_refused_for_weights_that_mean_something_else()
 def test_values_that_a_dataclass_refuses_carry_their_table():
     with pytest.raises(BadInput, match="^lm.backbone.heads: dim / heads"):
         build(Config, {"lm": {"backbone": {"dim": 10, "heads": 3}}})
+
+
+def old_layout(cfg):
+    """A config as a (nested) dict of before 2026-11-27: [gan] inside [vae], `clip` of a stage."""
+    table = dataclasses.asdict(cfg)
+    table["vae"] |= table.pop("gan")
+    for stage in table["train"].values():
+        stage["clip"] = stage.pop("grad_clip")
+    return table
+
+
+def test_a_config_of_before_gan_had_its_table_resolves_to_the_same_value():
+    cfg = build(Config, {"vae": {"latent_dim": 7}, "gan": {"disc_width": 5, "balance": 0.5},
+                         "train": {"vae": {"grad_clip": 0.25}}})
+    assert resolve(old_layout(cfg)) == cfg
+    assert resolve(dataclasses.asdict(cfg)) == cfg
+
+
+def test_an_old_key_on_the_command_line_reaches_its_new_table_beside_the_others(tmp_path):
+    path = write(tmp_path / "a.toml", "[gan.loss_weights]\nmel = 5.0\n")
+    cfg = load(path, ["--vae.loss_weights.adv", "2", "--vae.disc_warmup", "9"])
+    assert cfg.gan.loss_weights == {"mel": 5.0, "adv": 2.0} and cfg.gan.disc_warmup == 9

@@ -53,6 +53,28 @@ def test_finished_stages_are_skipped(finished):
     assert again.returncode == 0 and again.stdout.count("skipped") == 3
 
 
+def test_a_run_folder_of_before_gan_had_its_table_is_read_and_skipped(finished, tmp_path):
+    """One migration in one place (config.migrate): checkpoints of before 2026-11-27 stay of use."""
+    out = f"{tmp_path}/run"
+    shutil.copytree(f"{finished[0]}/run", out)
+    for stage in ("vae", "lm", "consistency"):
+        state = load_checkpoint(f"{out}/{stage}.pt")
+        config = state["config"]
+        config["vae"] |= config.pop("gan")
+        for table in config["train"].values():
+            table["clip"] = table.pop("grad_clip")
+        save_checkpoint(f"{out}/{stage}.pt", state)
+    again = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", out)
+    assert again.returncode == 0 and again.stdout.count("skipped") == 3, again.stderr
+    wavs = []
+    for folder in (f"{finished[0]}/run", out):
+        made = run("sample.py", "--run", folder, "--text", "one", "--out", f"{tmp_path}/a.wav")
+        assert made.returncode == 0, made.stderr
+        with open(f"{tmp_path}/a.wav", "rb") as f:
+            wavs.append(f.read())
+    assert wavs[0] == wavs[1]
+
+
 def test_other_training_settings_for_a_finished_stage_are_answered_aloud(finished):
     """They were dropped in silence, and config.toml then told what never happened."""
     again = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--train.lm.lr", "0.123")

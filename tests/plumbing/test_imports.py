@@ -1,0 +1,61 @@
+"""The rooms of the house: imports point one way, and nothing imports what stands above it."""
+import ast
+import glob
+import os
+
+import pytest
+
+from conftest import ROOT
+
+# from the ground up: a file imports only files that stand before it
+ORDER = ["cli", "schema", "backbone", "moe", "heads", "discrete", "vae", "gan", "data", "latents",
+         "calm", "audiocalm", "optim", "corpora", "config", "report", "sample", "stages", "train",
+         "evaluate", "tools"]
+NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
+
+
+def modules():
+    """{name: path} of every source file, packages by their dotted name."""
+    paths = [*glob.glob(f"{ROOT}/*.py"), *glob.glob(f"{ROOT}/corpora/**/*.py", recursive=True),
+             *glob.glob(f"{ROOT}/tools/**/*.py", recursive=True)]
+    names = (os.path.relpath(path, ROOT).removesuffix(".py").replace("/", ".") for path in paths)
+    return dict(zip(names, paths))
+
+
+def imports(path):
+    """Dotted names of our modules that a file imports, wherever in it."""
+    ours = set(modules())
+    with open(path, encoding="utf8") as f:
+        tree = ast.parse(f.read())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & ours
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_file_imports_only_what_stands_below_it(name):
+    room = name.split(".")[0]
+    for other in imports(modules()[name]):
+        below = other.split(".")[0]
+        if below == room:                                      # inside a package: no circle
+            assert name not in imports(modules()[other])
+        else:
+            assert ORDER.index(below) < ORDER.index(room), f"{name} imports {other}"
+
+
+def test_nobody_imports_the_programs():
+    """tools may import evaluate, whose judges they share, and each other."""
+    for name, path in modules().items():
+        if not name.startswith("tools."):
+            assert not {other for other in imports(path) if other in NOBODY_IMPORTS
+                        or other.split(".")[0] in NOBODY_IMPORTS}, name
+
+
+def test_the_ground_floor_stands_alone():
+    """backbone and heads can be read, and copied, without the rest of the house."""
+    assert imports(modules()["backbone"]) == imports(modules()["heads"]) == {"schema"}
+    assert imports(modules()["moe"]) == {"backbone"}
