@@ -1,4 +1,5 @@
 # make quickstart   everything on a laptop CPU: environment, corpus, VAE, language model, wavs, pictures, figures
+# make check        the papers' equations (tests/papers), under two minutes on two cores
 # make test         all tests, under 8 minutes on two cores
 PYTHON ?= python3
 BIN = .venv/bin
@@ -6,6 +7,9 @@ BIN = .venv/bin
 quickstart: .venv/ready
 	$(BIN)/python train.py --config configs/quickstart.toml
 	$(BIN)/python evaluate.py --run out/quickstart --repeats 4 --limit 30 --wavs out/quickstart/samples --json out/quickstart/figures.json
+
+check: .venv/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/papers
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
@@ -23,4 +27,4 @@ test: .venv/test-ready
 clean:
 	rm -rf .venv out
 
-.PHONY: quickstart test clean
+.PHONY: quickstart check test clean
