@@ -267,7 +267,7 @@ def load(path, overrides=()):
     """
     try:
         with open(path, "rb") as f:
-            table = tomllib.load(f)
+            table = migrate(tomllib.load(f))
     except FileNotFoundError:
         raise BadInput(f"config {path}: no such file; see configs/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:

@@ -88,3 +88,9 @@ def test_an_old_key_on_the_command_line_reaches_its_new_table_beside_the_others(
     path = write(tmp_path / "a.toml", "[gan.loss_weights]\nmel = 5.0\n")
     cfg = load(path, ["--vae.loss_weights.adv", "2", "--vae.disc_warmup", "9"])
     assert cfg.gan.loss_weights == {"mel": 5.0, "adv": 2.0} and cfg.gan.disc_warmup == 9
+
+
+def test_a_new_key_on_the_command_line_reaches_a_file_of_the_old_layout(tmp_path):
+    path = write(tmp_path / "a.toml", "[vae]\nloss_windows = [128]\n[train.lm]\nclip = 2.0\n")
+    cfg = load(path, ["--gan.loss_windows", "[64]", "--train.lm.grad_clip", "0.5"])
+    assert cfg.gan.loss_windows == [64] and cfg.train.lm.grad_clip == 0.5
