@@ -1,13 +1,30 @@
-"""The latents of every clip, encoded once by a trained VAE and read by memory map ever after.
+"""The latents of every clip, encoded once by a trained VAE, and batches of them for the models.
 
-    [Clip] ─► load_audio ─► encode(wav) ─► out/RUN/latents/KEY/shard_00000.npy ─► data.LatentBatches
+    [Clip] ── load_audio ──> encode(wav) ──> LatentCache on disk ──> LatentBatches(step, rows)
 
-Latents are stored as the posterior's mean and log-variance, so that training can draw a fresh
-sample each time; an RVQ's as its codes.
-Precision: float16 (int16 for codes) on disk.
+    out/RUN/latents/
+      KEY/                    16 hex digits: one state of the VAE and one list of audio files
+        index.json            {"names": digest of the files, "n": clips, "dim": D, "levels": 0 or K,
+                               "shards": [{"clips": [7, 2, ...], "frames": [63, 61, ...]}, ...]}
+        shard_00000.npy       (sum of T, 2D) float16   [mean | log-variance]
+          clip 7  f f f f f   one clip after the other, in the order of the index
+          clip 2  f f f f
+        shard_00001.npy       ...
+
+    a row:  text   [KIND h e l l o PAD PAD]      (B, 1 + text_len)       bytes and one special
+            prompt [p p p p 0 0]                 (B, prompt_frames, 2D)  same voice, other frames
+            x      [f f f f f f f f 0 0]         (B, frames, 2D)         "ended": has the clip's end
+
+With an RVQ of K levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure
+function of (seed, step, rows), as those of data.py.
+
+Paper: CALM (arXiv 2509.06926), voice-prompt prefix. Where this differs: latents are cached as the
+posterior's mean and log-variance, so that training can sample them anew at every step.
+Precision: float16 (int16 for codes) on disk, float32 (int64 for codes) in a batch.
 """
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,11 +36,14 @@ import torch
 from tqdm import tqdm
 
 from cli import BadInput, atomic
-from data import Prefetch, load_audio, seconds_of
+from data import (KINDS, PAD, Order, Prefetch, encode_text, first_special, global_rows, load_audio,
+                  rng, seconds_of, word_stream)
 
 
-def digest(*things):
-    """16 hex digits that name these things: tensors, state dicts, dataclasses, lists, scalars."""
+# ---------------------------------------------------------------------------- the cache on disk
+
+def digest(*values):
+    """16 hex digits that name the values: tensors, state dicts, dataclasses, lists, scalars."""
     h = hashlib.sha256()
 
     def add(x):
@@ -32,137 +52,333 @@ def digest(*things):
             x = x.detach().cpu().contiguous()
             h.update(f"{x.dtype}{tuple(x.shape)}".encode())
             h.update(x.flatten().view(torch.uint8).numpy())
+
+        # containers: name and value of each item
         elif isinstance(x, dict):
-            for k in sorted(x):
-                add(k)
-                add(x[k])
-        elif isinstance(x, (list, tuple)):
-            h.update(str(len(x)).encode())
-            for y in x:
-                add(y)
+            for key in sorted(x):
+                add(key)
+                add(x[key])
         elif is_dataclass(x):
             for f in fields(x):
                 add(f.name)
                 add(getattr(x, f.name))
+        elif isinstance(x, (list, tuple)):
+            h.update(str(len(x)).encode())
+            for item in x:
+                add(item)
+
+        # scalars
         elif x is None or isinstance(x, (str, bytes, bool, int, float)):
             h.update(repr(x).encode() + b"\0")
         else:
             raise TypeError(f"digest: cannot name a {type(x).__name__}")
 
-    add(things)
+    add(values)
     return h.hexdigest()[:16]
 
 
 class LatentCache:
     """The latents of every clip of a manifest, read by memory map.
 
-    folder/key/index.json        which clips lie in which shard, and their frames
-    folder/key/shard_00000.npy   (sum of T, 2D) float16, [posterior mean | log-variance], or
-                                 (sum of T, K) int16, codes of an RVQ with K levels
-
-    len(cache); cache.frames[i] = T of clip i; cache.get(i) -> np.memmap (T, 2D or K);
-    cache.dim = D; cache.levels = K, 0 for latents."""
+    len(cache)           number of clips
+    cache.frames[i]      T of clip i
+    cache.get(i)         np.memmap (T, 2D) float16, [mean | log-variance], or codes (T, K) int16
+    cache.dim            D
+    cache.levels         K, 0 for latents"""
 
     def __init__(self, path):
-        """Opens a finished cache, folder/key. Errors: BadInput when it is missing or unfinished."""
-        self.path = Path(path)
-        index = read_index(self.path)
+        """Opens a complete cache, folder/key. Errors: BadInput when it is missing or unfinished."""
+        path = Path(path)
+        index = read_index(path)
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
             raise BadInput(f"{path}: the latent cache is unfinished; build it first")
-        self.dim, self.frames = index["dim"], np.zeros(index["n"], np.int64)
+        self.dim = index["dim"]
         self.levels = index.get("levels", 0)
-        self.place = np.zeros((index["n"], 2), np.int64)                # shard, first frame
-        self.clips_of, self.shards = [], []
+
+        # per clip: its frames, its shard, and its first frame there
+        self.frames = np.zeros(index["n"], np.int64)
+        self.shard_of = np.zeros(index["n"], np.int64)
+        self.first_frame = np.zeros(index["n"], np.int64)
+        self.shards = []
         for k, shard in enumerate(index["shards"]):
-            clips, T = np.array(shard["clips"]), np.array(shard["frames"])
-            self.frames[clips], self.place[clips, 0] = T, k
-            self.place[clips, 1] = np.cumsum(T) - T
-            self.clips_of.append(clips)
-            self.shards.append(np.load(shard_file(self.path, k), mmap_mode="r"))
+            clips = shard["clips"]
+            frames = np.array(shard["frames"])
+            self.frames[clips] = frames
+            self.shard_of[clips] = k
+            self.first_frame[clips] = np.cumsum(frames) - frames
+            self.shards.append(np.load(shard_file(path, k), mmap_mode="r"))
 
     def __len__(self):
         return len(self.frames)
 
     def get(self, i):
-        """Clip i, np.memmap: latents float16 (T, 2D), [mean | log-variance], or codes int16 (T, K).
-        """
-        k, first = self.place[i]
-        return self.shards[k][first:first + self.frames[i]]
+        """Clip i as np.memmap: latents float16 (T, 2D) or codes int16 (T, K)."""
+        first = self.first_frame[i]
+        return self.shards[self.shard_of[i]][first:first + self.frames[i]]
 
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
               levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
-        """Encodes every clip once -> LatentCache. Run again after an interruption: it goes on.
+        """Encodes every clip once -> LatentCache. After an interruption it continues.
 
         encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
         with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
-        Clips of like length share a batch of about batch_seconds of audio, longest first, padded
-        with zeros at the end; of each, ceil(S / hop) frames are kept. A clip longer than that is a
-        batch of its own. key names encoder and data (see digest); another list of clips under
-        the same key starts over.
+        key names the encoder and the data (see digest). Another list of clips under the same key
+        starts over. Progress is saved once per shard.
         Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
         than dim says or are not finite in float16."""
+        # an unfinished cache of the same files, or a new one
         path = Path(folder) / key
-        names = digest([[c.audio, os.path.getsize(c.audio)] for c in clips], sample_rate, channels,
-                       hop, dim, *([levels] if levels else []))
-        index, width = read_index(path), levels or 2 * dim
+        files = [[c.audio, os.path.getsize(c.audio)] for c in clips]
+        names = digest(files, sample_rate, channels, hop, dim, *([levels] if levels else []))
+        index = read_index(path)
         if index is None or index["names"] != names:
             index = {"names": names, "n": len(clips), "dim": dim, "levels": levels, "shards": []}
+
+        # what is left to encode
         seconds = [seconds_of(c) for c in clips]
         done = {i for shard in index["shards"] for i in shard["clips"]}
-        todo = sorted(set(range(len(clips))) - done, key=lambda i: (-seconds[i], i))
-        batches = []
-        for i in todo:
-            if batches and (len(batches[-1]) + 1) * seconds[batches[-1][0]] <= batch_seconds:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
+        missing = set(range(len(clips))) - done
         shard_seconds = max(shard_seconds, sum(seconds) / 256)              # few open files
+        plan = plan_shards(seconds, missing, batch_seconds, shard_seconds)
+        batches = [batch for shard in plan for batch in shard]
 
-        def load(b):                                                        # -> (B, channels, S)
-            wavs = list(pool.map(lambda i: load_audio(clips[i].audio, sample_rate, channels,
-                                                      allow_silence=True), batches[b]))
-            S = -(-max(w.shape[1] for w in wavs) // hop) * hop
-            audio = np.stack([np.pad(w, ((0, 0), (0, S - w.shape[1]))) for w in wavs])
-            return torch.from_numpy(audio), [-(-w.shape[1] // hop) for w in wavs]
+        def load(b):
+            return load_batch([clips[i] for i in batches[b]], pool, sample_rate, channels, hop)
 
-        pool, parts, shard, held = ThreadPoolExecutor(workers), [], {"clips": [], "frames": []}, 0.0
-        passed = sum(seconds[i] for i in done)
-        bar = tqdm(total=round(sum(seconds)), initial=round(passed), desc="latents",
-                   unit=" s of audio", disable=not (show and todo))
+        # encode while a thread loads the next batches
+        seconds_done = sum(seconds[i] for i in done)
+        bar = tqdm(total=round(sum(seconds)), initial=round(seconds_done), desc="latents",
+                   unit=" s of audio", disable=not (show and missing))
+        pool = ThreadPoolExecutor(workers)
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
-            for b, (audio, frames) in enumerate(loaded):
-                latents = encode(audio).detach().cpu()                      # (B, T, 2D or K)
-                if latents.shape != (len(frames), audio.shape[-1] // hop, width):
-                    raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                                     f" not (B, S / {hop}, {width})")
-                if levels and latents.max() >= 1 << 15:
-                    raise ValueError("encode: codes do not fit into int16")
-                latents = latents.short() if levels else latents.half()
-                parts += [x[:T].numpy() for x, T in zip(latents, frames)]
-                for i, x in zip(batches[b], parts[-len(frames):]):
-                    if not np.isfinite(x).all():
-                        raise ValueError(f"encode: latents of {clips[i].audio} are not finite")
-                shard["clips"] += batches[b]
-                shard["frames"] += frames
-                held += sum(seconds[i] for i in batches[b])
-                passed += sum(seconds[i] for i in batches[b])
-                bar.update(round(passed) - bar.n)
-                if held >= shard_seconds or b + 1 == len(batches):
-                    with atomic(shard_file(path, len(index["shards"]))) as temp, \
-                            open(temp, "wb") as out:
-                        np.save(out, np.concatenate(parts))
-                    index["shards"].append(shard)
-                    with atomic(path / "index.json") as temp:
-                        Path(temp).write_text(json.dumps(index))
-                    parts, shard, held = [], {"clips": [], "frames": []}, 0.0
+            for shard in plan:
+                latents = []
+                for batch in shard:
+                    audio, frames = next(loaded)
+                    latents += encode_batch(encode, audio, frames, hop, dim, levels,
+                                            [clips[i].audio for i in batch])
+                    seconds_done += sum(seconds[i] for i in batch)
+                    bar.update(round(seconds_done) - bar.n)
+                write_shard(path, index, [i for batch in shard for i in batch], latents)
         return cls(path)
 
 
+def plan_shards(seconds, missing, batch_seconds, shard_seconds):
+    """Numbers of clips to encode -> shards, each a list of batches, each a list of clip numbers.
+
+    seconds: length of every clip. Clips of similar length share a batch of about batch_seconds of
+    audio, longest first; a clip that is longer than that is a batch by itself. A shard is complete
+    when its batches hold shard_seconds."""
+    batches = []
+    for i in sorted(missing, key=lambda i: (-seconds[i], i)):
+        if batches and (len(batches[-1]) + 1) * seconds[batches[-1][0]] <= batch_seconds:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+
+    shards = []
+    length = shard_seconds                                # of the last shard; none is open yet
+    for batch in batches:
+        if length >= shard_seconds:
+            shards.append([])
+            length = 0.0
+        shards[-1].append(batch)
+        length += sum(seconds[i] for i in batch)
+    return shards
+
+
+def load_batch(clips, pool, sample_rate, channels, hop):
+    """Reads clips in the threads of pool -> audio (B, channels, S), frames per clip.
+
+    Clips are padded with zeros at the end; S is a multiple of hop; frames = ceil(samples / hop)."""
+    wavs = list(pool.map(lambda clip: load_audio(clip.audio, sample_rate, channels,
+                                                 allow_silence=True), clips))
+    frames = [math.ceil(wav.shape[1] / hop) for wav in wavs]
+    S = max(frames) * hop
+    audio = np.stack([np.pad(wav, ((0, 0), (0, S - wav.shape[1]))) for wav in wavs])
+    return torch.from_numpy(audio), frames
+
+
+def encode_batch(encode, audio, frames, hop, dim, levels, names):
+    """Encodes audio (B, channels, S) -> B arrays (frames[i], 2D) float16, or (frames[i], K) int16.
+
+    names: of the audio files, for the error. Errors: ValueError, see LatentCache.build."""
+    latents = encode(audio).detach().cpu()                                  # (B, T, 2D or K)
+    width = levels or 2 * dim
+    if latents.shape != (len(frames), audio.shape[-1] // hop, width):
+        raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
+                         f" not (B, S / {hop}, {width})")
+    if levels and latents.max() >= 1 << 15:
+        raise ValueError("encode: codes do not fit into int16")
+
+    latents = latents.short() if levels else latents.half()
+    arrays = [x[:T].numpy() for x, T in zip(latents, frames)]
+    for name, array in zip(names, arrays):
+        if not np.isfinite(array).all():
+            raise ValueError(f"encode: latents of {name} are not finite")
+    return arrays
+
+
+def write_shard(path, index, clips, latents):
+    """Writes the latents of clips (numbers) as the next shard, then the index that names it."""
+    with atomic(shard_file(path, len(index["shards"]))) as temp, open(temp, "wb") as out:
+        np.save(out, np.concatenate(latents))
+    index["shards"].append({"clips": clips, "frames": [len(x) for x in latents]})
+    with atomic(path / "index.json") as temp:
+        Path(temp).write_text(json.dumps(index))
+
+
 def shard_file(path, k):
+    """The file of shard k."""
     return Path(path) / f"shard_{k:05d}.npy"
 
 
 def read_index(path):
+    """The index of a cache folder, or None where there is none."""
     file = Path(path) / "index.json"
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+# ---------------------------------------------------------------------------- batches
+
+class LatentBatches:
+    """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text) at the end:
+
+        x           (b, frames, 2D)         float32, [mean | log-variance]; codes: K, int64
+        frames      (b,)                    int64, valid frames of x
+        ended       (b,)                    bool, the row holds the clip's last frame
+        text        (b, 1 + text_len)       int64, [kind, ids...]
+        text_len    (b,)                    int64, valid tokens of text
+        kind        (b,)                    int64, number in KINDS
+        prompt      (b, prompt_frames, 2D)  as x
+        prompt_len  (b,)                    int64, valid frames of prompt
+        words       (b, frames)             int64, bytes beside the frames (data.word_stream)
+        aligned     (b,)                    bool, words holds the text, and text is only [kind]
+
+    words is for the inner monologue of calm.py: word_frame_rate is the frames per second of the
+    latents, 0 without a monologue; aligned are the clips whose manifest has words.
+    A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
+    later has no text, since the text is not aligned, and neither has speech whose text exceeds
+    text_len. Captions describe any part of their clip: they stay, cut at a whole character.
+    Voice prompt, for a share prompt_prob of the speech rows: n frames, n uniform in
+    prompt_frames / 2 .. prompt_frames, from another clip of the speaker; else from the same clip
+    outside the row; else none."""
+
+    def __init__(self, clips, cache, cfg, batch, dim, word_frame_rate=0.0):
+        if cache.dim != dim or len(cache) != len(clips):
+            raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
+                             f"{len(clips)} of {dim}; build it for these clips")
+        self.clips = clips
+        self.cache = cache
+        self.cfg = cfg
+        self.batch = batch
+        self.word_frame_rate = word_frame_rate
+        self.width = cache.levels or 2 * dim
+        self.dtype = np.int64 if cache.levels else np.float32
+        self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
+
+        # speaker -> numbers of the clips that are long enough for a prompt
+        self.prompt_min = math.ceil(cfg.prompt_frames / 2)
+        self.voices = {}
+        for i, clip in enumerate(clips):
+            if clip.kind == "speech" and clip.speaker and cache.frames[i] >= self.prompt_min:
+                self.voices.setdefault(clip.speaker, []).append(i)
+
+    def __call__(self, step, rows=None):
+        made = [self.row(number) for number in global_rows(step, rows, self.batch)]
+        return {name: torch.stack([row[name] for row in made]) for name in made[0]}
+
+    def row(self, number):
+        """One row of the run -> dict of tensors, as above without the batch axis."""
+        cfg = self.cfg
+        i = self.order.index(number)
+        g = rng("row", cfg.seed, number)
+        clip = self.clips[i]
+        latents = self.cache.get(i)                                         # (T, 2D or K)
+
+        # the window [start, end) of the clip
+        T = len(latents)
+        n = min(T, cfg.frames)
+        late = g.random() >= 0.5
+        position = g.random()
+        start = 1 + int(position * (T - n)) if late and T > n else 0
+        end = start + n
+
+        # text: before the frames, or beside them where the words are aligned
+        ids = self.tokens(clip, start)
+        words = []
+        aligned = bool(self.word_frame_rate and clip.words)
+        if aligned:
+            ids = ids[:1]
+            words = word_stream(clip.words, T, self.word_frame_rate)[start:end]
+
+        prompt = self.prompt(i, start, end, g)
+        return {"x": padded(latents[start:end], cfg.frames, self.dtype),
+                "text": padded(ids, 1 + cfg.text_len, np.int64, first_special(cfg)),
+                "words": padded(words, cfg.frames, np.int64, PAD),
+                "prompt": padded(prompt, cfg.prompt_frames, self.dtype),
+                "frames": torch.tensor(n),
+                "ended": torch.tensor(end == T),
+                "text_len": torch.tensor(len(ids)),
+                "kind": torch.tensor(KINDS.index(clip.kind)),
+                "prompt_len": torch.tensor(len(prompt)),
+                "aligned": torch.tensor(aligned)}
+
+    def tokens(self, clip, start):
+        """The ids of a clip's text for a row that starts at frame `start`; at most 1 + text_len."""
+        specials = int(self.cfg.kind_token)
+        longest = specials + self.cfg.text_len
+        ids = encode_text(clip.text, clip.kind, self.cfg)
+        if clip.kind == "speech":
+            return ids if start == 0 and len(ids) <= longest else ids[:specials]
+
+        # a caption: cut, without the half of a character
+        ids = ids[:longest]
+        if self.cfg.tokenizer:
+            return ids
+        text = bytes(ids[specials:]).decode("utf-8", "ignore")
+        return [*ids[:specials], *text.encode("utf-8")]
+
+    def prompt(self, i, start, end, g):
+        """The voice prompt for the row [start, end) of clip i -> (n, 2D or K), n may be 0."""
+        longest = self.cfg.prompt_frames
+
+        # the same random numbers for every row, with a prompt or without
+        chance = g.random()
+        n = int(g.integers(self.prompt_min, longest + 1))
+        choice = g.random()
+        position = g.random()
+
+        source = None
+        if self.clips[i].kind == "speech" and longest > 0 and chance < self.cfg.prompt_prob:
+            source = self.prompt_source(i, start, end, choice)
+        if source is None:
+            return np.zeros((0, self.width), self.dtype)
+        n = min(n, len(source))
+        first = int(position * (len(source) - n + 1))
+        return source[first:first + n]
+
+    def prompt_source(self, i, start, end, choice):
+        """Latents with the voice of clip i but none of its frames [start, end), or None.
+
+        choice: a random number in 0..1."""
+        # another recording of the speaker: the first, from a random place in the list on
+        same = self.voices.get(self.clips[i].speaker, [])
+        first = int(choice * len(same))
+        for j in same[first:] + same[:first]:
+            if self.clips[j].audio != self.clips[i].audio:
+                return self.cache.get(j)
+
+        # else the frames of the clip before or after the row
+        latents = self.cache.get(i)
+        sides = [s for s in (latents[:start], latents[end:]) if len(s) >= self.prompt_min]
+        return sides[int(choice * len(sides))] if sides else None
+
+
+def padded(values, length, dtype, value=0):
+    """values (n, ...) as a tensor (length, ...), with `value` behind the first n."""
+    values = np.asarray(values, dtype)
+    out = np.full((length, *values.shape[1:]), value, dtype)
+    out[:len(values)] = values
+    return torch.from_numpy(out)

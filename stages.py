@@ -28,10 +28,10 @@ from calm import CALM
 from cli import BadInput
 from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model, resolve,
                     stage_table, vae_weights)
-from data import KINDS, AudioBatches, LatentBatches, encode_text, load_audio, save_audio, seconds_of
+from data import KINDS, AudioBatches, encode_text, load_audio, save_audio, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
-from latents import LatentCache, digest
+from latents import LatentBatches, LatentCache, digest
 from report import draw_spectrograms
 from sample import encode_prompt, render
 from vae import VAE

@@ -16,8 +16,8 @@ from backbone import BackboneConfig
 from calm import CALM, CALMConfig
 from config import Config, build, load, open_run
 from cli import BadInput
-from data import Clip, DataConfig, LatentBatches
-from latents import LatentCache
+from data import Clip, DataConfig
+from latents import LatentBatches, LatentCache
 from discrete import MISSING, delay_codes
 from heads import HeadConfig
 from vae import VAE, VAEConfig
