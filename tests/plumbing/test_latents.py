@@ -1,0 +1,222 @@
+"""latents.py: the cache on disk and the rows that are read from it."""
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import latents
+from cli import BadInput
+from clips import RATE, corpus, same
+from data import PAD, AudioBatches, Clip, DataConfig, decode_text, load_audio
+from latents import LatentBatches, LatentCache
+
+HOP = 400
+D = 3
+
+
+def encode(audio):
+    """Stands in for the VAE: rms, mean and peak of each frame, and a log-variance of -2."""
+    x = audio.mean(1).unflatten(-1, (-1, HOP))                              # (B, T, HOP)
+    mean = torch.stack([x.square().mean(-1).sqrt(), x.mean(-1), x.amax(-1)], -1)
+    return torch.cat([mean, torch.full_like(mean, -2.0)], -1)
+
+
+def build(clips, folder, fn=encode, batch_seconds=3.0):
+    return LatentCache.build(clips, fn, folder=folder, key="k", sample_rate=RATE, channels=1,
+                             hop=HOP, dim=D, batch_seconds=batch_seconds, shard_seconds=3.0,
+                             show=False)
+
+
+class Numbered:
+    """A cache whose frames hold their own numbers: [clip + 1, frame, 0 | 0, 0, 0]."""
+
+    def __init__(self, lengths):
+        self.frames = np.array(lengths)
+        self.dim = D
+        self.levels = 0
+
+    def __len__(self):
+        return len(self.frames)
+
+    def get(self, i):
+        out = np.zeros((self.frames[i], 2 * D), np.float16)
+        out[:, 0] = i + 1
+        out[:, 1] = np.arange(self.frames[i])
+        return out
+
+
+# ---------------------------------------------------------------------------- latent cache
+
+def test_the_cache_is_memory_mapped_and_equals_the_direct_encode(tmp_path):
+    clips = corpus(tmp_path, 7)
+    cache = build(clips, tmp_path / "latents")
+    assert len(list((tmp_path / "latents" / "k").glob("shard_*.npy"))) > 1
+    for i, c in enumerate(clips):
+        wav = load_audio(c.audio, RATE)
+        wav = np.pad(wav, ((0, 0), (0, -wav.shape[1] % HOP)))
+        direct = encode(torch.from_numpy(wav)[None])[0]
+        got = cache.get(i)
+        assert isinstance(got, np.memmap) and got.dtype == np.float16
+        assert got.shape == direct.shape and cache.frames[i] == len(direct)
+        assert np.allclose(got, direct, atol=1e-3)
+    assert not list((tmp_path / "latents" / "k").glob("*.tmp"))
+
+
+def test_an_interrupted_cache_goes_on_without_encoding_finished_shards_again(tmp_path):
+    clips = corpus(tmp_path, 9)
+    folder = tmp_path / "latents"
+    calls = []
+
+    def stops(audio):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(len(audio))
+        return encode(audio)
+
+    def counts(audio):
+        calls.append(len(audio))
+        return encode(audio)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(clips, folder, stops)
+    done = {p: p.stat().st_mtime_ns for p in (folder / "k").glob("shard_*.npy")}
+    saved = sum(len(s["clips"]) for s in latents.read_index(folder / "k")["shards"])
+    assert done and 0 < saved < 9
+    with pytest.raises(BadInput, match="unfinished"):
+        LatentCache(folder / "k")
+
+    calls.clear()
+    cache = build(clips, folder, counts, batch_seconds=2.0)                 # may change meanwhile
+    assert sum(calls) == 9 - saved
+    assert all(p.stat().st_mtime_ns == t for p, t in done.items())
+    fresh = build(clips, tmp_path / "fresh")
+    assert all((cache.get(i) == fresh.get(i)).all() for i in range(9))
+
+    calls.clear()
+    build(clips, folder, counts)
+    assert calls == []                                                      # nothing left to do
+    build(clips[:8], folder, counts)
+    assert sum(calls) == 8                                                  # other clips: afresh
+
+
+def test_latents_of_a_wrong_shape_or_not_finite_are_refused(tmp_path):
+    clips = corpus(tmp_path, 2)
+    with pytest.raises(ValueError, match="encode gave"):
+        build(clips, tmp_path / "a", lambda x: encode(x)[:, :-1])
+    with pytest.raises(ValueError, match="not finite"):
+        build(clips, tmp_path / "b", lambda x: encode(x) * 1e9)
+
+
+def test_a_digest_changes_with_what_it_names():
+    base = {"w": torch.zeros(2, 3), "n": torch.tensor(1)}
+    reordered = {"n": torch.tensor(1), "w": torch.zeros(2, 3)}
+    names = [latents.digest(x) for x in (
+        base, {**base, "w": torch.zeros(3, 2)}, {**base, "w": torch.zeros(2, 3).bfloat16()},
+        DataConfig(), DataConfig(seed=1), "a", ["a"], ["a", None], 1, 1.0)]
+    assert latents.digest(reordered) == names[0]
+    assert len(set(names)) == len(names) and len(names[0]) == 16
+    with pytest.raises(TypeError):
+        latents.digest(object())
+
+
+# ---------------------------------------------------------------------------- latent rows
+
+def latent_rows(lengths, steps=40, batch=8, kinds=None, text="abc", speakers="ab", **config):
+    clips = [Clip(f"/{i}.wav", text, kinds[i] if kinds else "speech",
+                  speakers[i % len(speakers)].strip()) for i in range(len(lengths))]
+    batches = LatentBatches(clips, Numbered(lengths), DataConfig(**config), batch, D)
+    for step in range(steps):
+        out = batches(step)
+        for r in range(batch):
+            row = {k: v[r] for k, v in out.items()}
+            row["clip"] = int(row["x"][0, 0]) - 1
+            row["start"] = int(row["x"][0, 1])
+            yield clips[row["clip"]], row
+
+
+def test_rows_are_windows_of_their_clip_padded_with_zeros(tmp_path):
+    starts = []
+    lengths = [5, 20, 8, 30]
+    for clip, row in latent_rows(lengths, frames=8, text_len=6):
+        n = int(row["frames"])
+        T = lengths[row["clip"]]
+        assert n == min(8, T) and (row["x"][n:] == 0).all()
+        assert (row["x"][:n, 1] == row["start"] + torch.arange(n)).all()
+        assert bool(row["ended"]) == (row["start"] + n == T)
+        assert row["text"].shape == (7,) and (row["text"][row["text_len"]:] == PAD).all()
+        if T > n:
+            starts.append(row["start"])
+    assert 0.4 < np.mean(np.array(starts) == 0) < 0.6 and max(starts) == 22
+
+
+def test_speech_that_starts_late_has_no_text_but_captions_stay(tmp_path):
+    kinds = ["speech", "sound", "music"]
+    late = Counter()
+    for clip, row in latent_rows([30, 30, 30], kinds=kinds, frames=8, text_len=6):
+        text = decode_text(row["text"])
+        assert row["text"][0] == data.SPEECH + kinds.index(clip.kind)
+        assert int(row["kind"]) == kinds.index(clip.kind)
+        assert text == ("" if clip.kind == "speech" and row["start"] else "abc")
+        late[clip.kind, row["start"] > 0] += 1
+    assert len(late) == 6
+
+
+def test_a_long_transcript_is_dropped_and_a_long_caption_cut_at_a_character():
+    for clip, row in latent_rows([4, 4], kinds=["speech", "sound"], text="abcäö", text_len=6):
+        assert decode_text(row["text"]) == ("" if clip.kind == "speech" else "abcä")
+
+
+def test_prompts_are_the_same_voice_and_never_the_rows_own_frames():
+    lengths = [30, 12, 30, 3, 9, 7]
+    seen = Counter()
+    for clip, row in latent_rows(lengths, speakers="abc", steps=80, frames=8, prompt_frames=6,
+                                 prompt_prob=0.75):
+        n = int(row["prompt_len"])
+        seen[n > 0] += 1
+        assert (row["prompt"][n:] == 0).all()
+        if n:
+            other = int(row["prompt"][0, 0]) - 1
+            assert 3 <= n <= 6 and other % 3 == row["clip"] % 3 and other != row["clip"]
+    assert 0.7 < seen[True] / seen.total() < 0.8
+
+    # without speakers: from the same clip, outside the row
+    seen.clear()
+    for clip, row in latent_rows([30, 8, 12], speakers=" ", steps=80, frames=8, prompt_frames=6,
+                                 prompt_prob=1.0):
+        n = int(row["prompt_len"])
+        seen[row["clip"], n > 0] += 1
+        if n:
+            positions = row["prompt"][:n, 1]
+            assert (row["prompt"][:n, 0] - 1 == row["clip"]).all()
+            assert ((positions < row["start"]) | (positions >= row["start"] + 8)).all()
+    assert seen[0, True] and not seen[0, False] and not seen[1, True]       # clip 1 is its row
+
+
+def test_sounds_have_no_voice_prompt():
+    for _, row in latent_rows([30, 30], kinds=["sound", "music"], frames=8, prompt_frames=6,
+                              prompt_prob=1.0):
+        assert row["prompt_len"] == 0
+
+
+@pytest.mark.parametrize("which", ["audio", "latents"])
+def test_batches_are_the_same_asked_twice_by_halves_or_by_four_processes(tmp_path, which):
+    clips = corpus(tmp_path, 10) + corpus(tmp_path, 4, "music", longest=1.0)
+    cfg = DataConfig(crop_seconds=0.4, gain_db=6, frames=8, prompt_frames=4,
+                     weights={"speech": 0.5, "music": 0.5})
+
+    def make():
+        if which == "audio":
+            return AudioBatches(clips, cfg, RATE, 1, batch=8)
+        return LatentBatches(clips, Numbered(range(3, 17)), cfg, 8, D)
+
+    one = make()
+    four = [make() for _ in range(4)]
+    for step in (0, 1, 5):
+        whole = one(step)
+        assert same(whole, one(step)) and same(whole, make()(step, range(8)))
+        for parts in ([one(step, slice(0, 4)), one(step, slice(4, None))],
+                      [p(step, range(2 * n, 2 * n + 2)) for n, p in enumerate(four)]):
+            assert same(whole, {k: torch.cat([p[k] for p in parts]) for k in whole})
+    assert not same(one(0), one(1))

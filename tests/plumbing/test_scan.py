@@ -1,0 +1,164 @@
+"""corpora/scan.py: layouts, the command line, descriptions."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+import cli
+import data
+from cli import BadInput
+from clips import RATE, corpus, tone
+from corpora import scan
+from data import Clip, load_manifest
+
+
+# --------------------------------------------------------------------------- layouts and commands
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def found(folder, layout):
+    return [(Path(c.audio).name, c.text, c.kind, c.speaker)
+            for c in scan.find_clips(folder, layout)]
+
+
+def test_every_layout_is_scanned(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    tone(folder / "x" / "one.flac")
+    write_text(folder / "x" / "one.txt", " hello\nyou ")
+    tone(folder / "two.WAV")
+    assert found(folder, "folder") == [("two.WAV", "", "speech", ""),
+                                       ("one.flac", "hello you", "speech", "")]
+
+    folder = tmp_path / "lj"
+    tone(folder / "wavs" / "LJ1.wav")
+    write_text(folder / "metadata.csv", 'LJ1|In 5 "days|In five "days\nLJ2|gone|gone\n')
+    assert found(folder, "ljspeech") == [("LJ1.wav", 'In five "days', "speech", "lj")]
+    assert "1 texts have no audio" in capsys.readouterr().err
+
+    folder = tmp_path / "libri"
+    tone(folder / "84" / "121" / "84_121_0_0.wav")
+    write_text(folder / "84" / "121" / "84_121_0_0.normalized.txt", "A word.")
+    assert found(folder, "libritts") == [("84_121_0_0.wav", "A word.", "speech", "84")]
+
+    folder = tmp_path / "vctk"
+    for microphone in "12":
+        tone(folder / "wav48_silence_trimmed" / "p225" / f"p225_001_mic{microphone}.flac")
+    write_text(folder / "txt" / "p225" / "p225_001.txt", "Please.\n")
+    assert found(folder, "vctk") == [("p225_001_mic1.flac", "Please.", "speech", "p225")]
+
+    folder = tmp_path / "caps"
+    tone(folder / "audio" / "Yabc.wav")
+    tone(folder / "audio" / "77.wav")
+    write_text(folder / "train.csv", "audiocap_id,youtube_id,start_time,caption\n"
+               '1,abc,30,"Rain, then wind"\n77,zzz,0,A dog\n78,gone,0,A cat\n')
+    assert found(folder, "audiocaps") == [("Yabc.wav", "Rain, then wind", "sound", ""),
+                                          ("77.wav", "A dog", "sound", "")]
+    write_text(folder / "test.csv", "audiocap_id,youtube_id,start_time,caption\n77,zzz,0,A dog\n")
+    with pytest.raises(BadInput, match="splits stay apart"):
+        scan.find_clips(folder, "audiocaps")
+    assert len(scan.find_clips(folder / "test.csv", "audiocaps")) == 1
+
+    (tmp_path / "nothing").mkdir()
+    for layout in scan.LAYOUTS:
+        with pytest.raises(BadInput, match="nothing"):
+            scan.find_clips(tmp_path / "nothing", layout)
+
+
+def run(capsys, *arguments):
+    """The command line -> (exit status, stdout, stderr)."""
+    code = 0
+    try:
+        cli.cli(lambda: scan.main([str(a) for a in arguments]))
+    except SystemExit as e:
+        code = e.code
+    return code, *capsys.readouterr()
+
+
+def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
+    corpus(tmp_path / "c", 3)
+    sf.write(tmp_path / "c" / "silent.wav", np.zeros(800), RATE)
+    manifest = tmp_path / "m.jsonl"
+    clean = tmp_path / "clean.jsonl"
+    assert run(capsys, "scan", tmp_path / "c", "--out", manifest)[:2] == (
+        0, f"4 clips -> {manifest}\n")
+
+    code, out, err = run(capsys, "check", manifest)
+    assert code == 2 and "silent.wav: silent" in out + err and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert run(capsys, "check", manifest, "--out", clean)[0] == 0
+    assert [c.duration for c in load_manifest(clean)][0] == 0.3
+
+    code, out, _ = run(capsys, "info", clean)
+    assert code == 0 and "speech        3" in out
+
+
+def test_a_first_word_that_is_no_command_is_a_folder_and_check_is_one_as_a_path(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus(tmp_path / "check", 2)
+    for folder in ("./check", str(tmp_path / "check")):
+        assert run(capsys, folder, "--kind", "music", "--out", "m.jsonl")[0] == 0
+        assert [c.kind for c in load_manifest("m.jsonl")] == ["music", "music"]
+    code, _, err = run(capsys, "check", "--out", "m.jsonl")             # the command, no manifest
+    assert code == 2 and "MANIFEST" in err
+
+
+@pytest.mark.parametrize("command", ["scan", "check", "info", "describe"])
+def test_every_command_explains_itself(command, capsys):
+    code, out, _ = run(capsys, command, "-h")
+    assert code == 0 and len(out.splitlines()) > 8
+
+
+# ---------------------------------------------------------------------------- descriptions
+
+def clip(kind="speech", text="hello there", duration=0.8, id="a", speaker=""):
+    return Clip("x.wav", text, kind, speaker, duration=duration, id=id)
+
+
+def test_a_description_keeps_every_word_of_its_text_and_depends_on_seed_and_id_only():
+    for kind in data.KINDS:
+        found = {scan.describe_clip(clip(kind, id=str(i))) for i in range(40)}
+        assert len(found) >= 5 and all("hello there" in t.lower() for t in found)
+        assert [scan.describe_clip(clip(kind), s) for s in range(9)] == [
+            scan.describe_clip(clip(kind), s) for s in range(9)]
+        assert len({scan.describe_clip(clip(kind), s) for s in range(40)}) >= 5
+    assert scan.describe_clip(clip(text="")) == ""
+
+
+def test_speech_says_who_and_how_fast_and_quotes_word_for_word():
+    def texts(**fields):
+        return [scan.describe_clip(clip(id=str(i), **fields)).lower() for i in range(30)]
+
+    def slow(text):
+        return "slow" in text
+
+    def fast(text):
+        return "quickly" in text or "fast" in text
+
+    assert all("speaker anna" in t and '"hello there"' in t for t in texts(speaker="anna"))
+    assert all(slow(t) for t in texts(duration=2.0))
+    assert all(fast(t) for t in texts(duration=0.4))
+    assert not any(slow(t) or fast(t) for t in texts(duration=0.8))
+
+
+def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path, capsys):
+    corpus(tmp_path / "c", 3)
+    manifest, out, other = (tmp_path / n for n in ("m.jsonl", "d.jsonl", "r.jsonl"))
+    scan.main(["scan", str(tmp_path / "c"), "--out", str(manifest)])
+    clips = load_manifest(manifest)
+    data.write_manifest(manifest, [replace(c, text=f"word {i}") for i, c in enumerate(clips)])
+    other.write_text(json.dumps({"id": clips[1].id, "text": "a new sentence"}) + "\n")
+    scan.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
+    texts = [c.text for c in load_manifest(out)]
+    assert '"word 0"' in texts[0] and texts[1] == "a new sentence" and '"word 2"' in texts[2]
+    # judges compare with the words, not with their description
+    assert [c.transcript for c in load_manifest(out)] == ["word 0", "word 1", "word 2"]
+    other.write_text("{}\n")
+    with pytest.raises(BadInput, match="line 1: needs"):
+        scan.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])
