@@ -123,17 +123,18 @@ class LatentCache:
 
         encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
         with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
-        key names the encoder and the data (see digest). Another list of clips under the same key
-        starts over. Progress is saved once per shard.
+        key names the encoder and the data (see digest). Another list of files, or a file of another
+        size, under the same key starts over. Every shard that is written is kept.
         Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
         than dim says or are not finite in float16."""
         # an unfinished cache of the same files, or a new one
         path = Path(folder) / key
         files = [[c.audio, os.path.getsize(c.audio)] for c in clips]
-        names = digest(files, sample_rate, channels, hop, dim, *([levels] if levels else []))
+        files_digest = digest(files, sample_rate, channels, hop, dim, *([levels] if levels else []))
         index = read_index(path)
-        if index is None or index["names"] != names:
-            index = {"names": names, "n": len(clips), "dim": dim, "levels": levels, "shards": []}
+        if index is None or index["names"] != files_digest:
+            index = {"names": files_digest, "n": len(clips), "dim": dim, "levels": levels,
+                     "shards": []}
 
         # what is left to encode
         seconds = [seconds_of(c) for c in clips]
@@ -200,10 +201,10 @@ def load_batch(clips, pool, sample_rate, channels, hop):
     return torch.from_numpy(audio), frames
 
 
-def encode_batch(encode, audio, frames, hop, dim, levels, names):
+def encode_batch(encode, audio, frames, hop, dim, levels, paths):
     """Encodes audio (B, channels, S) -> B arrays (frames[i], 2D) float16, or (frames[i], K) int16.
 
-    names: of the audio files, for the error. Errors: ValueError, see LatentCache.build."""
+    paths: of the audio files, for the error message. Errors: ValueError, see LatentCache.build."""
     latents = encode(audio).detach().cpu()                                  # (B, T, 2D or K)
     width = levels or 2 * dim
     if latents.shape != (len(frames), audio.shape[-1] // hop, width):
@@ -214,9 +215,9 @@ def encode_batch(encode, audio, frames, hop, dim, levels, names):
 
     latents = latents.short() if levels else latents.half()
     arrays = [x[:T].numpy() for x, T in zip(latents, frames)]
-    for name, array in zip(names, arrays):
+    for path, array in zip(paths, arrays):
         if not np.isfinite(array).all():
-            raise ValueError(f"encode: latents of {name} are not finite")
+            raise ValueError(f"encode: latents of {path} are not finite")
     return arrays
 
 
@@ -243,7 +244,7 @@ def read_index(path):
 # ---------------------------------------------------------------------------- batches
 
 class LatentBatches:
-    """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text) at the end:
+    """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text and words) at the end:
 
         x           (b, frames, 2D)         float32, [mean | log-variance]; codes: K, int64
         frames      (b,)                    int64, valid frames of x
@@ -258,6 +259,7 @@ class LatentBatches:
 
     words is for the inner monologue of calm.py: word_frame_rate is the frames per second of the
     latents, 0 without a monologue; aligned are the clips whose manifest has words.
+
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
     later has no text, since the text is not aligned, and neither has speech whose text exceeds
     text_len. Captions describe any part of their clip: they stay, cut at a whole character.
@@ -344,7 +346,7 @@ class LatentBatches:
         """The voice prompt for the row [start, end) of clip i -> (n, 2D or K), n may be 0."""
         longest = self.cfg.prompt_frames
 
-        # the same random numbers for every row, with a prompt or without
+        # four random numbers for every row, with a prompt or without
         chance = g.random()
         n = int(g.integers(self.prompt_min, longest + 1))
         choice = g.random()
