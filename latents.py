@@ -244,7 +244,7 @@ def read_index(path):
 # ---------------------------------------------------------------------------- batches
 
 class LatentBatches:
-    """(step, rows) -> dict of tensors, b rows, static shapes, zeros (PAD in text and words) at the end:
+    """(step, rows) -> dict of tensors, b rows, padded with zeros (text, words: PAD):
 
         x           (b, frames, 2D)         float32, [mean | log-variance]; codes: K, int64
         frames      (b,)                    int64, valid frames of x
