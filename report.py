@@ -120,6 +120,36 @@ def draw_mask(path, prefix=4, blocks=3, block=4):
     save_picture(fig, path, dpi=100)
 
 
+def draw_ablation(path, names, columns, result):
+    """The table of tools/ablate.py as a png at path: one panel per column, one line per row.
+
+    names: rows, from top to bottom. result: {name: {column: {"mean": ..., "seeds": [...]}}}; seeds
+    are dots, their mean is a vertical line.
+    """
+    across = min(len(columns), 3)
+    down = -(-len(columns) // across)
+    size = (3 * across + 1.5, down * (0.28 * len(names) + 0.8))
+    fig, axes = pyplot().subplots(down, across, squeeze=False, sharey=True, layout="constrained",
+                                  figsize=size)
+    for column, ax in zip(columns, axes.flat):
+        for y, name in enumerate(names):
+            if column in result[name]:
+                cell = result[name][column]
+                ax.plot([cell["mean"]] * 2, [y - 0.35, y + 0.35], "k")
+                ax.plot(cell["seeds"], [y] * len(cell["seeds"]), "C0o", alpha=0.6)
+        ax.set_title(column, fontsize=9)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.locator_params(axis="x", nbins=5)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.grid(axis="x", alpha=0.3)
+
+    # panels left over are empty; the shared axis runs down, in the order of the table
+    for ax in axes.flat[len(columns):]:
+        ax.axis("off")
+    axes[0, 0].invert_yaxis()
+    save_picture(fig, path, dpi=100)
+
+
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["losses", "mask"])

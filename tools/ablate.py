@@ -1,26 +1,34 @@
-"""A table of experiments: train several configs with several seeds, judge each, print mean ± error.
+"""Run an ablation study: train every row with several seeds, evaluate, print mean ± error.
 
-    python -m tools.ablate configs/ablation/toy_*.toml [--seeds 0,1] [--out out/ablation] [--vae RUN]
-                     [--evaluate "--limit 20 --repeats 2"] [--json table.json]
-                     [--picture table.png] [--train.lm.steps 300]
+    python -m tools.ablate configs/ablation.toml toy [--rows full,no_noise] [--seeds 0,1]
+                     [--out out/ablation] [--vae RUN] [--own-vae] [--evaluate "--limit 20"]
+                     [--study "continue --limit 16"] [--json table.json] [--picture table.png]
+                     [--train.lm.steps 300]
+    python -m tools.ablate configs/ablation.toml --list
 
-    config A ─┬─ seed 0 ─► train.py ─► out/ablation/A_0 ─► evaluate.py ─► figures.json ─┐
-              └─ seed 1 ─► ...                                                          ├─► table
-    config B ─┬─ ...                                                                    ┘
+    family toy ─► row full     ─┬─ seed 0 ─► train.py ─► out/ablation/toy_full_0 ─► evaluate.py ─┐
+    (config,      (options)     └─ seed 1 ─► ...                                                 │
+     common)   ─► row no_noise ─┬─ ...                                                           │
+                                                                                     table ◄─────┘
 
-Configs with equal [vae], [train.vae] and [toy] tables and the same manifest share one VAE and its
-latents: the first run trains it (or --vae RUN has it), all others link to it. Seeds and rows then
-differ in the language model alone; --own-vae turns that off. A row is a config, a column a figure:
-share of facts right (toy corpus), clips that end on time, the held-out loss, CALM's energy score of
-the next latent's draws (heads.py; one unit for all continuous heads), and whatever --evaluate
-adds ("--metrics wer,dnsmos"); "--what continue" gives, for the first and the last three
-seconds of continuations, their level against the prompt (dB) and distance to real seconds (MMD²),
-so configs/ablation/music_*.toml show drift. The error is half of the 95 % confidence interval of
-the mean over seeds (Student's t: with two seeds 12.7 standard errors, so that few differences are
-ever shown by two).
-Runs that are finished are not run again (for other settings choose another --out); an interrupted
-one goes on. Other options go to train.py.
-Exit status: 0 done, 2 your mistake.
+A family is a shipped config with options that all rows share; a row adds the options that one would
+type after `train.py --config`. Options on the command line come last and apply to every row.
+
+Evaluation: evaluate.py with the options of --evaluate, or with --study a study of tools/studies.py
+in its place, or both where both are given. A family may have a default for either.
+A row of the table is a row of the family, a column one figure: share of facts right (toy corpus),
+share of clips that end on time, held-out loss, energy score of samples of the next latent (heads.py;
+one unit for all continuous heads), and what --evaluate "--metrics wer,dnsmos" adds. --study
+continue adds, for the first and the last three seconds of continuations, the level relative to the
+prompt (dB) and the distance to real seconds (MMD²): their difference is drift.
+The error is half of the 95 % confidence interval of the mean over seeds (Student's t). With two
+seeds it is 12.7 standard errors, so two seeds establish few differences.
+
+Runs whose [vae], [gan], [toy] and [train.vae] tables and manifest are equal share one VAE and its
+latents: the first trains it (or --vae RUN has it), the others link to it. Seeds and rows then differ
+in the language model alone; --own-vae trains one per run.
+Finished runs are not repeated (choose another --out for other settings); interrupted ones resume.
+Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
 import json
@@ -30,17 +38,232 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tomllib
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from cli import BadInput, Parser, atomic, check_writable, cli
-from config import LM_STAGES, dump, load
+from config import LM_STAGES, Config, dump, load
+from report import draw_ablation
+from schema import build
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # two-sided 95 % points of Student's t for n - 1 degrees of freedom, n = 2, 3, ...
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
            2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+# of the studies in tools/studies.py, those that give the table a column
+STUDIES = ("continue",)
 
+
+# ---------------------------------------------------------------- families and rows
+
+@dataclass
+class Family:
+    """One table of the ablation file."""
+    # the question in one sentence, printed by --list
+    about: str = ""
+    # the config that the rows start from, a path as for train.py --config
+    config: str = ""
+    # options of train.py that all rows share
+    common: str = ""
+    # defaults of --evaluate and --study
+    evaluate: str = ""
+    study: str = ""
+    # name of the row -> its options, after the common ones
+    rows: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.config:
+            raise ValueError("config: missing; give the config that the rows start from")
+        if not self.rows:
+            raise ValueError("rows: missing; give at least one, e.g. full = \"\"")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row trained with one seed."""
+    row: str
+    seed: int
+    # absolute path of the run folder
+    folder: str
+    # path of the family's config
+    config: str
+    # options of train.py after --config: common, row, command line
+    options: list[str]
+    # the same, resolved
+    resolved: Config
+
+
+def read_families(path):
+    """{name: Family} of an ablation file; strict. Errors: BadInput names the key."""
+    try:
+        with open(path, "rb") as f:
+            table = tomllib.load(f)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; see configs/ablation.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise BadInput(f"{path}: not readable as TOML: {e}") from None
+    return {name: build(Family, family, name) for name, family in table.items()}
+
+
+def split_options(text, source):
+    """The words of a line of options, as a shell splits them."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise BadInput(f"{source}: {e} in {text!r}") from None
+
+
+def check_names(names, valid, option):
+    """Raise BadInput, which lists the valid names, if one of `names` is not valid."""
+    for name in names:
+        if name not in valid:
+            raise BadInput(f"{option} {name}: unknown; valid: {', '.join(valid)}")
+
+
+def list_families(families):
+    """Print every family with its rows and their options."""
+    for name, family in families.items():
+        print(f"{name}: {family.about} ({family.config})")
+        for row, options in family.rows.items():
+            print(f"    {row:20s}{' '.join(options.split())}".rstrip())
+        print()
+
+
+# ---------------------------------------------------------------- what is to be run
+
+def plan(name, family, rows, seeds, out, overrides):
+    """The Run of every row and seed, in the order in which they are trained.
+
+    All configs are resolved here, so that a mistake in one stops the study before it trains.
+    """
+    common = split_options(family.common, f"{name}.common")
+    options = {}
+    resolved = {}
+    for row in rows:
+        row_options = split_options(family.rows[row], f"{name}.rows.{row}")
+        options[row] = [*common, *row_options, *overrides]
+        try:
+            resolved[row] = load(family.config, options[row])
+        except BadInput as e:
+            raise BadInput(f"{name}, row {row}: {e}") from None
+
+    return [Run(row, seed, f"{out}/{name}_{row}_{seed}", family.config, options[row], resolved[row])
+            for seed in seeds for row in rows]
+
+
+def vae_settings(cfg):
+    """What a VAE and its latents depend on: runs with equal settings share them."""
+    return cfg.data.manifest, dump(cfg.vae), dump(cfg.gan), dump(cfg.toy), dump(cfg.train.vae)
+
+
+# ---------------------------------------------------------------- one run
+
+def run_command(*command):
+    """Run a Python command; BadInput with the last line of its stderr if it fails."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        name = " ".join(command).removeprefix(f"{HOME}/").removeprefix("-m ")
+        raise BadInput(f"{name}: {last.removeprefix('error: ')}")
+
+
+def link_vae(source, folder):
+    """Link a finished VAE, its latents and toy corpus into a run folder that has none yet."""
+    if not os.path.exists(f"{source}/vae.pt"):
+        raise BadInput(f"{source}: has no vae.pt; train it first, or leave --vae out")
+    os.makedirs(folder, exist_ok=True)
+    for name in ("vae.pt", "latents", "toy"):
+        if os.path.exists(f"{source}/{name}") and not os.path.lexists(f"{folder}/{name}"):
+            os.symlink(os.path.abspath(f"{source}/{name}"), f"{folder}/{name}")
+
+
+def train(run):
+    """Train one run with train.py; a finished one returns at once."""
+    run_command(f"{HOME}/train.py", "--config", os.path.abspath(run.config), *run.options,
+                "--seed", str(run.seed), "--out", run.folder)
+
+
+def evaluate(run, evaluate_options, study):
+    """Write figures.json, study.json or both into the run folder, unless they are there.
+
+    evaluate_options, study: lists of words. A study takes the place of evaluate.py, unless there
+    are options for evaluate.py too.
+    """
+    figures = f"{run.folder}/figures.json"
+    if (evaluate_options or not study) and not os.path.exists(figures):
+        run_command(f"{HOME}/evaluate.py", "--run", run.folder, "--what", "lm", "--json", figures,
+                    *evaluate_options)
+
+    figures = f"{run.folder}/study.json"
+    if study and not os.path.exists(figures):
+        name, *study_options = study
+        run_command("-m", "tools.studies", name, "--run", run.folder, "--json", figures,
+                    *study_options)
+
+
+# ---------------------------------------------------------------- figures of one run
+
+def read(folder):
+    """{column: number} of an evaluated run: figures and held-out losses of its last stage."""
+    figures = {}
+    for name in ("figures.json", "study.json"):
+        if os.path.exists(f"{folder}/{name}"):
+            with open(f"{folder}/{name}") as f:
+                figures |= json.load(f)
+
+    # the last language-model stage that was evaluated
+    stages = [s for s in LM_STAGES if s in figures or f"continue {s}" in figures]
+    if not stages:
+        raise BadInput(f"{folder}: no figures of a language model; the config needs such a stage, "
+                       "and --evaluate must not contain --what vae")
+    stage = stages[-1]
+
+    return (generation_figures(figures.get(stage, {}))
+            | continuation_figures(figures.get(f"continue {stage}", {}))
+            | held_out_losses(f"{folder}/log.jsonl", stage))
+
+
+def generation_figures(figures):
+    """evaluate.py's figures of one stage -> {"facts speech": share, ..., "wer": ...}."""
+    found = {}
+    for name in ("facts", "length"):
+        for kind, value in figures.get(name, {}).items():
+            found[f"{name} {kind}"] = value
+    return found | figures.get("speech", {})
+
+
+def continuation_figures(figures):
+    """{kind: {"level": [per second], "mmd": [...]}} -> means of the first and last 3 seconds."""
+    found = {}
+    for kind, by_second in figures.items():
+        for name in ("level", "mmd"):
+            # the first value is the prompt's; seconds without a figure are None
+            seconds = [v for v in by_second[name][1:] if v is not None]
+            if seconds:
+                found[f"{name} {kind} first"] = statistics.fmean(seconds[:3])
+                found[f"{name} {kind} last"] = statistics.fmean(seconds[-3:])
+    return found
+
+
+def held_out_losses(log, stage):
+    """The last validation of a stage in log.jsonl: held-out loss and energy score, per kind."""
+    with open(log) as f:
+        rows = [json.loads(line) for line in f]
+
+    found = {}
+    for row in rows:
+        if row["stage"] != stage:
+            continue
+        for key, name in (("valid_head", "held-out loss"), ("valid_energy", "energy score")):
+            for k, value in row.items():
+                if k.startswith(key):
+                    found[k.replace(key, name).replace("_", " ")] = value
+    return found
+
+
+# ---------------------------------------------------------------- the table
 
 def mean_and_error(values):
     """Mean and half of its 95 % confidence interval; error None for a single value."""
@@ -51,137 +274,138 @@ def mean_and_error(values):
     return mean, t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def show(mean, error):
-    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+def summarize(figures):
+    """{row: [{column: number} per seed]} -> {row: {column: {"mean", "error", "seeds"}}}."""
+    result = {}
+    for row, by_seed in figures.items():
+        values = {}
+        for found in by_seed:
+            for column, value in found.items():
+                values.setdefault(column, []).append(value)
+
+        result[row] = {}
+        for column, seeds in values.items():
+            mean, error = mean_and_error(seeds)
+            result[row][column] = {"mean": mean, "error": error, "seeds": seeds}
+    return result
 
 
-def run(*command):
-    """A command of ours; its last line of stderr when it fails."""
-    done = subprocess.run([sys.executable, f"{HOME}/{command[0]}", *command[1:]],
-                          capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BadInput(f"{command[0]} {' '.join(command[1:])}: {last.removeprefix('error: ')}")
+def columns_of(result):
+    """The columns of all rows, in the order of their first appearance."""
+    return list(dict.fromkeys(column for cells in result.values() for column in cells))
 
 
-def read(folder):
-    """{figure: number} of a judged run: the last stage's figures and its held-out loss."""
-    with open(f"{folder}/figures.json") as f:
-        figures = json.load(f)
-    stage = next((s for s in reversed(LM_STAGES) if s in figures or f"continue {s}" in figures), None)
-    if stage is None:
-        raise BadInput(f"{folder}: no figures of a language model; the config needs such a stage, "
-                       "and --evaluate must not ask for --what vae or a --sweep")
-    judged = figures.get(stage, {})
-    found = {f"{name} {kind}": v for name in ("facts", "length")
-             for kind, v in judged.get(name, {}).items()} | judged.get("speech", {})
-    for kind, rows in figures.get(f"continue {stage}", {}).items():
-        for name in ("level", "mmd"):                   # a second each; the first is the prompt's
-            seconds = [v for v in rows[name][1:] if v is not None]
-            for when, part in (("first", seconds[:3]), ("last", seconds[-3:])):
-                if part:
-                    found[f"{name} {kind} {when}"] = statistics.fmean(part)
-    with open(f"{folder}/log.jsonl") as f:
-        rows = [json.loads(line) for line in f]
-    for row in rows:
-        if row["stage"] == stage:
-            for key, name in (("valid_head", "held-out loss"), ("valid_energy", "energy score")):
-                found |= {k.replace(key, name).replace("_", " "): v
-                          for k, v in row.items() if k.startswith(key)}
-    return found
+def format_cell(cell):
+    """0.123 ± 0.045, without the error for a single seed; "-" where a row has no such figure."""
+    if cell is None:
+        return "-"
+    if cell["error"] is None:
+        return f"{cell['mean']:.3f}"
+    return f"{cell['mean']:.3f} ± {cell['error']:.3f}"
 
 
-def link_vae(source, folder):
-    """A finished VAE, its latents and toy corpus as symbolic links, where there are none yet."""
-    if not os.path.exists(f"{source}/vae.pt"):
-        raise BadInput(f"{source}: has no vae.pt; train it first, or leave --vae out")
-    os.makedirs(folder, exist_ok=True)
-    for name in ("vae.pt", "latents", "toy"):
-        if os.path.exists(f"{source}/{name}") and not os.path.lexists(f"{folder}/{name}"):
-            os.symlink(os.path.abspath(f"{source}/{name}"), f"{folder}/{name}")
+def print_table(result):
+    """Rows of the family against figures, on stdout."""
+    columns = columns_of(result)
+    width = max(map(len, result)) + 2
+    print(" " * width + "".join(f"{column:>20s}" for column in columns))
+    for row, cells in result.items():
+        texts = [format_cell(cells.get(column)) for column in columns]
+        print(f"{row:{width}s}" + "".join(f"{text:>20s}" for text in texts))
 
 
-def draw(path, names, columns, result):
-    """One panel a figure, one row a config: its seeds as dots, their mean as a line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    wide = min(len(columns), 3)
-    high = math.ceil(len(columns) / wide)
-    fig, grid = plt.subplots(high, wide, squeeze=False, sharey=True, layout="constrained",
-                             figsize=(3 * wide + 1.5, high * (0.28 * len(names) + 0.8)))
-    for column, ax in zip(columns, grid.flat):
-        for y, name in enumerate(names):
-            if column in result[name]:
-                cell = result[name][column]
-                ax.plot([cell["mean"]] * 2, [y - 0.35, y + 0.35], "k")
-                ax.plot(cell["seeds"], [y] * len(cell["seeds"]), "C0o", alpha=0.6)
-        ax.set_title(column, fontsize=9)
-        ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.locator_params(axis="x", nbins=5)
-        ax.tick_params(axis="x", labelsize=8)
-        ax.grid(axis="x", alpha=0.3)
-    for ax in list(grid.flat)[len(columns):]:
-        ax.axis("off")
-    grid[0, 0].invert_yaxis()                                   # the table's order, for all of them
-    with atomic(path) as temp:
-        fig.savefig(temp, dpi=100, format="png")
-    plt.close(fig)
+# ---------------------------------------------------------------- the command
+
+def parse():
+    """The command line -> (arguments, options for train.py)."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    p.add_argument("file", help="families and rows: configs/ablation.toml")
+    p.add_argument("family", nargs="?", help="the family to run")
+    p.add_argument("--list", action="store_true", help="print families and rows, and stop")
+    p.add_argument("--rows", help="rows to run, separated by commas (default: all)")
+    p.add_argument("--seeds", default="0,1", help="separated by commas (default 0,1)")
+    p.add_argument("--out", default="out/ablation",
+                   help="parent of the run folders FAMILY_ROW_SEED (default out/ablation)")
+    p.add_argument("--vae", help="a run with the VAE that all rows use")
+    p.add_argument("--own-vae", action="store_true", help="train a VAE in each run")
+    p.add_argument("--evaluate", help="options for evaluate.py, in quotes")
+    p.add_argument("--study", help="a study of tools.studies with its options, in quotes")
+    p.add_argument("--json", help="write the table to this file")
+    p.add_argument("--picture", help="draw the table into this file (png)")
+    arguments, overrides = p.parse_known_args()
+
+    for path in filter(None, (arguments.json, arguments.picture)):
+        check_writable(path)
+    return arguments, overrides
+
+
+def parse_seeds(text):
+    """ "1,0" -> [0, 1]."""
+    try:
+        return sorted({int(seed) for seed in text.split(",")})
+    except ValueError:
+        raise BadInput(f"--seeds {text}: must be whole numbers separated by commas") from None
+
+
+def parse_rows(text, family):
+    """ "full,no_noise" -> ["full", "no_noise"]; None -> all rows of the family."""
+    if text is None:
+        return list(family.rows)
+    rows = list(dict.fromkeys(text.split(",")))
+    check_names(rows, family.rows, "--rows")
+    return rows
+
+
+def parse_evaluation(arguments, family):
+    """(options for evaluate.py, study and its options) as words, the family's by default."""
+    evaluation = family.evaluate if arguments.evaluate is None else arguments.evaluate
+    study = family.study if arguments.study is None else arguments.study
+    study = split_options(study, "--study")
+    check_names(study[:1], STUDIES, "--study")
+    return split_options(evaluation, "--evaluate"), study
 
 
 def main():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
-    p.add_argument("configs", nargs="+", help="one experiment each")
-    p.add_argument("--seeds", default="0,1", help="default: 0,1")
-    p.add_argument("--out", default="out/ablation", help="folder of run folders")
-    p.add_argument("--evaluate", default="", help="options for evaluate.py, in quotes")
-    p.add_argument("--vae", help="a run whose VAE all of them use")
-    p.add_argument("--own-vae", action="store_true", help="train the VAE anew in each run")
-    p.add_argument("--json", help="write the table here")
-    p.add_argument("--picture", help="draw the table here (png)")
-    a, overrides = p.parse_known_args()
-    for path in filter(None, (a.json, a.picture)):
-        check_writable(path)
-    try:
-        seeds = sorted({int(s) for s in a.seeds.split(",")})
-    except ValueError:
-        raise BadInput(f"--seeds {a.seeds}: whole numbers parted by commas") from None
-    names = [os.path.splitext(os.path.basename(c))[0] for c in a.configs]
-    if len(set(names)) < len(names):
-        raise BadInput("two configs have the same name; rename one")
-    out, table, trained = os.path.abspath(a.out), {name: {} for name in names}, {}
-    loaded = [load(path, overrides) for path in a.configs]         # mistakes first, not after hours
-    jobs = [(seed, *job) for seed in seeds for job in zip(names, a.configs, loaded)]
-    for seed, name, path, cfg in tqdm(jobs, unit="run"):
-        folder = f"{out}/{name}_{seed}"
-        same = (cfg.data.manifest, *map(dump, (cfg.vae, cfg.gan, cfg.toy, cfg.train.vae)))
-        if a.vae:
-            trained.setdefault(same, a.vae)
-        if same in trained and not a.own_vae:
-            link_vae(trained[same], folder)
-        options = ("--seed", str(seed), "--out", folder)
-        run("train.py", "--config", os.path.abspath(path), *options, *overrides)
-        trained.setdefault(same, folder)
-        if not os.path.exists(f"{folder}/figures.json"):
-            run("evaluate.py", "--run", folder, "--what", "lm", "--json", f"{folder}/figures.json",
-                *shlex.split(a.evaluate))
-        for figure, value in read(folder).items():
-            table[name].setdefault(figure, []).append(value)
-    columns = list(dict.fromkeys(f for row in table.values() for f in row))
-    wide = max(map(len, names)) + 2
-    print(" " * wide + "".join(f"{c:>20s}" for c in columns))
-    result = {}
-    for name, row in table.items():
-        cells = {c: mean_and_error(row[c]) for c in columns if c in row}
-        result[name] = {c: {"mean": m, "error": e, "seeds": row[c]} for c, (m, e) in cells.items()}
-        print(f"{name:{wide}s}" + "".join(
-            f"{show(*cells[c]) if c in cells else '-':>20s}" for c in columns))
-    if a.json:
-        with atomic(a.json) as temp, open(temp, "w") as f:
+    arguments, overrides = parse()
+    families = read_families(arguments.file)
+    if arguments.list:
+        list_families(families)
+        return
+
+    # all mistakes come first, not after hours of training
+    if arguments.family is None:
+        raise BadInput(f"which family? valid: {', '.join(families)}; --list shows their rows")
+    check_names([arguments.family], families, "family")
+    family = families[arguments.family]
+    rows = parse_rows(arguments.rows, family)
+    evaluate_options, study = parse_evaluation(arguments, family)
+    runs = plan(arguments.family, family, rows, parse_seeds(arguments.seeds),
+                os.path.abspath(arguments.out), overrides)
+
+    # train and evaluate; the first run with some VAE settings trains it for all others
+    figures = {row: [] for row in rows}
+    trained = {}
+    for run in tqdm(runs, unit="run"):
+        settings = vae_settings(run.resolved)
+        if arguments.vae:
+            trained[settings] = arguments.vae
+        if settings in trained and not arguments.own_vae:
+            link_vae(trained[settings], run.folder)
+        train(run)
+        trained.setdefault(settings, run.folder)
+
+        evaluate(run, evaluate_options, study)
+        figures[run.row].append(read(run.folder))
+
+    # the table: printed, and as json and picture where asked
+    result = summarize(figures)
+    print_table(result)
+    if arguments.json:
+        with atomic(arguments.json) as temp, open(temp, "w") as f:
             json.dump(result, f, indent=1)
-    if a.picture:
-        draw(a.picture, names, columns, result)
+    if arguments.picture:
+        draw_ablation(arguments.picture, rows, columns_of(result), result)
 
 
 if __name__ == "__main__":
