@@ -17,16 +17,16 @@ type after `train.py --config`. Options on the command line come last and apply 
 Evaluation: evaluate.py with the options of --evaluate, or with --study a study of tools/studies.py
 in its place, or both where both are given. A family may have a default for either.
 A row of the table is a row of the family, a column one figure: share of facts right (toy corpus),
-share of clips that end on time, held-out loss, energy score of samples of the next latent (heads.py;
-one unit for all continuous heads), and what --evaluate "--metrics wer,dnsmos" adds. --study
+share of clips that end on time, held-out loss, energy score of samples of the next latent (one unit
+for all continuous heads, heads.py), and what --evaluate "--metrics wer,dnsmos" adds. --study
 continue adds, for the first and the last three seconds of continuations, the level relative to the
 prompt (dB) and the distance to real seconds (MMD²): their difference is drift.
 The error is half of the 95 % confidence interval of the mean over seeds (Student's t). With two
 seeds it is 12.7 standard errors, so two seeds establish few differences.
 
-Runs whose [vae], [gan], [toy] and [train.vae] tables and manifest are equal share one VAE and its
-latents: the first trains it (or --vae RUN has it), the others link to it. Seeds and rows then differ
-in the language model alone; --own-vae trains one per run.
+Runs with the same manifest and equal [vae], [gan], [toy] and [train.vae] tables share one VAE and
+its latents: the first trains it (or --vae RUN has it), the others link to it. Seeds and rows then
+differ in the language model alone; --own-vae trains one VAE per run.
 Finished runs are not repeated (choose another --out for other settings); interrupted ones resume.
 Exit status: 0 done, 2 the user's mistake.
 """

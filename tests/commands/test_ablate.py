@@ -128,13 +128,13 @@ def test_a_mistake_in_the_file_names_its_key(text, says, tmp_path):
         ablate.read_families(tmp_path / "ablation.toml")
 
 
-def test_an_unknown_row_is_told_in_one_line(tmp_path):
+def test_an_unknown_row_is_one_line(tmp_path):
     done = run("-m", "tools.ablate", ABLATION, "toy", "--rows", "no_nose", "--out", f"{tmp_path}")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "--rows no_nose: unknown; valid: full, no_noise" in done.stderr
 
 
-def test_a_mistake_in_an_option_is_told_in_one_line(tmp_path):
+def test_a_mistake_in_an_option_is_one_line(tmp_path):
     done = run("-m", "tools.ablate", ABLATION, "toy", "--out", f"{tmp_path}",
                "--lm.backbone.layers", "two")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
