@@ -1,4 +1,4 @@
-"""The flite corpus: sentences of a grammar, spoken, with the times of their words."""
+"""The flite corpus: sentences of a grammar, synthesised, with word times."""
 import ctypes
 import random
 import re
@@ -6,22 +6,36 @@ import sys
 
 import pytest
 
-from corpora import flite
 from cli import BadInput
 from conftest import engine
+from corpora import flite
 from data import load_audio, load_manifest
 
 needs_flite = pytest.mark.skipif(engine is None, reason="needs apt install flite")
 
 
 def test_sentences_are_a_function_of_the_seed_and_of_plain_lower_case_words():
-    first, again, other = ([flite.sentence(random.Random(seed + i)) for i in range(300)]
-                           for seed in (0, 0, 1000))
+    def sentences(seed):
+        return [flite.sentence(random.Random(seed + i)) for i in range(300)]
+
+    first = sentences(0)
+    again = sentences(0)
+    other = sentences(1000)
     assert first == again != other
     assert len(set(first)) > 280
     for text in first:
         assert 3 <= len(text.split()) <= 14 and text.replace(" ", "").isalpha() and text.islower()
         assert not re.search(r"\ba [aeiou]", text)  # "an apple"
+
+
+def test_more_sentences_begin_with_the_fewer_ones_and_all_differ():
+    texts = flite.distinct_sentences(200, seed=0)
+    assert len(set(texts)) == 200 and flite.distinct_sentences(50, seed=0) == texts[:50]
+
+
+def test_the_grammar_has_no_slot_without_words():
+    slots = {slot for template in flite.TEMPLATES for slot in template if slot.isupper()}
+    assert slots == set(flite.NOUNS) | set(flite.WORDS)
 
 
 def test_a_missing_package_is_one_line_that_says_how_to_install_it(monkeypatch):
@@ -34,13 +48,16 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(monkeypatch):
 
 @needs_flite
 @pytest.mark.parametrize("voice", flite.VOICES)
-def test_every_voice_tells_where_its_words_are(voice):
+def test_every_voice_gives_word_times_that_fit_the_sound(voice):
     wav, rate, words = engine.speak("the old farmer opened a box", voice)
-    assert [w for w, _, _ in words] == "the old farmer opened a box".split()
-    times = [t for _, start, end in words for t in (start, end)]
+    assert [word for word, _, _ in words] == "the old farmer opened a box".split()
+    times = [time for _, start, end in words for time in (start, end)]
     assert times == sorted(times) and 0 < times[0] and times[-1] < len(wav) / rate
-    start, end = (int(t * rate) for t in words[2][1:])
-    loud, quiet = (abs(w.astype(float)).mean() for w in (wav[start:end], wav[-rate // 50:]))
+
+    # "farmer" is louder than the last 20 ms
+    start, end = (int(time * rate) for time in words[2][1:])
+    loud = abs(wav[start:end].astype(float)).mean()
+    quiet = abs(wav[-rate // 50:].astype(float)).mean()
     assert loud > 5 * quiet
 
 
@@ -64,4 +81,10 @@ def test_the_corpus_holds_out_sentences_and_comes_out_the_same_again(tmp_path, m
 def test_an_unknown_voice_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["corpora.flite", "x", "--voices", "bob"])
     with pytest.raises(BadInput, match="bob.*slt"):
+        flite.main()
+
+
+def test_no_voice_at_all_is_a_mistake(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["corpora.flite", "x", "--voices", ","])
+    with pytest.raises(BadInput, match="--voices: names none; valid: slt"):
         flite.main()
