@@ -1,27 +1,33 @@
-"""When each word is spoken: word times for a manifest of speech, from Whisper's attention.
+"""Word times for a manifest of speech: when each word is spoken, from Whisper's attention.
 
     python -m corpora.align train.jsonl --out aligned.jsonl [--whisper base] [--threads 2]
 
-    wav, silence cut off ─► log-mel (80, M) ─► Whisper's encoder ─┐
-    "the old farmer" ─► tokens ─► Whisper's decoder, told to say them
+    wav, quiet ends cut off ─► log-mel (80, M) ─► Whisper's encoder ─┐
+    "the old farmer" ─► tokens ─► Whisper's decoder, forced to this text
                                         └─► attention of the alignment heads (tokens, M / 2)
-                                                └─► dynamic time warping ─► a start a token
-                                                        └─► [["the", .18, .27], ["old", ...], ...]
+                                                └─► dynamic time warping ─► a start per token
+                                                        └─► [["the", 0.18, 0.27], ["old", ...], ...]
 
-The inner monologue of calm.py (monologue = true) puts each word beside the latent where it begins
-and so needs words [[word, start, end], ...] in seconds in every line of speech; flite.py knows
-them, recordings do not. The text is taken as it is, words are what spaces part. Clips that have
-words already, that are not speech, without text, over 30 s or unreadable are kept as they are.
+The inner monologue of calm.py (monologue = true) puts each word beside the latent where it begins.
+It needs words [[word, start, end], ...] in seconds in every line of speech. corpora/flite.py writes
+them; recordings do not have them. The text is used as it is; words are separated by spaces.
+A clip is kept as it is if it already has words, is not speech, has no text, is longer than 30 s or
+cannot be read.
 
-Sources: Whisper (Radford et al. 2022), word timestamps of its code (attention heads that follow the
-audio, median filter, DTW), here by CTranslate2 through faster-whisper: extra `eval`.
-Where this differs: audio is padded to 6 s, not to 30 (clips of two seconds: seventeen times as
-fast; 5 instead of 2 words of 100 are more than .2 s off); quiet ends, 35 dB below the loudest 20
-ms, are cut off first, since the warping lets the first word begin at 0 whatever is heard there; the
-last word lasts to the end of what is left.
-Against the exact times of flite.py (575 words, base): half of the words begin within .07 s, nine of
-ten within .18, nearly all of them early.
-Exit status: 0 done, 2 your mistake.
+Sources: Whisper (Radford et al. 2022) and the word timestamps of its code (the attention heads that
+follow the audio, median filter, dynamic time warping), here by CTranslate2 through faster-whisper:
+extra `eval`.
+
+Where this differs from Whisper's code:
+- audio is padded to 6 s, not to 30: seventeen times as fast on clips of two seconds, but 5 instead
+  of 2 words of 100 are more than 0.2 s off
+- quiet ends, 35 dB below the loudest 20 ms, are cut off first, since dynamic time warping starts
+  the first word at 0 whatever the audio has there
+- the last word lasts to the end of what remains
+
+Accuracy against the exact times of corpora/flite.py (575 words, Whisper base): half of the words
+begin within 0.07 s, nine of ten within 0.18 s; nearly all errors are early.
+Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
 from dataclasses import replace
@@ -32,39 +38,59 @@ from tqdm import tqdm
 from cli import BadInput, Parser, cli, threads
 from data import load_audio, load_manifest, write_manifest
 
-RATE, LONGEST = 16000, 30.0             # Whisper's: Hz, seconds
-FRAME = 0.02                            # seconds of one row of its encoder, two of its log-mel
-PADDED = 600                            # log-mel rows, 6 s
-TOKENS = 440                            # of text; its decoder has 448 positions
+# Whisper's sample rate, Hz
+RATE = 16000
+# the longest audio that Whisper takes, seconds
+LONGEST = 30.0
+# one row of Whisper's encoder, two of its log-mel, seconds
+FRAME = 0.02
+# log-mel rows to which shorter audio is padded: 6 s
+PADDED = 600
+# tokens of text at most; Whisper's decoder has 448 positions
+TOKENS = 440
+# level relative to the loudest frame below which the ends are quiet: -35 dB
 QUIET = 10 ** (-35 / 20)
 
 
 def loud_part(wav):
-    """wav (S,) at 16 kHz -> first and last sample of what is above -35 dB of its loudest 20 ms."""
-    step = int(FRAME * RATE)
-    rms = np.sqrt(np.mean(np.square(wav[:len(wav) // step * step].reshape(-1, step)), 1))
+    """wav (S,) at 16 kHz -> (first, last + 1) sample of the 20 ms frames above -35 dB.
+
+    The level is relative to the loudest frame; (0, S) for silence and for less than one frame.
+    """
+    hop = int(FRAME * RATE)
+    frames = wav[:len(wav) // hop * hop].reshape(-1, hop)
+    rms = np.sqrt(np.mean(np.square(frames), 1))
     if not len(rms) or not rms.max():
         return 0, len(wav)
+
     loud = np.flatnonzero(rms >= QUIET * rms.max())
-    return int(loud[0]) * step, int(loud[-1] + 1) * step
+    return int(loud[0]) * hop, int(loud[-1] + 1) * hop
 
 
 def words_of_path(words, counts, path, offset, end):
     """A path of dynamic time warping -> [[word, start, end], ...] in seconds.
 
-    words of `counts` tokens each; path: (token, encoder row) pairs, not going backwards in either,
-    row 0 at `offset` seconds. A word starts at the first row of its first token and ends where the
-    next one starts, the last at `end`.
+    counts: number of tokens of each word. path: (token, encoder row) pairs, monotonic in both; row
+    0 is at `offset` seconds. A word starts at the first row of its first token and ends where the
+    next word starts, the last word at `end`.
     """
-    first = {}
+    first_row = {}
     for token, row in path:
-        first.setdefault(token, row)
-    at = [min(offset + first[token] * FRAME, end) for token in np.cumsum([0, *counts[:-1]])]
-    return [[word, round(a, 3), round(b, 3)] for word, a, b in zip(words, at, [*at[1:], end])]
+        first_row.setdefault(token, row)
+
+    first_tokens = np.cumsum([0, *counts[:-1]])
+    starts = [min(offset + first_row[token] * FRAME, end) for token in first_tokens]
+    ends = [*starts[1:], end]
+    return [[word, round(a, 3), round(b, 3)] for word, a, b in zip(words, starts, ends)]
 
 
 class Aligner:
-    """whisper: a name of faster-whisper (downloaded) or a folder with a CTranslate2 model."""
+    """Whisper as a function (wav, text) -> word times.
+
+    whisper: the name of a faster-whisper model (downloaded) or a folder with a CTranslate2 model.
+    threads: CPU threads, 0 = all. Errors: BadInput if the extra is not installed or the model or
+    language is unknown.
+    """
 
     def __init__(self, whisper="base", language="en", threads=0):
         try:
@@ -73,6 +99,7 @@ class Aligner:
             from faster_whisper.tokenizer import Tokenizer
         except ImportError as e:
             raise BadInput(f"align.py: {e.name} is not installed: pip install -e .[eval]") from None
+
         try:
             self.model = WhisperModel(whisper, device="cpu", compute_type="int8",
                                       cpu_threads=threads)
@@ -84,45 +111,67 @@ class Aligner:
         self.view = StorageView.from_array
 
     def __call__(self, wav, text):
-        """wav (S,) numpy at 16 kHz, text with words -> [[word, start, end], ...], or None for what
-        Whisper cannot hold: more than 30 s or 440 tokens, less than one row of its encoder.
+        """wav (S,) numpy at 16 kHz, text with words -> [[word, start, end], ...] in seconds.
+
+        None for what Whisper cannot process: over 30 s or 440 tokens, or under one encoder row.
         """
-        a, b = loud_part(wav)
+        first, last = loud_part(wav)
         words = text.split()
         tokens = [self.tokenizer.encode(" " + word) for word in words]
-        if not FRAME * RATE <= b - a <= LONGEST * RATE or sum(map(len, tokens)) > TOKENS:
+        counts = [len(t) for t in tokens]
+        if not FRAME * RATE <= last - first <= LONGEST * RATE or sum(counts) > TOKENS:
             return None
-        mel = self.model.feature_extractor(wav[a:b].astype(np.float32), padding=0)      # (80, M)
+
+        mel, rows = self.log_mel(wav[first:last])
+        encoded = self.model.model.encode(self.view(mel))
+        aligned = self.model.model.align(encoded, self.tokenizer.sot_sequence, [sum(tokens, [])],
+                                         rows, median_filter_width=7)
+        return words_of_path(words, counts, aligned[0].alignments, first / RATE, last / RATE)
+
+    def log_mel(self, wav):
+        """wav (S,) -> (log-mel (1, 80, M), M at least 600; its number of rows before padding)."""
+        mel = self.model.feature_extractor(wav.astype(np.float32), padding=0)           # (80, M)
         rows = mel.shape[1] // 2 * 2
         mel = np.pad(mel[:, :rows], ((0, 0), (0, max(0, PADDED - rows))))
-        heard = self.model.model.encode(self.view(np.ascontiguousarray(mel[None], np.float32)))
-        path = self.model.model.align(heard, self.tokenizer.sot_sequence, [sum(tokens, [])],
-                                      rows, median_filter_width=7)[0].alignments
-        return words_of_path(words, list(map(len, tokens)), path, a / RATE, b / RATE)
+        return np.ascontiguousarray(mel[None], np.float32), rows                        # (1, 80, M)
 
 
-def main():
+def parse():
+    """The command line -> arguments."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("manifest", help=".jsonl or a folder of audio with texts")
     p.add_argument("--out", required=True, help="the manifest to write, .jsonl")
     p.add_argument("--whisper", default="base",
                    help="faster-whisper model, a name or a folder (default base)")
-    p.add_argument("--language", default="en", help="of the texts (default en)")
-    p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = all")
-    a = p.parse_args()
-    clips, aligner, done = load_manifest(a.manifest), Aligner(a.whisper, a.language, a.threads), 0
+    p.add_argument("--language", default="en", help="language of the texts (default en)")
+    p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = all (default)")
+    return p.parse_args()
+
+
+def main():
+    arguments = parse()
+    clips = load_manifest(arguments.manifest)
+    aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
+
+    aligned = 0
     for i, clip in enumerate(tqdm(clips, unit="clip")):
         if clip.kind != "speech" or clip.words or not clip.text.split():
             continue
+
+        # one bad file must not cost hours of work
         try:
             wav = load_audio(clip.audio, RATE)[0]
-        except BadInput as e:                           # one bad file must not cost hours of work
+        except BadInput as e:
             tqdm.write(f"kept without words: {e}")
             continue
+
         words = aligner(wav, clip.text)
-        clips[i], done = replace(clip, words=words), done + (words is not None)
-    write_manifest(a.out, clips)
-    print(f"{done} of {len(clips)} clips aligned -> {a.out}")
+        clips[i] = replace(clip, words=words)
+        if words is not None:
+            aligned += 1
+
+    write_manifest(arguments.out, clips)
+    print(f"{aligned} of {len(clips)} clips aligned -> {arguments.out}")
 
 
 if __name__ == "__main__":

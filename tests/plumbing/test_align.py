@@ -1,12 +1,12 @@
-"""Word times from Whisper's attention: the path to words, the quiet ends, what is left alone."""
+"""Word times from Whisper's attention: from path to words, quiet ends, clips kept as they are."""
 import json
 import sys
 
 import numpy as np
 import pytest
 
-from corpora import align
 from cli import BadInput
+from corpora import align
 from data import load_manifest, save_audio
 
 
@@ -56,6 +56,54 @@ def test_only_speech_with_a_text_and_without_words_is_aligned(tmp_path, monkeypa
     words = [c.words for c in load_manifest(tmp_path / "out.jsonl")]
     assert words == [None, [["a", 0.5, 0.6], ["b", 0.5, 0.6]], None, None, None,
                      [["a", 0.0, 0.1], ["b", 0.1, 0.2]]]
+
+
+def whisper_stub(encoder_rows):
+    """An Aligner without its model: one token per letter, one encoder row per token."""
+    class Model:
+        model = None
+
+        def feature_extractor(self, wav, padding):
+            return np.ones((80, 2 * encoder_rows + 1), np.float64)
+
+        def encode(self, mel):
+            assert mel.shape == (1, 80, max(align.PADDED, 2 * encoder_rows))
+            assert mel.dtype == np.float32 and mel.flags.c_contiguous
+            assert mel.sum() == 80 * 2 * encoder_rows
+            return "encoded"
+
+        def align(self, encoded, start, tokens, rows, median_filter_width):
+            assert (encoded, rows, median_filter_width) == ("encoded", 2 * encoder_rows, 7)
+            path = [(i, i) for i in range(len(tokens[0]) + 1)]
+            return [type("Result", (), {"alignments": path})]
+
+    class Tokenizer:
+        sot_sequence = [0]
+
+        def encode(self, text):
+            assert text[0] == " "
+            return list(text[1:])
+
+    aligner = align.Aligner.__new__(align.Aligner)
+    aligner.model = Model()
+    aligner.model.model = aligner.model
+    aligner.tokenizer = Tokenizer()
+    aligner.view = lambda mel: mel
+    return aligner
+
+
+@pytest.mark.parametrize("encoder_rows", [50, 400])
+def test_times_count_from_the_end_of_the_silence_that_was_cut_off(encoder_rows):
+    wav = np.zeros(32000)
+    wav[8000:24000] = 0.5                                                         # 0.5 to 1.5 s
+    assert whisper_stub(encoder_rows)(wav, "the old") == [["the", 0.5, 0.56], ["old", 0.56, 1.5]]
+
+
+def test_what_whisper_cannot_process_has_no_words():
+    aligner = whisper_stub(50)
+    assert aligner(np.ones(16000 * 31), "the old") is None                        # over 30 s
+    assert aligner(np.ones(300), "the old") is None                               # under 20 ms
+    assert aligner(np.ones(16000), "a" * 441) is None                             # over 440 tokens
 
 
 def test_without_the_extra_one_line_names_it(monkeypatch):
