@@ -39,8 +39,8 @@ SECONDS = 2.4
 
 # ---------------------------------------------------------------- the grammar
 
-# One sentence per line. A word in capitals is a slot, mostly named by an example: a noun phrase with
-# a noun of NOUNS, or a word of WORDS.
+# One sentence per line. A word in capitals is a slot, named by an example: a noun phrase with a
+# noun of NOUNS, or a word of WORDS.
 TEMPLATES = [line.split() for line in """\
     ACTOR OPENED OBJECT
     ACTOR QUIETLY OPENED OBJECT
