@@ -139,13 +139,13 @@ class LMStage:
         self.optimized = {name: self.model}
 
         # batches: the kinds' weights hold for training only
-        word_rate = cfg.vae.frame_rate if self.model.monologue else 0.0
+        word_frame_rate = cfg.vae.frame_rate if self.model.monologue else 0.0
         batch_size = getattr(cfg.train, name).batch
         self.batch = LatentBatches(clips, train_latents, cfg.data, batch_size, cfg.vae.latent_dim,
-                                   word_rate)
+                                   word_frame_rate)
         self.held_out = LatentBatches(valid, valid_latents,
                                       dataclasses.replace(cfg.data, weights={}), len(valid),
-                                      cfg.vae.latent_dim, word_rate)
+                                      cfg.vae.latent_dim, word_frame_rate)
 
     def load_vae(self):
         """self.vae from the run's vae.pt -> its weights."""
