@@ -1,7 +1,7 @@
-"""The transformer: RMSNorm, rotary positions, attention with a cache, SwiGLU.
+"""The transformer: RMSNorm, rotary positions, attention with a KV cache, SwiGLU.
 
-One class serves the whole project: the backbone of CALM, its short-context branch, and the layers
-inside the VAE's encoder and decoder (with a sliding window there).
+One class serves the whole project: the backbone of CALM, its short-context transformer, and the
+layers inside the VAE's encoder and decoder (there with a sliding window).
 
     x (B, T, C)
      │
@@ -12,30 +12,32 @@ inside the VAE's encoder and decoder (with a sliding window there).
      ×  layers                                                                                   ▼
     RMSNorm ─► y (B, T, C)
 
-Which positions a query sees:
-    causal              keys at or before it                          (default)
-    window = W          only the last W of them, itself included      (VAE layers, short context)
-    causal = False      all of them
-    mask given          what the mask says                            (AudioCALM's blocks)
-With a cache the same rule holds over (cached ++ new) positions, so that feeding a sequence in
-chunks of any size gives what one call over the whole sequence gives (tests/test_backbone.py).
+Which positions a query attends to:
+    causal              its own position and all earlier ones             (default)
+    window = W          the last W positions, its own included           (VAE layers, short context)
+    causal = False      all positions
+    mask given          those that the mask marks                         (AudioCALM's blocks)
+With a cache the same rule holds over the cached and the new positions together: feeding a sequence
+in chunks of any size gives the same output as one call on the whole sequence
+(tests/papers/test_backbone.py).
 
 Sources: CALM section 4.2 and Table 9 (widths); Mimi (Défossez et al. 2024) for windowed layers in a
 codec; RoPE (Su et al. 2021); RMSNorm (Zhang & Sennrich 2019); SwiGLU (Shazeer 2020); GQA (Ainslie
 et al. 2023).
 Where this differs from the paper: CALM does not name its MLP. Table 9's MLP dimension of 6336 does
-not give the table's own parameter counts; 6144 with two matrices ("gelu") or 4032 with three
-("swiglu") do.
+not reproduce the table's own parameter counts; 6144 with two matrices ("gelu") or 4032 with three
+("swiglu") does.
 
 Precision: norms and rotations in fp32, matrix products in the autocast dtype.
 """
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from schema import Range
@@ -44,51 +46,54 @@ from schema import Range
 @dataclass
 class BackboneConfig:
     """Sizes of a transformer. Table 9: music 1536 / 48 layers / 24 heads, speech 2560 / 24 / 20."""
-    # model width C
+    # Model width C.
     dim: Annotated[int, Range(1)] = 256
+    # Number of layers, each attention and MLP.
     layers: Annotated[int, Range(0)] = 4
-    # query heads
+    # Number of query heads.
     heads: Annotated[int, Range(1)] = 4
-    # key/value heads (GQA); 0 = as many as heads
+    # Number of key/value heads (GQA); 0 = as many as query heads.
     kv_heads: Annotated[int, Range(0)] = 0
-    # channels of a head, even because of RoPE; 0 = dim / heads (Qwen3: 128 at every width)
+    # Channels per head, even because RoPE rotates pairs; 0 = dim / heads (Qwen3: 128 at any width).
     head_dim: Annotated[int, Range(0)] = 0
-    # swiglu has three matrices, gelu and gelu_tanh two
+    # Kind of MLP: swiglu has three matrices, gelu and gelu_tanh have two.
     mlp: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
-    # hidden width; 0 = 4 C for gelu, 8/3 C rounded up to a multiple of 32 for swiglu
+    # Hidden width of the MLP; 0 = 4 C for gelu, 8/3 C rounded up to a multiple of 32 for swiglu.
     mlp_dim: Annotated[int, Range(0)] = 0
-    # RMSNorm on each head's q and k (Qwen3); steadier at high learning rates
+    # RMSNorm on the q and k of each head, which steadies training at high learning rates (Qwen3).
     qk_norm: bool = False
-    # positions a query sees, itself included; 0 = all earlier ones
+    # Positions that a query attends to, its own included; 0 = all earlier ones.
     window: Annotated[int, Range(0)] = 0
+    # Whether a query attends to its own and earlier positions only.
     causal: bool = True
-    # layer = LayerNorm with bias (Mimi)
+    # Kind of norm: rms, or layer = LayerNorm with bias (Mimi).
     norm: Literal["rms", "layer"] = "rms"
-    # added to the variance; 0 = 1e-6 for rms (Qwen3; Llama has 1e-5), 1e-5 for layer (Mimi)
+    # Added to the variance in norms; 0 = 1e-6 for rms (Qwen3; Llama: 1e-5), 1e-5 for layer (Mimi).
     norm_eps: Annotated[float, Range(0)] = 0.0
-    # initial value of a learned factor per channel on what each sublayer adds (Mimi: 0.01); 0 = none
+    # Start value of a learned factor per channel on each sublayer's output; 0 = none (Mimi: 0.01).
     layer_scale: float = 0.0
-    # a norm after the last layer (Mimi has none)
+    # Whether a norm follows the last layer (Mimi has none).
     final_norm: bool = True
-    # wavelength of the slowest rotation is 2π·rope_base positions
+    # Base of RoPE's frequencies: the slowest rotation has a period of 2π · rope_base positions.
     rope_base: float = 10000.0
 
     def __post_init__(self):
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: must be even, or 0, got {self.head_dim}")
+            raise ValueError(f"head_dim: must be even, or 0 for dim / heads, got {self.head_dim}")
         if not self.head_dim and (self.dim % self.heads or self.dim // self.heads % 2):
             raise ValueError(
-                f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
+                f"heads: dim / heads must be an even integer, got {self.dim} / {self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: must divide heads = {self.heads}, got {self.kv_heads}")
 
     @property
     def head_width(self):
+        """Channels per head, with the default resolved."""
         return self.head_dim or self.dim // self.heads
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / sqrt(mean(x²) + eps), in fp32."""
+    """Root-mean-square norm: y = w · x / sqrt(mean(x²) + eps), in fp32."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -108,15 +113,15 @@ def make_norm(cfg):
     return nn.LayerNorm(cfg.dim, cfg.norm_eps or 1e-5)
 
 
-def rotations(first, length, dim, base, like):
-    """cos and sin (T, d/2) of the angles (first + t) · base^(-2i/d), fp32 (fp64 for fp64 input).
+def rotations(positions, dim, base, dtype):
+    """The cosine and sine of RoPE's angles, position · base^(-2i/d) for channel pair i.
 
-    first: a number, or all positions (.., T) as a tensor: then (.., T, d/2).
+    positions (.., T), d = dim -> two tensors (.., T, d/2), fp32 (fp64 if dtype is fp64).
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    i = torch.arange(dim // 2, device=like.device, dtype=dtype)
-    t = first if torch.is_tensor(first) else first + torch.arange(length, device=like.device)
-    angle = t.to(dtype)[..., None] * torch.exp(i * (-2 * math.log(base) / dim))     # (.., T, d/2)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    i = torch.arange(dim // 2, device=positions.device, dtype=dtype)
+    frequency = torch.exp(i * (-2 * math.log(base) / dim))                      # (d/2,)
+    angle = positions.to(dtype)[..., None] * frequency                          # (.., T, d/2)
     return angle.cos(), angle.sin()
 
 
@@ -126,98 +131,159 @@ def rope(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, one (k, v) pair a layer; `pos` counts
-    positions.
+class Buffer(NamedTuple):
+    """Storage for one layer's keys and values, with spare room behind those already written."""
+    keys: torch.Tensor      # (B, H, capacity, d)
+    values: torch.Tensor    # (B, H, capacity, d)
+    end: int                # number of positions written
+    view: torch.Tensor      # the part of `keys` that the last append left in KVCache.kv
 
-    Without gradients new positions are written behind the old ones, into a buffer of twice the
-    size: a step copies what is new, not what is there. Whoever replaces a pair in `kv` (select)
-    only makes the next append allocate.
+    def write(self, k, v):
+        """Write k, v (B, H, T, d) behind the positions written so far."""
+        end = self.end + k.shape[2]
+        self.keys[:, :, self.end:end] = k
+        self.values[:, :, self.end:end] = v
+        return self._replace(end=end)
+
+
+class KVCache:
+    """Keys and values of earlier positions, so that a streaming step computes only the new ones.
+
+    kv       {layer: (k, v)}, each (B, H, P, d): the P positions that the next query may attend to
+    pos      number of positions processed so far, including those dropped since
+    buffers  {layer: Buffer or None}: the storage that kv[layer] is a view of
+
+    Without gradients, an append writes into the spare room of the layer's buffer; what is cached
+    stays in place:
+
+        buffer.keys   │ dropped │ cached: kv[layer][0] │ new │ spare room            │
+                                └─── append returns these ───┘
+                                                            end
+
+    When the room is used up, the cached positions move to a buffer of twice the size. They also do
+    after other code has replaced kv[layer] (to select rows, or in trim), which it may at any time:
+    kv[layer] is then no longer the view that the buffer remembers.
     """
 
     def __init__(self):
-        self.kv, self.pos, self.buffers = {}, 0, {}
+        self.kv = {}
+        self.pos = 0
+        self.buffers = {}
 
     def append(self, layer, k, v, window):
-        """Add new k, v (B, H, T, d); return all that the new queries can see; keep window - 1 of
-        them.
+        """Add k, v (B, H, T, d) of T new positions; return the keys and values to attend to.
+
+        These are the cached positions and the new ones. The cache then keeps the last window - 1,
+        all that a later query can attend to, or all positions if window is 0.
         """
         buffer = None
         if layer in self.kv and torch.is_grad_enabled():
-            k, v = torch.cat([self.kv[layer][0], k], 2), torch.cat([self.kv[layer][1], v], 2)
+            # autograd does not allow writing in place
+            old_k, old_v = self.kv[layer]
+            k = torch.cat([old_k, k], dim=2)                                    # (B, H, P+T, d)
+            v = torch.cat([old_v, v], dim=2)
         elif layer in self.kv:
-            old, new = self.kv[layer], k.shape[2]
-            n = old[0].shape[2]
-            keys, values, end, view = self.buffers.get(layer) or (k, v, 0, None)
-            if view is not old[0] or end + new > keys.shape[2]:
-                size = (*k.shape[:2], 2 * (n + new) + 64, k.shape[3])
-                keys, values, end = k.new_empty(size), v.new_empty(size), n
-                keys[:, :, :n], values[:, :, :n] = old
-            keys[:, :, end:end + new], values[:, :, end:end + new] = k, v
-            buffer = keys, values, end + new
-            k, v = keys[:, :, end - n:end + new], values[:, :, end - n:end + new]
-        keep = min(window - 1, k.shape[2]) if window else k.shape[2]
-        self.kv[layer] = (k[:, :, k.shape[2] - keep:], v[:, :, v.shape[2] - keep:])
-        self.buffers[layer] = buffer and (*buffer, self.kv[layer][0])
+            length = self.kv[layer][0].shape[2] + k.shape[2]
+            buffer = self.room_for(layer, k, v).write(k, v)
+            k = buffer.keys[:, :, buffer.end - length:buffer.end]               # (B, H, P+T, d)
+            v = buffer.values[:, :, buffer.end - length:buffer.end]
+
+        # keep what a later query can attend to
+        length = k.shape[2]
+        first = length - min(window - 1, length) if window else 0
+        self.kv[layer] = k[:, :, first:], v[:, :, first:]
+        self.buffers[layer] = buffer and buffer._replace(view=self.kv[layer][0])
         return k, v
 
-    def copy(self):
-        """A cache to read with: what a call appends to the copy, this one never sees.
+    def room_for(self, layer, k, v):
+        """The layer's buffer; a new one of twice the size if k, v do not fit behind kv[layer]."""
+        old_k, old_v = self.kv[layer]
+        past = old_k.shape[2]
+        new = k.shape[2]
 
-        One copy at a time: it writes into the spare room of the shared buffer, and the next append
-        of either writes over that.
+        buffer = self.buffers.get(layer)
+        if buffer and buffer.view is old_k and buffer.end + new <= buffer.keys.shape[2]:
+            return buffer
+
+        size = (*k.shape[:2], 2 * (past + new) + 64, k.shape[3])
+        buffer = Buffer(k.new_empty(size), v.new_empty(size), end=0, view=old_k)
+        return buffer.write(old_k, old_v)
+
+    def copy(self):
+        """A cache to read from: whatever a call appends to the copy, this cache does not change.
+
+        Use one copy at a time. It shares the buffer and writes into its spare room, and the next
+        append to either cache overwrites that.
         """
         other = KVCache()
-        other.kv, other.pos, other.buffers = dict(self.kv), self.pos, dict(self.buffers)
+        other.kv = dict(self.kv)
+        other.pos = self.pos
+        other.buffers = dict(self.buffers)
         return other
 
     def trim(self, first, last):
-        """Forget all positions but the `first` and the `last` ones; `pos` counts on."""
-        for i, (k, v) in self.kv.items():
-            if k.shape[2] > first + last:
-                self.kv[i] = tuple(torch.cat([a[:, :, :first], a[:, :, a.shape[2] - last:]], 2)
-                                   for a in (k, v))
+        """Drop all cached positions except the `first` and the `last` ones; `pos` is unchanged."""
+        for layer, pair in self.kv.items():
+            length = pair[0].shape[2]
+            if length > first + last:
+                self.kv[layer] = tuple(
+                    torch.cat([x[:, :, :first], x[:, :, length - last:]], dim=2) for x in pair)
 
 
 class Attention(nn.Module):
+    """Multi-head attention with rotary positions and, with kv_heads, grouped queries."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.head_dim = cfg, cfg.head_width
+        self.cfg = cfg
+        self.head_dim = cfg.head_width
         self.kv_heads = cfg.kv_heads or cfg.heads
+
         self.wq = nn.Linear(cfg.dim, cfg.heads * self.head_dim, bias=False)
         self.wkv = nn.Linear(cfg.dim, 2 * self.kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(cfg.heads * self.head_dim, cfg.dim, bias=False)
         if cfg.qk_norm:
             eps = cfg.norm_eps or 1e-6
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim, eps), RMSNorm(self.head_dim, eps)
+            self.q_norm = RMSNorm(self.head_dim, eps)
+            self.k_norm = RMSNorm(self.head_dim, eps)
 
-    def forward(self, x, turn, mask, is_causal, cache, layer):
-        B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.cfg.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k, v = self.wkv(x).view(B, T, 2, self.kv_heads, self.head_dim).unbind(2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                               # (B, Hkv, T, d)
+    def forward(self, x, rotation, mask, is_causal, cache, layer):
+        """x (B, T, C) -> (B, T, C). rotation: (cos, sin); mask, is_causal: as SDPA takes them."""
+        d = self.head_dim
+        q = rearrange(self.wq(x), "b t (h d) -> b h t d", d=d)                  # (B, H, T, d)
+        k, v = rearrange(self.wkv(x), "b t (kv h d) -> kv b h t d", kv=2, d=d)
         if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, *turn), rope(k, *turn)
+            q = self.q_norm(q)
+            k = self.k_norm(k)                                                  # (B, Hkv, T, d)
+
+        q = rope(q, *rotation)
+        k = rope(k, *rotation)
         if cache is not None:
-            k, v = cache.append(layer, k, v, self.cfg.window)                     # (B, Hkv, P+T, d)
+            k, v = cache.append(layer, k, v, self.cfg.window)                   # (B, Hkv, P+T, d)
+
         gqa = self.kv_heads != self.cfg.heads
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                               enable_gqa=gqa)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)   # (B, H, T, d)
+        return self.wo(rearrange(y, "b h t d -> b t (h d)"))                    # (B, T, C)
 
 
 class MLP(nn.Module):
+    """Position-wise feed-forward network: down(silu(gate x) · up x), or down(gelu(up x))."""
+
     def __init__(self, cfg):
         super().__init__()
-        hidden = cfg.mlp_dim or (
-            -(-8 * cfg.dim // 3 // 32) * 32 if cfg.mlp == "swiglu" else 4 * cfg.dim)
         self.swiglu = cfg.mlp == "swiglu"
         self.approximate = "tanh" if cfg.mlp == "gelu_tanh" else "none"
-        self.up = nn.Linear(cfg.dim, (1 + self.swiglu) * hidden, bias=False)
+
+        hidden = cfg.mlp_dim
+        if not hidden and self.swiglu:
+            hidden = math.ceil(8 * cfg.dim / 3 / 32) * 32
+        elif not hidden:
+            hidden = 4 * cfg.dim
+        self.up = nn.Linear(cfg.dim, (2 if self.swiglu else 1) * hidden, bias=False)
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
 
     def forward(self, x):
@@ -229,32 +295,45 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention, then MLP, each reading a norm of x and adding its output to x."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attention = make_norm(cfg), Attention(cfg)
-        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
-        self.scale1 = self.scale2 = 1.0
-        if cfg.layer_scale:
-            self.scale1, self.scale2 = (
-                nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) for _ in range(2))
+        self.norm1 = make_norm(cfg)
+        self.attention = Attention(cfg)
+        self.norm2 = make_norm(cfg)
+        self.mlp = MLP(cfg)
 
-    def forward(self, x, *where, expert=None):
-        x = x + self.scale1 * self.attention(self.norm1(x), *where)
+        self.scale1 = 1.0
+        self.scale2 = 1.0
+        if cfg.layer_scale:
+            self.scale1 = nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale))
+            self.scale2 = nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale))
+
+    def forward(self, x, rotation, mask, is_causal, cache, layer, expert=None):
+        y = self.attention(self.norm1(x), rotation, mask, is_causal, cache, layer)
+        x = x + self.scale1 * y
+
         h = self.norm2(x)
-        y = self.mlp(h) if expert is None else expert(h, self.mlp(h))
+        y = self.mlp(h)
+        if expert is not None:
+            y = expert(h, y)
         return x + self.scale2 * y
 
 
 class Transformer(nn.Module):
-    """x (B, T, C) -> y (B, T, C).
+    """A stack of layers: x (B, T, C) -> y (B, T, C).
 
-    cache: a KVCache that the call extends; positions then count on from cache.pos. With
-    cache.copy() the call reads what is cached and leaves no trace.
-    positions (T,) or (B, T): of the rotations, in place of counting.
-    mask: what queries see, in place of the config's rule: bool (T, past + T) or (B, 1, T, past +
-    T), True = seen, for SDPA; or a BlockMask, for flex_attention (fast where it is compiled).
-    experts: one callable a layer, expert(h, y) -> y: h is what the MLP read, y what it gave.
-    Initialisation: N(0, 0.02), output matrices divided by sqrt(2 · layers) (GPT-2).
+    cache      a KVCache to read and extend; positions then continue from cache.pos. With
+               cache.copy() the call reads the cache and leaves it unchanged.
+    positions  (T,) or (B, T), for the rotations, in place of 0, 1, 2 ...
+    mask       which keys a query attends to, in place of the config's rule, for P cached positions:
+               bool (T, P + T) or (B, 1, T, P + T), True = attend, for SDPA; or a BlockMask, for
+               flex_attention (fast when compiled).
+    experts    one callable per layer, expert(h, y) -> y, where h is the MLP's input and y its
+               output (moe.py).
+
+    Initialisation: N(0, 0.02²), output matrices divided by sqrt(2 · layers) (GPT-2).
     """
 
     def __init__(self, cfg: BackboneConfig):
@@ -264,38 +343,59 @@ class Transformer(nn.Module):
         self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                out = name.endswith(("wo.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if out else 0.02)
+                is_output = name.endswith(("wo.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if is_output else 0.02)
 
-    def mask(self, new, past, device):
-        """What (new) queries see of (past + new) keys: bool (new, past + new), or None with
-        is_causal.
+    def attention_mask(self, new, past, device):
+        """The config's rule for `new` queries over past + new keys: (mask, is_causal) for SDPA.
+
+        mask: bool (new, past + new), True = attend; or None, all keys, earlier ones if is_causal.
         """
         window = self.cfg.window
         if not self.cfg.causal:
             return None, False
+
+        # no window cuts in: SDPA's own causal mask. True even for one query, because new > 1 is no
+        # plain bool where torch.compile has made the length dynamic
         if past == 0 and (not window or new <= window):
-            return None, True               # not new > 1: no bool where a length is dynamic
+            return None, True
+
+        # one query: the cache holds exactly what it may attend to
         if new == 1:
-            return None, False              # one query: a windowed cache holds just what it may see
+            return None, False
+
         q = torch.arange(past, past + new, device=device)[:, None]
         k = torch.arange(past + new, device=device)[None]
-        return (k <= q) & ((q - k < window) if window else True), False
+        mask = k <= q                                                           # (new, past + new)
+        if window:
+            mask = mask & (q - k < window)
+        return mask, False
 
     def forward(self, x, cache: KVCache | None = None, *, positions=None, mask=None, experts=None):
-        if x.shape[1] == 0:
+        T = x.shape[1]
+        if T == 0:
             return x
-        first = cache.pos if cache is not None else 0
-        if positions is not None:                                  # (B, 1, T): the same for heads
-            first = positions[:, None] if positions.dim() == 2 else positions
-        turn = rotations(first, x.shape[1], self.cfg.head_width, self.cfg.rope_base, x)
-        past = cache.kv[0][0].shape[2] if cache is not None and 0 in cache.kv else 0
+
+        # rotations of the positions, the same for all heads
+        if positions is None:
+            first = cache.pos if cache is not None else 0
+            positions = first + torch.arange(T, device=x.device)                # (T,)
+        elif positions.dim() == 2:
+            positions = positions[:, None]                                      # (B, 1, T)
+        rotation = rotations(positions, self.cfg.head_width, self.cfg.rope_base, x.dtype)
+
+        # mask: the caller's, or the config's rule
         is_causal = False
         if mask is None:
-            mask, is_causal = self.mask(x.shape[1], past, x.device)
+            cached = cache is not None and 0 in cache.kv
+            past = cache.kv[0][0].shape[2] if cached else 0
+            mask, is_causal = self.attention_mask(T, past, x.device)
+
+        # layers
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, mask, is_causal, cache, i,
-                      expert=None if experts is None else experts[i])
+            expert = None if experts is None else experts[i]
+            x = block(x, rotation, mask, is_causal, cache, i, expert)
+
         if cache is not None:
-            cache.pos += x.shape[1]
+            cache.pos += T
         return self.norm(x)

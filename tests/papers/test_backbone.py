@@ -77,7 +77,7 @@ def test_a_model_that_is_not_causal_sees_the_future():
 def test_rotary_positions_depend_on_distance_only():
     q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64),
             torch.randn(1, 1, 1, 8, dtype=torch.float64))
-    turn = lambda x, at: rope(x, *rotations(at, 1, 8, 1e4, x))
+    turn = lambda x, i: rope(x, *rotations(torch.tensor([i]), 8, 1e4, x.dtype))
     score = lambda i, j: (turn(q, i) * turn(k, j)).sum()
     torch.testing.assert_close(score(7, 3), score(104, 100), atol=1e-12, rtol=0)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
