@@ -149,7 +149,7 @@ class Context:
     """What the noisy blocks stand behind: given as embeddings (training) or cached (generation).
 
     known (B, K, C): text, prompt, clean latents; positions (B, K + N): of known and noisy; masks:
-    length S -> mask of the first S. Or cache. experts: as Experts.serve gives them. guidance: of a
+    length S -> mask of the first S. Or cache. experts: from Experts.per_layer. guidance: of a
     cache whose second half of rows is the null condition. hidden (B, K, C): filled in by the first
     pass, for the stop head.
     """
@@ -185,9 +185,9 @@ class ARFlow(nn.Module):
                                 cfg.head.objective == "lsd", cfg.head.time_norm)
 
     def forward(self, x_t, t, z, s=None):
-        return self.towards(x_t, t, z)(s)
+        return self.at_target_time(x_t, t, z)(s)
 
-    def towards(self, x_t, t, z):
+    def at_target_time(self, x_t, t, z):
         """The backbone's pass, which knows nothing of s -> the read-out, F as a function of s."""
         shape, twice = x_t.shape, z.guidance != 1
         if twice:
@@ -296,7 +296,7 @@ class AudioCALM(nn.Module):
         draws = {M, -(-M // 4)} if self.cfg.head.objective == "lsd" else {M}   # M / 4: its jumps
         masks = {S: make_mask(sees, B, S, x.device) for S in (L + P + T + m * T for m in draws)}
         counts = torch.bincount(kind, minlength=len(self.kinds)).tolist()
-        return Context(known, positions, masks, experts=self.experts.serve(counts))
+        return Context(known, positions, masks, experts=self.experts.per_layer(counts))
 
     def loss(self, batch):
         """One training loss and its parts.
@@ -368,7 +368,7 @@ class AudioCALM(nn.Module):
             known = torch.cat([known, self.prefix(text, prompt, ~keep)])
         K, rows = known.shape[1], len(known)
         counts = [rows * (i == kind) for i in range(len(self.kinds))]
-        cache, experts = KVCache(), self.experts.serve(counts)
+        cache, experts = KVCache(), self.experts.per_layer(counts)
         causal = torch.ones(K, K, dtype=torch.bool, device=device).tril()
         self.backbone(known, cache, mask=causal, experts=experts)
 

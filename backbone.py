@@ -157,8 +157,7 @@ class KVCache:
     stays in place:
 
         buffer.keys   │ dropped │ cached: kv[layer][0] │ new │ spare room            │
-                                └─── append returns these ───┘
-                                                            end
+                                └──── append returns ────────┴─ buffer.end
 
     When the room is used up, the cached positions move to a buffer of twice the size. They also do
     after other code has replaced kv[layer] (to select rows, or in trim), which it may at any time:

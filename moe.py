@@ -9,24 +9,26 @@
     │ music        │
     └──────────────┘
 
-        y = MLP(h) + E(h)   in every position of a speech row (text, prompt, clean and noisy blocks)
-        y = MLP(h)          elsewhere
-        E(h) = down(silu(gate h) * up h), down = 0 at the start
+        y = MLP(h) + E(h)   at every position of a speech row (text, prompt, clean and noisy blocks)
+        y = MLP(h)          in all other rows
+        E(h) = down(silu(gate h) * up h), with down = 0 at initialisation
 
-A transcript fixes what is heard when, a caption only what is heard: the two pull the shared weights
-apart, and speech wins (AudioCALM, arXiv 2606.23080, A-MoME). The expert gives speech weights of its
-own; sound and music compute what they would without it, bit for bit, in the same time
-(tests/test_moe.py). A position's kind is known, so there is no router and no balancing loss, and
-with speech first in the batch the expert runs on a slice, not on a mask. A model that generates
-sound or music does not load it.
+A transcript fixes which sounds occur and when, a caption only which sounds occur. The two tasks
+pull the shared weights apart, and speech dominates (AudioCALM, arXiv 2606.23080, A-MoME). The
+expert gives speech its own weights; sound and music compute exactly what they would without it,
+bit for bit and in the same time (tests/papers/test_moe.py). The kind of every row is given, so
+there is no router and no balancing loss, and because speech comes first in the batch, the expert
+runs on a slice instead of a mask. A model that generates only sound or music does not load it.
 
-Not given in the paper, so chosen: it stands in every layer, beside the shared MLP, and reads the
-same norm (one write to the residual stream, no norm of its own); it serves the whole row, text
-included, because "this is speech" holds for the row; its last matrix starts at zero, so that
-training starts from the shared model. experts = "all" is the control of the ablation: such an
-expert for each kind.
+Not given in the paper, so chosen here: every layer has an expert, beside the shared MLP, reading
+the same norm (one write to the residual stream, no norm of its own); the expert serves the whole
+row, text included, because the kind is a property of the row; its last matrix starts at zero, so
+that training starts from the shared model. experts = "all" is the control of the ablation: one
+such expert for each kind.
 Precision: matrix products in the autocast dtype.
 """
+from functools import partial
+
 import torch
 import torch.nn as nn
 
@@ -34,34 +36,43 @@ from backbone import MLP, BackboneConfig
 
 
 class Experts(nn.Module):
-    """kinds: names in the order of a sorted batch's rows; owners: those that have an expert."""
+    """The experts of all layers, for the kinds that have one.
 
-    def __init__(self, dim, hidden, layers, kinds, owners):
+    kinds: names of all kinds, in the order of a sorted batch's rows.
+    expert_kinds: names of the kinds that have an expert.
+    """
+
+    def __init__(self, dim, hidden, layers, kinds, expert_kinds):
         super().__init__()
         self.kinds = tuple(kinds)
+        self.layers = layers
         cfg = BackboneConfig(dim=dim, heads=1, mlp="swiglu", mlp_dim=hidden)
         self.of = nn.ModuleDict({kind: nn.ModuleList(MLP(cfg) for _ in range(layers))
-                                 for kind in owners})
+                                 for kind in expert_kinds})
         for name, p in self.named_parameters():
-            nn.init.zeros_(p) if "down" in name else nn.init.normal_(p, std=0.02)
+            if "down" in name:
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=0.02)
 
-    def serve(self, counts):
-        """counts: rows of each kind in the batch -> one callable (h, y) -> y a layer, or None.
+    def per_layer(self, counts):
+        """One callable (h, y) -> y per layer, for a batch with counts[i] rows of kinds[i]; or None.
 
-        None where no row has an expert, in eval mode: not a single operation is added. In training
-        an expert without rows still runs, on nothing: its gradient is then zero, not missing, as
-        processes that sum their gradients need.
+        None if no row has an expert, in eval mode: the backbone then adds no operation at all. In
+        training an expert without rows still runs, on an empty slice: its gradient is then zero
+        instead of missing, as processes that sum their gradients need.
         """
         counts = [int(n) for n in counts]
-        busy = any(n and kind in self.of for kind, n in zip(self.kinds, counts))
-        if not busy and not (self.training and len(self.of)):
+        used = any(n > 0 and kind in self.of for kind, n in zip(self.kinds, counts))
+        if not used and not (self.training and len(self.of)):
             return None
+        return [partial(self.add_expert, layer, counts) for layer in range(self.layers)]
 
-        def add(layer):
-            def expert(h, y):                                               # (B, T, C) each
-                rows = zip(self.kinds, h.split(counts), y.split(counts))
-                return torch.cat([y + self.of[kind][layer](h) if kind in self.of else y
-                                  for kind, h, y in rows])
-            return expert
-        layers = len(next(iter(self.of.values())))
-        return [add(layer) for layer in range(layers)]
+    def add_expert(self, layer, counts, h, y):
+        """Add each expert's output to y on the rows of its kind. h, y: (B, T, C) -> (B, T, C)."""
+        rows = []
+        for kind, h_kind, y_kind in zip(self.kinds, h.split(counts), y.split(counts)):
+            if kind in self.of:
+                y_kind = y_kind + self.of[kind][layer](h_kind)
+            rows.append(y_kind)
+        return torch.cat(rows)
