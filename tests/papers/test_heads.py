@@ -35,7 +35,7 @@ class Net:
     def __call__(self, x_t, t, z, *s):                          # s: LSD's second time
         return self.formula(x_t, t[..., None], *(time[..., None] for time in s))
 
-    def towards(self, x_t, t, z):
+    def at_target_time(self, x_t, t, z):
         return lambda s: self(x_t, t, z, s)
 
 
@@ -598,7 +598,7 @@ def test_one_consistency_step_beats_one_flow_step_and_many_flow_steps_are_good()
     assert scratch_1 < flow_1 / 6 and after_1 < flow_1 / 6
 
 
-def test_the_spread_norm_of_times_divides_by_the_spread_and_learns_through_the_jvp():
+def test_the_norm_of_embedded_times_divides_by_the_std_and_learns_through_the_jvp():
     head = tiny("lsd", time_norm=True, distill=0.5)
     h = torch.randn(5, 32, dtype=torch.float64)
     norm = head.net.until[3].double()
