@@ -250,10 +250,10 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). rotation: (cos, sin); mask, is_causal: as SDPA takes them."""
         d = self.head_dim
         q = rearrange(self.wq(x), "b t (h d) -> b h t d", d=d)                  # (B, H, T, d)
-        k, v = rearrange(self.wkv(x), "b t (kv h d) -> kv b h t d", kv=2, d=d)
+        k, v = rearrange(self.wkv(x), "b t (kv h d) -> kv b h t d", kv=2, d=d)  # (B, Hkv, T, d)
         if self.cfg.qk_norm:
             q = self.q_norm(q)
-            k = self.k_norm(k)                                                  # (B, Hkv, T, d)
+            k = self.k_norm(k)
 
         q = rope(q, *rotation)
         k = rope(k, *rotation)

@@ -153,7 +153,7 @@ def test_blocks_of_one_are_a_causal_model_frame_by_frame():
     plain.load_state_dict(net.backbone.state_dict())
     r = 0                                            # five tokens of text, no prompt, no padding
     known = torch.cat([z.known[r, :5], z.known[r, 8:]])
-    y = plain(known[None], experts=net.experts.serve([1, 0, 0]))[0]
+    y = plain(known[None], experts=net.experts.per_layer([1, 0, 0]))[0]
     torch.testing.assert_close(torch.cat([z.hidden[r, :5], z.hidden[r, 8:]]), y, atol=1e-10, rtol=0)
 
 

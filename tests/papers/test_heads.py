@@ -1,13 +1,11 @@
 """
 The head and its objectives, mostly against exact answers: for data N(m, s²) the flow's F, the
-consistency function and its tangent are known in closed form, in float64.
+consistency function and its tangent have closed forms, compared in float64.
 
-    pytest tests/test_heads.py          35 s on one quiet thread, of which two trainings take 25
+    pytest tests/papers/test_heads.py      35 s on one idle thread, of which two trainings take 25 s
 """
 
 import math
-import os
-import sys
 
 import pytest
 import torch
@@ -30,7 +28,8 @@ def one_thread_one_seed():
 class Net:
     """A network that is a formula."""
     def __init__(self, formula, dim):
-        self.formula, self.dim = formula, dim
+        self.formula = formula
+        self.dim = dim
 
     def __call__(self, x_t, t, z, *s):                          # s: LSD's second time
         return self.formula(x_t, t[..., None], *(time[..., None] for time in s))
@@ -54,7 +53,7 @@ def rf_F(x, t):
     return -M + (t - S**2 * (1 - t)) / (S**2 * (1 - t)**2 + t**2) * (x - M * (1 - t))
 
 
-def consistency_f(x, t):                                        # where the flow from (x, t) ends
+def consistency_f(x, t):                                        # the end of the flow from (x, t)
     return M + S * (x - M * t.cos()) / trig_var(t).sqrt()
 
 
@@ -62,7 +61,7 @@ def consistency_F(x, t):                                       # f = cos t x - s
     return (t.cos() * x - consistency_f(x, t)) / t.sin()
 
 
-def lsd_F(x, t, s):                         # f = x + (s-t) F: where the flow from (x, t) is at s
+def lsd_F(x, t, s):                         # f = x + (s-t) F: the flow from (x, t) at time s
     sd = lambda t: (S**2 * (1 - t)**2 + t**2).sqrt()
     f = M * (1 - s) + sd(s) / sd(t) * (x - M * (1 - t))
     same = s == t
@@ -70,7 +69,7 @@ def lsd_F(x, t, s):                         # f = x + (s-t) F: where the flow fr
 
 
 def tiny(name, dim=4, cond=6, perturb=True, **kw):
-    """A small head; perturb: as after some training, for a fresh one is zero everywhere."""
+    """A small head; perturb: random weights, because a new head outputs zero everywhere."""
     cfg = HeadConfig(objective=name, **(dict(width=32, blocks=2, multiplier=2) | kw))
     head = HEADS[name](dim, cond, cfg)
     if perturb:
@@ -80,14 +79,14 @@ def tiny(name, dim=4, cond=6, perturb=True, **kw):
 
 
 def energy(x, y):
-    """Energy distance of samples (.., n, D), unbiased; 0 = the same. Mean over leading dims."""
+    """Energy distance of samples (.., n, D), unbiased; 0 = same distribution. Mean over (..)."""
     n, m = x.shape[-2], y.shape[-2]
     return (2 * torch.cdist(x, y).mean((-1, -2)) - torch.cdist(x, x).sum((-1, -2)) / (n * (n - 1))
             - torch.cdist(y, y).sum((-1, -2)) / (m * (m - 1))).mean().item()
 
 
 def train(head, batch, steps, lr):
-    """AdamW, clip 1, cosine, short warm-up."""
+    """AdamW, gradients clipped to norm 1, short warm-up, cosine decay."""
     opt = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
     for i in range(steps):
         opt.param_groups[0]["lr"] = lr * min(1, (i + 1) / 20) * (0.51 + 0.49 * math.cos(
@@ -193,7 +192,7 @@ def test_the_true_consistency_function_has_tangent_zero_and_wrong_derivatives_do
     assert size(consistency_F) < 1e-10
     assert size(lambda x, t: consistency_F(x.detach(), t)) > 0.1         # frozen x_t: dx/dt dropped
     assert size(lambda x, t: consistency_F(x, t.detach())) > 0.1          # no derivative by t
-    assert size(consistency_F, -dxdt) > 0.1                               # time runs backwards
+    assert size(consistency_F, -dxdt) > 0.1                               # time reversed
     assert size(lambda x, t: -consistency_F(x, t)) > 0.1                  # F of the other sign
     assert size(trig_F) > 0.1                                           # the flow is not consistent
     assert size(consistency_F, r=0.0) > 0.1                               # warm-up: not yet
@@ -219,7 +218,7 @@ def test_the_tangent_is_cos_t_times_the_derivative_of_f_by_finite_differences():
 def test_taught_by_the_exact_flow_the_true_consistency_function_has_loss_zero():
     x = M + S * torch.randn(500, 2, dtype=torch.float64)
     alone = Consistency(Net(consistency_F, 2), HeadConfig(multiplier=4))
-    assert alone.loss(x, x)[0].mean() > 0.01                    # every pair pulls another way
+    assert alone.loss(x, x)[0].mean() > 0.01                    # the pairs disagree
     alone.teacher = [Net(trig_F, 2)]
     assert alone.loss(x, x)[0].max() < 1e-16
 
@@ -243,11 +242,12 @@ def test_f_at_time_zero_is_the_identity():
 
 
 def spy(monkeypatch):
-    """Record what the loss hands to consistency_tangent and what it gets."""
-    calls, real = [], heads.consistency_tangent
+    """Record the arguments and results of consistency_tangent."""
+    calls = []
+    original = heads.consistency_tangent
 
     def recorded(net, x_t, t, dxdt, z, r=1.0):
-        g = real(net, x_t, t, dxdt, z, r)
+        g = original(net, x_t, t, dxdt, z, r)
         calls.append(dict(x_t=x_t, t=t, dxdt=dxdt, r=float(r), g=g))
         return g
     monkeypatch.setattr(heads, "consistency_tangent", recorded)
@@ -266,8 +266,8 @@ def test_the_loss_moves_along_the_path_of_its_own_pair_at_times_up_to_half_pi(mo
     u = t.tan().log()
     assert abs(u.mean() + 0.4) < 0.1 and abs(u.std() - 1.4) < 0.1
     assert 0 < t.min() and 1.4 < t.max() < HALF_PI
-    assert t.unique().numel() > 3900                            # own t per position and per repeat
-    assert eps.flatten(0, 1)[:, 0].unique().numel() > 3900      # own eps too
+    assert t.unique().numel() > 3900                            # a t for each position and repeat
+    assert eps.flatten(0, 1)[:, 0].unique().numel() > 3900      # and an eps
     assert abs(torch.corrcoef(u)[0, 1:]).max() < 0.2
 
 
@@ -312,7 +312,9 @@ def test_the_adaptive_weight_is_that_of_equation_1_and_starts_at_zero():
 
 
 def test_the_warm_up_is_at_the_step_that_the_loop_sets_however_many_micro_batches(monkeypatch):
-    """Bug: every call counted, so one GPU of 16 micro-batches warmed up 16 times as fast as 16."""
+    """Bug: every call counted, so one GPU with 16 micro-batches warmed up 16 times as fast
+    as 16 GPUs.
+    """
     calls, head = spy(monkeypatch), tiny("consistency", warmup=4)
     z, x = torch.randn(3, 6), torch.randn(3, 4)
     for step in (0, 1, 1, 3, 4, 9):
@@ -356,9 +358,9 @@ def test_the_exact_flow_map_of_a_gaussian_makes_the_jump_loss_zero_and_wrong_map
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_with_the_exact_flow_map_any_number_of_steps_ends_on_the_same_sample(steps):
     z = torch.zeros(500, 1, dtype=torch.float64)
-    draw = lambda: torch.Generator().manual_seed(1)
-    eps = torch.randn(500, 2, dtype=torch.float64, generator=draw())
-    x = LSD(Net(lsd_F, 2), HeadConfig()).sample(z, steps=steps, generator=draw())
+    generator = lambda: torch.Generator().manual_seed(1)
+    eps = torch.randn(500, 2, dtype=torch.float64, generator=generator())
+    x = LSD(Net(lsd_F, 2), HeadConfig()).sample(z, steps=steps, generator=generator())
     assert (x - (M + S * eps)).abs().max() < 1e-12
 
 
@@ -405,14 +407,19 @@ def test_gradients_flow_through_f_and_its_derivative_and_not_through_lsds_target
         torch.manual_seed(3)
         return head.loss(z, x)[0].sum()
     got = torch.autograd.grad(run(), inputs)
-    seen, net = [], head.net.forward
-    head.net.forward = lambda *a: seen.append(a) or net(*a)
+
+    # what the loss evaluates the network at
+    calls, net = [], head.net.forward
+    head.net.forward = lambda *a: calls.append(a) or net(*a)
     run()
     head.net.forward = net
-    (x_t, t, _, _), (x_far, far, _, _), (end, s, _, _) = seen
-    target, h = net(end, s, z, s).detach(), 1e-5
+    (x_t, t, _, _), (x_far, far, _, _), (end, s, _, _) = calls
+
+    # the same loss, with df/ds by finite differences
+    target = net(end, s, z, s).detach()
     f = lambda s: head.f(x_far, far, s, z)
-    df = (f(s + h) - f(s - h)) / (2 * h)                # the derivative, by finite differences
+    h = 1e-5
+    df = (f(s + h) - f(s - h)) / (2 * h)
     v = (x_t - x) / t[:, None]
     loss = (0.75 * (net(x_t, t, z, t) - v).square().mean(-1)
             + 0.25 * (df - target).square().mean(-1)).sum()
@@ -423,7 +430,7 @@ def test_gradients_flow_through_f_and_its_derivative_and_not_through_lsds_target
 @pytest.mark.parametrize("name, taught", [("consistency", False), ("consistency", True),
                                           ("lsd", False)])
 def test_a_loss_with_a_jvp_is_one_compiled_graph_of_the_same_gradient(name, taught):
-    """Bug: with the network compiled instead, dynamo gave up on it at the jvp, in silence."""
+    """Bug: with only the network compiled, dynamo silently gave up on it at the jvp."""
     head = tiny(name, blocks=1)
     if taught:
         head.teach()
@@ -457,22 +464,24 @@ def test_temperature_multiplies_the_std_of_the_noise_by_its_square_root(tau):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_state_alone(name):
     head, z = tiny(name), torch.randn(5, 6)
-    draw = lambda seed: head.sample(z, steps=3, generator=torch.Generator().manual_seed(seed))
+    sample = lambda seed: head.sample(
+        z, steps=3, generator=torch.Generator().manual_seed(seed))
     before = torch.get_rng_state()
-    a, b, c = draw(1), draw(1), draw(2)
+    a, b, c = sample(1), sample(1), sample(2)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_energy_score_is_least_for_the_true_distribution_and_exact_for_a_constant():
-    class Draws:
+    class Gaussian:
         def __init__(self, mean, std):
-            self.mean, self.std = mean, std
+            self.mean = mean
+            self.std = std
 
         def sample(self, z):
             return self.mean + self.std * torch.randn_like(z)
     x = M + S * torch.randn(20000, 4, dtype=torch.float64)
-    score = lambda mean, std: heads.energy_score(Draws(mean, std), x, x).mean().item()
+    score = lambda mean, std: heads.energy_score(Gaussian(mean, std), x, x).mean().item()
     assert score(0.0, 0.0) == pytest.approx((x.norm(dim=-1) / 2).mean().item(), rel=1e-12)
     best = score(M, S)
     assert all(score(*wrong) > best + 0.005 for wrong in (
@@ -529,7 +538,10 @@ def test_under_bf16_autocast_times_norms_and_the_tangent_stay_fp32(name):
 # ----------------------------------------------------------------------------------------- training
 
 def test_training_with_the_consistency_loss_finds_the_closed_form_of_a_gaussian():
-    """Data N(.8 z, .5²). Four seeds: rmse .02-.06 at t = .5, .06-.08 at π/2; x0-MSE .15, .52."""
+    """Data N(0.8 z, 0.5²). rmse of four seeds: 0.02-0.06 at t = 0.5, 0.06-0.08 at π/2.
+
+    A network trained to predict x0 by MSE instead: 0.15, 0.52.
+    """
     s = 0.5
 
     def batch():
@@ -549,26 +561,26 @@ def test_training_with_the_consistency_loss_finds_the_closed_form_of_a_gaussian(
 
 
 def test_training_lsd_finds_the_flow_map_of_a_gaussian_with_any_number_of_steps():
-    """Data N(.8 z, .5²): the map takes eps to .8 z + .5 eps. rmse .02-.06; a flow's step: .50."""
+    """Data N(0.8 z, 0.5²): eps maps to 0.8 z + 0.5 eps. rmse 0.02-0.06; a flow in 1 step: 0.50."""
     def batch():
         z = 2 * torch.rand(128, 1) - 1
         return z, 0.8 * z + 0.5 * torch.randn(128, 1)
     head = train(tiny("lsd", 1, 1, perturb=False, blocks=1, multiplier=8), batch, 200, 8e-3)
     z = torch.cat([batch()[0] for _ in range(20)])
-    draw = lambda: torch.Generator().manual_seed(1)
-    exact = 0.8 * z + 0.5 * torch.randn(len(z), 1, generator=draw())
+    generator = lambda: torch.Generator().manual_seed(1)
+    exact = 0.8 * z + 0.5 * torch.randn(len(z), 1, generator=generator())
     for steps in (1, 2, 4):
-        x = head.sample(z, steps=steps, generator=draw())
+        x = head.sample(z, steps=steps, generator=generator())
         rmse = (x - exact).square().mean().sqrt().item()
         print(f"rmse with {steps} steps: {rmse:.4f}")
         assert rmse < 0.12
 
 
 def test_one_consistency_step_beats_one_flow_step_and_many_flow_steps_are_good():
-    """4-d, 8 contexts with 3 modes each. Energy distance: floor -.002, the wrong context 1.35.
+    """4-d, 8 contexts with 3 modes each. Energy distance: floor -0.002, the wrong context 1.35.
 
-    Four seeds: TrigFlow .84 to .90 with 1 step, .012 to .015 with 20; consistency with 1 step .06
-    to .07 from scratch, .06 to .09 after TrigFlow. With x_t frozen in the derivative: .21.
+    Four seeds: TrigFlow 0.84 to 0.90 with 1 step, 0.012 to 0.015 with 20; consistency with 1 step
+    0.06 to 0.07 from scratch, 0.06 to 0.09 after TrigFlow. With x_t frozen in the derivative: 0.21.
     """
     modes = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(0))
 
