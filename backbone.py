@@ -191,7 +191,9 @@ class KVCache:
         length = k.shape[2]
         first = length - min(window - 1, length) if window else 0
         self.kv[layer] = k[:, :, first:], v[:, :, first:]
-        self.buffers[layer] = buffer and buffer._replace(view=self.kv[layer][0])
+        if buffer is not None:
+            buffer = buffer._replace(view=self.kv[layer][0])
+        self.buffers[layer] = buffer
         return k, v
 
     def room_for(self, layer, k, v):
@@ -201,8 +203,9 @@ class KVCache:
         new = k.shape[2]
 
         buffer = self.buffers.get(layer)
-        if buffer and buffer.view is old_k and buffer.end + new <= buffer.keys.shape[2]:
-            return buffer
+        if buffer is not None and buffer.view is old_k:
+            if buffer.end + new <= buffer.keys.shape[2]:
+                return buffer
 
         size = (*k.shape[:2], 2 * (past + new) + 64, k.shape[3])
         buffer = Buffer(k.new_empty(size), v.new_empty(size), end=0, view=old_k)
@@ -354,8 +357,8 @@ class Transformer(nn.Module):
         if not self.cfg.causal:
             return None, False
 
-        # no window cuts in: SDPA's own causal mask. True even for one query, because new > 1 is no
-        # plain bool where torch.compile has made the length dynamic
+        # the window hides nothing: SDPA's own causal mask. True even for one query: with a dynamic
+        # length (torch.compile), new > 1 would be no plain bool
         if past == 0 and (not window or new <= window):
             return None, True
 

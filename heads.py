@@ -225,7 +225,7 @@ class AdaLNMLP(nn.Module):
             nn.init.zeros_(m.weight)
 
     def matrices(self):
-        """The modules that hold the large linear layers, which sample.py can round to int8."""
+        """The modules with the large linear layers, which sample.py can quantise to int8."""
         until = [self.until] if self.two_times else []
         return [self.blocks, self.time, *until, self.ada]
 
@@ -461,7 +461,7 @@ class Consistency(nn.Module):
         super().__init__()
         self.net = net
         self.cfg = cfg
-        self.teacher = []                   # after teach(): [net]; in a list, so it is not saved
+        self.teacher = []                   # the network of teach(), in a list: not saved
         self.register_buffer("it", torch.zeros((), dtype=torch.long))       # training step, for r
         self.psi = adaptive_weight(256) if cfg.adaptive else None           # w_psi(t)
 
@@ -486,7 +486,9 @@ class Consistency(nn.Module):
         t = torch.atan(u.exp())                                             # tan t = e^u
         cos, sin = t.cos()[..., None], t.sin()[..., None]                   # (M, .., 1)
         x_t = cos * x + sin * eps                                           # x_t of CALM eq. 3
-        dxdt = cos * eps - sin * x
+
+        # dx/dt of the sampled pair, or of the teacher's flow
+        dxdt = cos * eps - sin * x                                          # (M, .., D)
         if self.teacher:
             with torch.no_grad():
                 dxdt = fp32(self.teacher[0](x_t, t, z))
@@ -521,7 +523,7 @@ class Consistency(nn.Module):
         times = torch.linspace(HALF_PI, 0, steps + 1, device=x_t.device, dtype=x_t.dtype)
 
         for i, t in enumerate(times[:-1]):
-            if i > 0:
+            if i > 0:                                                       # noise x to t again
                 eps = tempered_noise(self.net, z, temperature, generator, shape)
                 x_t = t.cos() * x + t.sin() * eps
             x = self.f(x_t, t.expand(x_t.shape[:-1]), z)
@@ -606,8 +608,8 @@ class LSD(nn.Module):
             t = t[:quarter]                                                 # (M/4, ..)
         other = torch.sigmoid(cfg.p_mean + cfg.p_std * torch.randn_like(t))
         s = torch.minimum(t, other)
-        t = torch.maximum(t, other)
-        jump_error = self.jump_error(z, x + t[..., None] * v, t, s)         # (M/4, ..)
+        t = torch.maximum(t, other)                                         # s < t
+        jump_error = self.self_distillation_error(z, x + t[..., None] * v, t, s)
         jump_loss = apply_adaptive_weight(self.psi, jump_error, t, s)
 
         # mix
@@ -617,7 +619,7 @@ class LSD(nn.Module):
         metrics["lsd"] = jump_error.detach().mean()
         return loss, metrics
 
-    def jump_error(self, z, x_t, t, s):
+    def self_distillation_error(self, z, x_t, t, s):
         """||df/ds - sg(F(f, s, s))||² / D for jumps t -> s. x_t (M/4, .., D), t, s (M/4, ..)."""
         # F and ∂F/∂s; a network that is a whole backbone runs it once, because it does not see s
         F_of_s = self.net.at_target_time(x_t, t, z)
