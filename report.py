@@ -1,4 +1,4 @@
-"""Every picture: spectrograms, losses, and the mask of AudioCALM.
+"""Every picture: spectrograms, losses, curves of tools/studies.py, and the mask of AudioCALM.
 
     python report.py losses out/quickstart       draw the run's loss.png anew from its log.jsonl
     python report.py mask mask.png               who sees whom in AudioCALM's training pass
@@ -84,6 +84,41 @@ def draw_losses(run):
         ax.set_title(f"{stage}: {name}", fontsize=8)
         ax.tick_params(labelsize=6)
     save_picture(fig, f"{run}/loss.png")
+
+
+def draw_sweep(path, setting, rows):
+    """One panel per figure, against the setting -> a png at path. rows: {value: {figure: number}}."""
+    figures = list(dict.fromkeys(name for row in rows.values() for name in row))
+    fig, axes = pyplot().subplots(1, len(figures), squeeze=False, layout="constrained",
+                                  figsize=(3 * len(figures), 2.5))
+    for ax, name in zip(axes[0], figures):
+        points = [(value, row[name]) for value, row in rows.items() if name in row]
+        ax.plot(*zip(*points), "o-")
+        ax.set_title(name, fontsize=8)
+        ax.set_xlabel(setting)
+    save_picture(fig, path, dpi=100)
+
+
+def draw_continuation(path, curves):
+    """Three panels against the second after the prompt, one line per kind -> a png at path.
+
+    curves: {kind: {"alive", "level", "mmd"}}, each a list of numbers or None; entry 0 is the
+    prompts' figure, of "mmd" a dotted line.
+    """
+    titles = {"alive": "share not ended", "level": "level against the prompt, dB",
+              "mmd": "MMD² to real seconds (dotted: prompts)"}
+    fig, axes = pyplot().subplots(1, 3, layout="constrained", figsize=(10, 2.6))
+    for ax, (figure, title) in zip(axes, titles.items()):
+        for i, (kind, figures) in enumerate(curves.items()):
+            values = figures[figure]
+            seconds = [s for s, value in enumerate(values) if s and value is not None]
+            ax.plot(seconds, [values[s] for s in seconds], "o-", ms=3, color=f"C{i}", label=kind)
+            if figure == "mmd":
+                ax.axhline(values[0], ls=":", color=f"C{i}")
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("second after the prompt", fontsize=8)
+    axes[0].legend(fontsize=8)
+    save_picture(fig, path, dpi=100)
 
 
 def draw_mask(path, prefix=4, blocks=3, block=4):

@@ -96,30 +96,6 @@ def test_evaluation_prints_a_table_and_writes_figures(trained):
     assert len(made) == 2 and all(os.path.exists(f"{trained}/wavs/lm/{m['audio']}") for m in made)
 
 
-def test_draws_of_few_steps_are_compared_with_those_of_many(trained):
-    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "3",
-               "--threads", "1", "--what", "draws", "--json", f"{trained}/d.json")
-    assert done.returncode == 0, done.stderr
-    assert "lm, 2 steps: energy distance" in done.stdout
-    with open(f"{trained}/d.json") as f:
-        found = json.load(f)["draws lm"]
-    assert set(found) == {"1", "2", "4", "16"} and found["1"]["speech"][1] > 0
-    wrong = run("evaluate.py", "--run", f"{trained}/run", "--what", "draws", "--repeats", "1")
-    assert wrong.returncode == 2 and "--repeats" in wrong.stderr
-
-
-def test_a_sweep_prints_a_row_a_value_and_draws_the_curves(trained):
-    done = run("evaluate.py", "--run", f"{trained}/run", "--limit", "1", "--repeats", "1",
-               "--threads", "1", "--sweep", "steps", "--values", "1,3", "--what", "lm",
-               "--json", f"{trained}/s.json", "--wavs", f"{trained}/sweep")
-    assert done.returncode == 0, done.stderr
-    with open(f"{trained}/s.json") as f:
-        assert set(json.load(f)["sweep steps"]) == {"1", "3"}
-    assert "facts speech" in done.stdout and os.path.exists(f"{trained}/sweep/sweep_steps.png")
-    wrong = run("evaluate.py", "--run", f"{trained}/run", "--sweep", "steps", "--values", "1.5")
-    assert wrong.returncode == 2 and "--values 1.5" in wrong.stderr
-
-
 @pytest.fixture(scope="module")
 def universal(trained, tmp_path_factory):
     """AudioCALM on the VAE of the other run."""
@@ -198,7 +174,8 @@ def test_sampling_is_timed_end_to_end(trained):
 @pytest.mark.parametrize("command", [
     "train.py", "sample.py", "evaluate.py", "report.py", "-m corpora.scan", "-m corpora.toy",
     "-m corpora.flite", "-m corpora.align", "-m tools.bench", "-m tools.convert", "-m tools.ablate",
-    "-m tools.compare"])
+    "-m tools.compare", "-m tools.studies", "-m tools.studies sweep", "-m tools.studies continue",
+    "-m tools.studies draws"])
 def test_every_command_explains_itself(command):
     done = run(*command.split(), "-h")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8

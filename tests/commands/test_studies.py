@@ -1,0 +1,125 @@
+"""Studies have their definitions; a sweep, a continuation and a comparison of samples run from the
+shell.
+"""
+import json
+import math
+import os
+import types
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from config import Config, build
+from conftest import run, write
+from data import Clip
+from report import draw_continuation
+from tools import studies
+from vae import VAE
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("studies"))
+    done = run("train.py", "--config", write(folder), "--stages", '["vae", "lm"]',
+               "--train.vae.steps", "2", "--train.lm.steps", "2", "--toy.valid_clips", "18",
+               "--toy.digits_max", "4", "--sample.prompt_seconds", "1", "--sample.seconds", "1")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def study(folder, name, *arguments):
+    """Run one study on the trained run -> (its standard output, its figures)."""
+    done = run("-m", "tools.studies", name, "--run", f"{folder}/run", "--threads", "1",
+               "--json", f"{folder}/{name}.json", *arguments)
+    assert done.returncode == 0, done.stderr
+    with open(f"{folder}/{name}.json") as f:
+        return done.stdout, json.load(f)
+
+
+def test_a_sweep_prints_a_row_per_value_and_draws_the_curves(trained):
+    printed, figures = study(trained, "sweep", "--setting", "steps", "--values", "1,3",
+                             "--limit", "1", "--repeats", "1", "--wavs", f"{trained}/sweep")
+    assert set(figures["sweep steps"]) == {"1", "3"}
+    assert "facts speech" in printed and os.path.exists(f"{trained}/sweep/sweep_steps.png")
+
+
+def test_a_continuation_writes_wavs_and_a_figure_per_second(trained):
+    printed, figures = study(trained, "continue", "--limit", "4", "--wavs", f"{trained}/wavs")
+    curves = figures["continue lm"]["music"]
+    assert curves["clips"] == 4 and [len(curves[k]) for k in ("alive", "level", "mmd")] == [2] * 3
+    assert "lm           music   alive    1.000" in printed
+    assert len([f for f in os.listdir(f"{trained}/wavs/continue_lm") if f.endswith(".wav")]) >= 4
+    assert os.path.exists(f"{trained}/wavs/continue_lm.png")
+
+
+def test_samples_of_few_steps_are_compared_with_those_of_many(trained):
+    printed, figures = study(trained, "draws", "--limit", "1", "--repeats", "3")
+    assert "lm, 2 steps: energy distance" in printed
+    found = figures["draws lm"]
+    assert set(found) == {"1", "2", "4", "16"} and found["1"]["speech"][1] > 0
+
+
+def test_mmd_is_its_formula_and_near_zero_for_equal_distributions():
+    x, y = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.0], [1.0], [2.0]])
+    k = lambda a, b: math.exp(-(a - b) ** 2 / 2)                  # median distance within y: 1
+    xx = (k(0, 1) + k(0, 4) + k(1, 4)) / 3
+    yy = (k(0, 1) + k(0, 2) + k(1, 2)) / 3
+    xy = sum(k(a, b) for a in (0, 1, 4) for b in (0, 1, 2)) / 9
+    assert studies.mmd(x, y) == pytest.approx(xx + yy - 2 * xy, abs=1e-6)
+    torch.manual_seed(0)
+    a, b = torch.randn(400, 8), torch.randn(400, 8)
+    assert abs(studies.mmd(a, b)) < 0.01 < 0.1 < studies.mmd(a + 1, b)
+
+
+def test_the_energy_distance_is_its_formula_and_near_zero_for_equal_distributions():
+    x, y = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.0], [2.0]])
+    cross = (0 + 2 + 1 + 1 + 4 + 2) / 6
+    assert studies.energy_distance(x, y) == pytest.approx(2 * cross - (1 + 4 + 3) / 3 - 2)
+    torch.manual_seed(0)
+    a, b = torch.randn(500, 8), torch.randn(500, 8)
+    assert abs(studies.energy_distance(a, b)) < 0.03 < 0.2 < studies.energy_distance(a + 1, b)
+
+
+def test_draws_that_vary_too_little_show_in_their_spread_and_distance():
+    def model(width):
+        def generate(ids, *, kind, max_frames, steps, generator):
+            for _ in range(5 if kind else max_frames):                         # ends early or late
+                yield width / steps * torch.randn(len(ids), 4, generator=generator), None
+        return types.SimpleNamespace(generate=generate)
+    cfg = build(Config, {})
+    clips = [Clip(f"{i}.wav", text, kind, duration=1.0) for i, (text, kind) in
+             enumerate([("one", "speech"), ("two", "speech"), ("click", "sound"), ("", "music")])]
+    found = studies.judge_draws(model(32.0), model(2.0), cfg, clips, [1, 2, 4], 300, 5)
+    assert found[2].keys() == {"speech", "sound"}                      # no text, nothing to compare
+    for kind in found[2]:
+        spreads = [found[s][kind][1] for s in (1, 2, 4)]
+        assert spreads == pytest.approx([2, 1, 0.5], rel=0.05)
+        distances = [found[s][kind][0] for s in (1, 2, 4)]
+        assert abs(distances[1]) < 0.05 < 0.2 < min(distances[0], distances[2])
+
+
+def test_a_continuation_that_fades_or_ends_shows_in_its_curves(tmp_path, monkeypatch):
+    cfg = build(Config, {"vae": {"sample_rate": 16000, "ratios": [4, 10, 4, 4]},
+                         "sample": {"seconds": 3.0, "prompt_seconds": 1.0}})
+    rng, clips = np.random.default_rng(0), []
+    for i in range(12):
+        sf.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(48000), 16000)
+        clips.append(Clip(str(tmp_path / f"{i}.wav"), "", "music", duration=3.0))
+    gain = torch.tensor([1.0, 1.0, 0.1, 0.1]).repeat_interleave(16000)     # 20 dB down from 2 s on
+    length = [64000, 64000, 64000, 64000, 64000, 40000]                    # one of six ends early
+
+    def render(lm, vae, tokens, history, **options):
+        noise = torch.randn(6, 1, 64000, generator=torch.Generator().manual_seed(0))
+        return [0.1 * w[:, :n] * gain[:n] for w, n in zip(noise, length)]
+    monkeypatch.setattr(studies, "encode_prompt", lambda lm, vae, w: torch.zeros(1, 25, 32))
+    monkeypatch.setattr(studies, "render", render)
+    found = studies.judge_continuation(None, VAE(cfg.vae), cfg, clips, {}, 6, str(tmp_path / "out"))
+    rows = found["music"]
+    assert rows["alive"] == [1.0, 1.0, 0.833, 0.833]
+    assert rows["level"] == pytest.approx([0, 0, -20, -20], abs=0.3)
+    assert rows["mmd"][1] < 0.05 < rows["mmd"][2]
+    assert len(list((tmp_path / "out").glob("*.wav"))) == 6
+    draw_continuation(str(tmp_path / "c.png"), found)
+    assert (tmp_path / "c.png").stat().st_size > 5000

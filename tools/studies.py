@@ -1,0 +1,351 @@
+"""Three studies of a trained language model, each on held-out clips.
+
+    python -m tools.studies sweep --run out/quickstart --setting steps [--values 1,2,4,10]
+    python -m tools.studies continue --run out/real_small [--wavs DIR]
+    python -m tools.studies draws --run out/quickstart [--repeats 24]
+
+    sweep     held-out texts ─► generations at every value of one setting ─► evaluate.py's figures
+    continue  first seconds ──► continuations ──► level, distance to real audio, for each second
+    draws     held-out texts ─► samples of the first latents ◄─ energy distance ─► the flow's
+
+sweep: generates with the last stage (or --stage) at several values of one setting: steps of the
+head (CALM Table 6), temperature (CALM Fig. 3), cfg, noise. Prints a table; --wavs gets a picture of
+the curves.
+
+continue: continues the first seconds of held-out clips (sample.prompt_seconds) for sample.seconds,
+without text. For each second of new audio:
+  alive: share of the clips that have not ended.
+  level: median of the clips' level against their prompt, dB.
+  mmd: distance to real seconds of the same kind: squared MMD (Gretton et al. 2012, unbiased) of the
+    means and deviations of log-mel spectra.
+The first column holds the figures of the prompts' reconstructions. A fade, a drift to noise or an
+early end show as curves; --wavs gets the audio and a picture. CALM section 5 has none of this; the
+distances of its Table 5 are over whole clips.
+
+draws: what a few-step stage loses against the flow that it was distilled from, where words and
+facts are too easy to show it. Compares `--repeats` samples of the first latents of each held-out
+text, at temperature 1 without guidance and noise, with as many samples of the flow in 32 steps:
+  energy distance: 0 = the same distribution; unbiased, so sometimes a little below 0.
+  spread: standard deviation over the samples, relative to the flow's.
+
+Exit status: 0 done, 2 your mistake (one line says which).
+"""
+import argparse
+
+import torch
+from tqdm import tqdm
+
+from cli import BadInput, Parser, cli
+from config import STAGES, open_run
+from data import KINDS, encode_text, save_audio, seconds_of
+from discrete import DISCRETE
+from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, find_stages,
+                      held_out_clips, judge_lm, judging_options, load_clip, log_mel, number,
+                      open_stage, prepare, print_table, rounded_mean, run_options,
+                      sampling_options, write_json)
+from judges import Judges
+from report import draw_continuation, draw_sweep
+from sample import encode_prompt, render
+
+# setting -> (type of its values, the values of a sweep by default)
+SETTINGS = {"steps": (number(int, 1), (1, 2, 4, 10, 20)),
+            "temperature": (number(float, 0), (0.3, 0.5, 0.7, 0.9, 1.0)),
+            "cfg": (number(float, 0), (1.0, 1.5, 2.0, 3.0)),
+            "noise": (number(float, 0, 1), (0.0, 0.5, 1.0))}
+# clips that a distance between distributions needs
+MIN_CLIPS = 4
+
+
+# ---------------------------------------------------------------------------- sweep
+
+
+def sweep(a, cfg, vae, clips, stages):
+    """Judge generations at several values of a setting -> {"sweep steps": {value: figures}}."""
+    values = sweep_values(a.setting, a.values)
+    judges = Judges(a.metrics, a.whisper) if a.metrics else None
+    lm = open_stage(a.run, stages[-1])
+    option = "guidance" if a.setting == "cfg" else a.setting
+
+    rows = {}
+    for value in tqdm(values, desc=f"sweep {a.setting}", leave=False):
+        options = chosen_sampling(a, cfg, lm) | {option: value}
+        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, judges=judges)
+        rows[value] = {f"{name} {kind}": figure for name in ("facts", "length")
+                       for kind, figure in found[name].items()}
+        if judges is not None:
+            rows[value] |= judges.pop_figures()
+
+    print_sweep(a.setting, rows)
+    if a.wavs and any(rows.values()):
+        draw_sweep(f"{a.wavs}/sweep_{a.setting}.png", a.setting, rows)
+    return {f"sweep {a.setting}": {str(value): row for value, row in rows.items()}}
+
+
+def sweep_values(setting, text):
+    """The values of --values, "1,2,4", else the setting's default ones."""
+    parse_value, values = SETTINGS[setting]
+    if not text:
+        return values
+    try:
+        return [parse_value(value) for value in text.split(",")]
+    except argparse.ArgumentTypeError as e:
+        raise BadInput(f"--values {text}: {e}; give numbers separated by commas") from None
+
+
+def print_sweep(setting, rows):
+    """A table of rows {value: {figure: number}}."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    print(f"{setting:>12s}" + "".join(f"{name:>26s}" for name in names))
+    for value, row in rows.items():
+        cells = [f"{row[name]:26.4f}" if name in row else " " * 26 for name in names]
+        print(f"{value:12g}" + "".join(cells))
+
+
+# ---------------------------------------------------------------------------- continue
+
+
+def decibels(wav):
+    """Mean power of wav in dB, at least -100."""
+    return wav.square().mean().clamp(min=1e-10).log10() * 10
+
+
+def features_by_second(wav, rate):
+    """(ch, S) -> list of (160,): mean and standard deviation over time of the log-mel spectrum of
+    each whole second.
+    """
+    mels = [log_mel(second, rate) for second in wav.split(rate, -1) if second.shape[-1] == rate]
+    return [torch.cat([mel.mean(1), mel.std(1)]) for mel in mels]
+
+
+def mmd(x, y):
+    """Squared maximum mean discrepancy of x (n, F) and y (m, F), unbiased (Gretton et al. 2012,
+    eq. 3), with a Gaussian kernel as wide as the median distance within y.
+    """
+    width = torch.pdist(y).median()
+
+    def kernel(a, b):
+        return (-torch.cdist(a, b).square() / (2 * width ** 2)).exp()
+
+    def mean_off_diagonal(k):
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
+    return (within - 2 * kernel(x, y).mean()).item()
+
+
+def continue_clips(lm, vae, cfg, clips, kind, options):
+    """Continue the first seconds of clips of one kind -> (list of waveforms (ch, S) that start with
+    the prompt's reconstruction, samples of it).
+    """
+    wavs = [load_clip(clip, vae.cfg, cfg.sample.prompt_seconds)[None] for clip in clips]
+    history = torch.cat([encode_prompt(lm, vae, wav) for wav in wavs])          # (B, P, D)
+    tokens = torch.tensor([encode_text("", kind, cfg.data)] * len(clips), dtype=torch.long)
+    continued = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                       history=history, generator=torch.Generator().manual_seed(0), **options)
+    return continued, history.shape[1] * vae.cfg.hop
+
+
+def curves_by_second(wavs, prompt_samples, real, seconds, rate):
+    """{"alive", "level", "mmd"} of continuations (ch, S) of prompts of `prompt_samples`, each a
+    list: the prompts' figure, then one per second of new audio, None where fewer than 4 clips go
+    on. real (n, 160): features of real seconds.
+    """
+    # the prompts, then second by second what has not ended, each with its prompt's level
+    prompts = [wav[:, :prompt_samples] for wav in wavs]
+    levels = [decibels(prompt) for prompt in prompts]
+    columns = [list(zip(prompts, levels))]
+    for second in range(seconds):
+        begin = prompt_samples + second * rate
+        end = begin + rate
+        columns.append([(wav[:, begin:end], level) for wav, level in zip(wavs, levels)
+                        if wav.shape[1] >= end])
+
+    curves = {"alive": [], "level": [], "mmd": []}
+    for column in columns:
+        curves["alive"].append(round(len(column) / len(wavs), 3))
+        if len(column) < MIN_CLIPS:
+            curves["level"].append(None)
+            curves["mmd"].append(None)
+            continue
+        changes = torch.stack([decibels(wav) - level for wav, level in column])
+        features = torch.stack([x for wav, _ in column for x in features_by_second(wav, rate)])
+        curves["level"].append(round(changes.median().item(), 2))
+        curves["mmd"].append(round(mmd(features, real), 4))
+    return curves
+
+
+@torch.no_grad()
+def judge_continuation(lm, vae, cfg, clips, options, limit, folder=""):
+    """Continue at most `limit` clips of each kind -> {kind: {"clips", "alive", "level", "mmd"}},
+    see curves_by_second; kinds with fewer than 4 clips of sample.prompt_seconds are left out.
+
+    options: steps, temperature, guidance, noise. folder: for the wavs, "" = none.
+    """
+    rate = cfg.vae.sample_rate
+    found = {}
+    for kind in KINDS:
+        of_kind = [clip for clip in clips if clip.kind == kind]
+        long_enough = [clip for clip in of_kind if seconds_of(clip) >= cfg.sample.prompt_seconds]
+        prompts = evenly_spaced(long_enough, limit)
+        if len(prompts) < MIN_CLIPS:
+            continue
+
+        # real seconds: of other clips, where there are any
+        others = [clip for clip in of_kind if clip not in prompts] or long_enough
+        real = []
+        for clip in tqdm(evenly_spaced(others, 4 * limit), desc=f"real {kind}", leave=False):
+            real += features_by_second(load_clip(clip, vae.cfg, seconds=20.0), rate)
+
+        wavs, prompt_samples = continue_clips(lm, vae, cfg, prompts, kind, options)
+        if folder:
+            for clip, wav in zip(prompts, wavs):
+                save_audio(f"{folder}/{clip_name(clip)}.wav", wav.numpy(), rate)
+        curves = curves_by_second(wavs, prompt_samples, torch.stack(real), int(cfg.sample.seconds),
+                                  rate)
+        found[kind] = {"clips": len(prompts), **curves}
+    return found
+
+
+def continue_(a, cfg, vae, clips, stages):
+    """Continue held-out clips with every stage -> {"continue lm": judge_continuation's, ...}."""
+    figures = {}
+    for stage in stages:
+        lm = open_stage(a.run, stage)
+        options = chosen_sampling(a, cfg, lm)
+        folder = f"{a.wavs}/continue_{stage}" if a.wavs else ""
+        found = judge_continuation(lm, vae, cfg, clips, options, a.limit, folder)
+        if not found:
+            raise BadInput(f"continue: needs {MIN_CLIPS} held-out clips of a kind of at least "
+                           f"{cfg.sample.prompt_seconds:g} s (sample.prompt_seconds)")
+
+        figures[f"continue {stage}"] = found
+        print_continuation(stage, found)
+        if a.wavs:
+            draw_continuation(f"{folder}.png", found)
+    return figures
+
+
+def print_continuation(stage, found):
+    """One line per kind and curve: the prompts' figure, then one per second."""
+    for kind, curves in found.items():
+        for name in ("alive", "level", "mmd"):
+            cells = ["-" if value is None else f"{value:.3f}" for value in curves[name]]
+            print(f"{stage:12s} {kind:7s} {name:6s}" + "".join(f"{cell:>8s}" for cell in cells))
+
+
+# ---------------------------------------------------------------------------- draws
+
+
+def energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely & Rizzo 2013), unbiased; x (n, F), y (m, F)."""
+    n = len(x)
+    m = len(y)
+    within_x = torch.cdist(x, x).sum() / (n * (n - 1))
+    within_y = torch.cdist(y, y).sum() / (m * (m - 1))
+    return (2 * torch.cdist(x, y).mean() - (within_x + within_y)).item()
+
+
+def sample_latents(lm, tokens, kind, frames, steps, seed):
+    """The first latents of a generation for each row of tokens, normalised -> (B, T <= frames, D).
+    """
+    latents = lm.generate(tokens, kind=KINDS.index(kind), max_frames=frames, steps=steps,
+                          generator=torch.Generator().manual_seed(seed))
+    return torch.stack([x for x, _ in latents], 1)
+
+
+@torch.no_grad()
+def judge_draws(flow, model, cfg, clips, step_counts, repeats, limit, frames=8):
+    """Compare samples of a model, in each number of steps, with those of the flow in 32 -> {steps:
+    {kind: (energy distance, spread)}}, means over at most `limit` held-out texts of each kind.
+
+    A sample is one vector: the first `frames` latents of a generation.
+    """
+    found = {steps: {} for steps in step_counts}
+    for kind in KINDS:
+        texts = sorted({clip.text for clip in clips if clip.kind == kind and clip.text})
+        figures = {steps: [] for steps in step_counts}
+        for text in tqdm(evenly_spaced(texts, limit), desc=f"draw {kind}", leave=False):
+            tokens = torch.tensor([encode_text(text, kind, cfg.data)] * repeats)
+            reference = sample_latents(flow, tokens, kind, frames, 32, seed=0)
+
+            for steps in step_counts:
+                latents = sample_latents(model, tokens, kind, frames, steps, seed=1)
+                shared = min(latents.shape[1], reference.shape[1])   # all rows may end early
+                x = latents[:, :shared].flatten(1)                              # (repeats, T · D)
+                y = reference[:, :shared].flatten(1)
+                spread = (x.std(0).mean() / y.std(0).mean()).item()
+                figures[steps].append((energy_distance(x, y), spread))
+
+        # means over texts
+        if texts:
+            for steps in step_counts:
+                distances, spreads = zip(*figures[steps])
+                found[steps][kind] = (rounded_mean(distances), rounded_mean(spreads))
+    return found
+
+
+def draws(a, cfg, vae, clips, stages):
+    """Compare every stage's samples with its flow's -> {"draws lm": judge_draws's, ...}."""
+    figures = {}
+    rows = []
+    for stage in stages:
+        lm = open_stage(a.run, stage)
+        if lm.cfg.head.objective in DISCRETE:
+            raise BadInput(f"draws: needs a flow or few-step head, {a.run}/{stage}.pt has a "
+                           f"discrete one ({lm.cfg.head.objective})")
+        _, _, flow, _ = open_run(a.run, STAGES[stage].after or stage)
+        step_counts = [a.steps] if a.steps else [1, 2, 4, 16]
+        found = judge_draws(flow, lm, cfg, clips, step_counts, a.repeats, a.limit)
+
+        figures[f"draws {stage}"] = found
+        for steps, by_kind in found.items():
+            name = f"{stage}, {count_steps(steps)}"
+            rows.append((f"{name}: energy distance", {k: v[0] for k, v in by_kind.items()}))
+            rows.append((f"{name}: spread", {k: v[1] for k, v in by_kind.items()}))
+    print_table(rows)
+    return figures
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def parse():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    studies = p.add_subparsers(required=True, metavar="sweep|continue|draws")
+    shared = run_options()
+
+    s = studies.add_parser("sweep", help="generate with one setting at several values",
+                           parents=[shared, sampling_options(), judging_options()])
+    s.add_argument("--setting", required=True, choices=list(SETTINGS))
+    s.add_argument("--values", default="", help="separated by commas, e.g. 1,2,4")
+    s.set_defaults(study=sweep)
+
+    s = studies.add_parser("continue", help="continue held-out clips, second by second",
+                           parents=[shared, sampling_options()])
+    s.set_defaults(study=continue_)
+
+    s = studies.add_parser("draws", help="compare samples of few steps with the flow's",
+                           parents=[shared])
+    s.add_argument("--repeats", type=number(int, 2), default=6, help="samples per text (default 6)")
+    s.set_defaults(study=draws, wavs=None)
+    return p.parse_args()
+
+
+def main():
+    a = parse()
+    prepare(a)
+
+    # the run, and clips that it was not trained on
+    cfg, vae, _, _ = open_run(a.run)
+    stages = find_stages(a.run, a.stage)
+    if not stages:
+        raise BadInput(f"{a.run}: has no language model to generate with")
+    clips = held_out_clips(a.run, a.manifest, cfg)
+
+    figures = a.study(a, cfg, vae, clips, stages)
+    if a.json:
+        write_json(a.json, {"run": a.run, "clips": len(clips), **figures})
+
+
+if __name__ == "__main__":
+    cli(main)
