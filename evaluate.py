@@ -1,5 +1,5 @@
-"""Judge a trained run: how well the VAE reconstructs held-out clips, and how well generations match
-their text.
+"""Judge a trained run: how well its VAE reconstructs held-out clips, and how well its generations
+match their text.
 
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
                        [--json figures.json] [--metrics pesq,stoi,visqol,dnsmos,wer,sim]
@@ -26,6 +26,7 @@ its speaker where the run was trained with voice prompts
     (two clips of one text differ too).
 
 --metrics: published metrics of the speech clips; they need the eval extra (judges.py)
+
 Sweeps of a sampling setting, continuations of audio and the diversity of samples: tools/studies.py.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
@@ -108,7 +109,9 @@ def length_is_right(wav, clip, cfg):
 
 
 def share_right(counts):
-    """Share of all facts that are right, from (right, total) per wav; None without facts."""
+    """Share of all facts that are right, from (right, total) per wav; None where there are
+    no facts.
+    """
     counts = [count for count in counts if count]
     if not counts:
         return None
@@ -118,7 +121,7 @@ def share_right(counts):
 
 
 def rounded_mean(values):
-    """Mean to four decimals; None of nothing."""
+    """Mean to four decimals; None for an empty list."""
     return round(sum(values) / len(values), 4) if values else None
 
 
@@ -128,10 +131,11 @@ def rounded_mean(values):
 @torch.no_grad()
 def judge_vae(vae, clips, limit, folder="", judges=None, floor=1e-5):
     """Reconstruct the first `limit` clips of each kind -> {kind: {"clips", "log_mel", "stft",
-    "si_sdr", "rate", "original", "reconstruction"}}, the last two: share of facts right.
+    "si_sdr", "rate", "original", "reconstruction"}}; the last two are shares of facts right.
 
     Kinds with fewer than two clips of 1024 samples are left out: log_mel is relative to another
-    clip. folder: for the wavs, "" = none. judges: also get the speech. floor: of the STFT distance.
+    clip. folder: for the wavs, "" = none. judges: Judges that score the speech too, or None.
+    floor: of the STFT distance.
     """
     found = {}
     for kind in KINDS:
@@ -149,14 +153,17 @@ def judge_reconstructions(vae, kind, clips, folder, judges, floor):
     distances = []                                   # log-mel, a clip against the one before it
     information = []
     facts = {"original": [], "reconstruction": []}
-    previous = None
+    previous = None                                  # log-mel of the clip before
 
     for clip in tqdm(clips, desc=f"reconstruct {kind}", leave=False):
+        # original and reconstruction
         wav = load_clip(clip, vae.cfg, seconds=20.0)
         mean, logvar = vae.encode(wav[None])
         rec = vae.decode(mean)[0, :, :wav.shape[-1]]                            # (ch, S)
         if folder:
             save_audio(f"{folder}/reconstruction/{clip_name(clip)}.wav", rec.numpy(), rate)
+
+        # facts that the oracle measures in either
         facts["original"].append(count_right_facts(wav, clip, rate))
         facts["reconstruction"].append(count_right_facts(rec, clip, rate))
 
@@ -171,15 +178,18 @@ def judge_reconstructions(vae, kind, clips, folder, judges, floor):
             distances.append((mel[:, :frames] - previous[:, :frames]).abs().mean().item())
         previous = mel
 
-        # relative errors mean nothing for silence
+        # waveform and STFT errors are relative: not for silence
         if wav.shape[-1] >= 2048 and wav.abs().max() > 1e-3:
             losses = spectral_losses(wav[None], rec[None], rate, [2048, 1024, 512, 256], ["stft"],
                                      floor)
             errors["stft"].append(losses["stft"].item())
             errors["si_sdr"].append(si_sdr(wav, rec))
+
+        # published metrics
         if judges is not None and kind == "speech":
             judges.compare(wav, rec, rate, clip.transcript or clip.text)
 
+    # the mean distance of two clips is the unit of log_mel
     if not distances:
         return None
     mel_error = sum(errors["mel"]) / len(errors["mel"])
@@ -222,7 +232,7 @@ def voice_prompt(clip, clips, lm, vae, cfg):
 
 def choose_targets(clips, kind, cfg, limit):
     """At most `limit` distinct held-out texts of a kind -> {text: clip}, in alphabetical order.
-    cfg: DataConfig; texts that are too long for it are left out.
+    cfg: DataConfig; texts longer than its text_len are left out.
     """
     targets = {clip.text: clip for clip in clips if clip.kind == kind and clip.text
                and len(encode_text(clip.text, kind, cfg)) <= 1 + cfg.text_len}
@@ -282,8 +292,8 @@ def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=Non
     {kind: share of facts right}, "chance": {kind: the same by guessing}, "length": {kind: share
     that ends on time}}.
 
-    options: steps, temperature, guidance, noise. folder: gets the first wav of each text and a
-    manifest per kind, "" = none. judges: also get the speech.
+    options: steps, temperature, guidance, noise. folder: for the first wav of each text and a
+    manifest per kind, "" = none. judges: Judges that score the speech too, or None.
     """
     found = {"facts": {}, "chance": {}, "length": {}}
     rate = cfg.vae.sample_rate
@@ -294,6 +304,7 @@ def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=Non
         on_time = []
         manifest = []
 
+        # judge wav by wav
         generated = generate_texts(lm, vae, cfg, kind, list(targets), voices, repeats, options)
         for text, repeat, wav in generated:
             clip = targets[text]
@@ -305,6 +316,7 @@ def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=Non
             if folder and repeat == 0:
                 manifest.append(save_generation(folder, wav, clip, rate))
 
+        # the figures of this kind
         if manifest:
             with open(f"{folder}/{kind}.jsonl", "w") as f:
                 f.writelines(json.dumps(row) + "\n" for row in manifest)
@@ -350,7 +362,7 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+        if not (low <= value <= high and abs(value) < math.inf):
             raise argparse.ArgumentTypeError(f"must be {noun} in {low} .. {high}, got {text}")
         return value
 
@@ -371,7 +383,7 @@ def run_options():
     p = Parser(add_help=False)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
     p.add_argument("--manifest", help="held-out clips; default: the run's own")
-    p.add_argument("--stage", default="", help="only this language model, e.g. lm; default: all")
+    p.add_argument("--stage", default="", help="only this language model, e.g. lm")
     p.add_argument("--limit", type=number(int, 1), default=40,
                    help="clips and texts per kind (default 40)")
     p.add_argument("--steps", type=number(int, 0), default=0,
@@ -407,7 +419,8 @@ def judging_options():
 
 
 def prepare(a):
-    """What the options ask for before anything is opened: threads, places that can be written."""
+    """Set the number of threads; refuse a --json or --wavs that cannot be written, before the work.
+    """
     if a.threads:
         torch.set_num_threads(a.threads)
     if a.json:
@@ -546,13 +559,15 @@ def main():
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
         found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, folder, judges)
         speech = judges.pop_figures() if judges else {}
+
+        # what is written, what is printed
         figures[stage] = {"objective": lm.cfg.head.objective, **options, **found}
         if judges:
             figures[stage]["speech"] = speech
         name = model_name(stage, figures[stage])
         models[name] = lm, options
         rows += lm_rows(name, found, speech)
-    if stages:
+    if stages:                                       # the same for every stage
         rows.append(("chance", found["chance"]))
 
     print_table(rows)

@@ -87,7 +87,10 @@ def draw_losses(run):
 
 
 def draw_sweep(path, setting, rows):
-    """One panel per figure, against the setting -> a png at path. rows: {value: {figure: number}}."""
+    """One panel per figure, against the setting -> a png at path.
+
+    rows: {value of the setting: {figure: number}}.
+    """
     figures = list(dict.fromkeys(name for row in rows.values() for name in row))
     fig, axes = pyplot().subplots(1, len(figures), squeeze=False, layout="constrained",
                                   figsize=(3 * len(figures), 2.5))

@@ -22,9 +22,10 @@ The first column holds the figures of the prompts' reconstructions. A fade, a dr
 early end show as curves; --wavs gets the audio and a picture. CALM section 5 has none of this; the
 distances of its Table 5 are over whole clips.
 
-draws: what a few-step stage loses against the flow that it was distilled from, where words and
-facts are too easy to show it. Compares `--repeats` samples of the first latents of each held-out
-text, at temperature 1 without guidance and noise, with as many samples of the flow in 32 steps:
+draws: what a few-step stage loses against the flow that it starts from (or that flow itself in few
+steps), where words and facts are too easy to show it. Compares `--repeats` samples of the first
+latents of each held-out text, at temperature 1 without guidance and noise, with as many samples of
+the flow in 32 steps:
   energy distance: 0 = the same distribution; unbiased, so sometimes a little below 0.
   spread: standard deviation over the samples, relative to the flow's.
 
@@ -150,7 +151,7 @@ def curves_by_second(wavs, prompt_samples, real, seconds, rate):
     list: the prompts' figure, then one per second of new audio, None where fewer than 4 clips go
     on. real (n, 160): features of real seconds.
     """
-    # the prompts, then second by second what has not ended, each with its prompt's level
+    # columns of (wav, level of its prompt): the prompts, then what has not ended, by second
     prompts = [wav[:, :prompt_samples] for wav in wavs]
     levels = [decibels(prompt) for prompt in prompts]
     columns = [list(zip(prompts, levels))]
@@ -160,6 +161,7 @@ def curves_by_second(wavs, prompt_samples, real, seconds, rate):
         columns.append([(wav[:, begin:end], level) for wav, level in zip(wavs, levels)
                         if wav.shape[1] >= end])
 
+    # the figures of each column
     curves = {"alive": [], "level": [], "mmd": []}
     for column in columns:
         curves["alive"].append(round(len(column) / len(wavs), 3))
@@ -196,6 +198,7 @@ def judge_continuation(lm, vae, cfg, clips, options, limit, folder=""):
         for clip in tqdm(evenly_spaced(others, 4 * limit), desc=f"real {kind}", leave=False):
             real += features_by_second(load_clip(clip, vae.cfg, seconds=20.0), rate)
 
+        # their continuations
         wavs, prompt_samples = continue_clips(lm, vae, cfg, prompts, kind, options)
         if folder:
             for clip, wav in zip(prompts, wavs):

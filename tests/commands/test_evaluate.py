@@ -37,7 +37,7 @@ def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
     small = dict(sample_rate=24000, latent_dim=4, ratios=[6, 5, 4, 4, 4], width=2, width_max=4,
                  dim=8, heads=2, encoder_layers=0, decoder_layers=0)
     rvq = VAE(VAEConfig(**small, bottleneck="rvq", codebooks=8, codebook_size=2048))
-    assert evaluate.information_rate(rvq, None, None) == 12.5 * 8 * 11               # Mimi: 1.1 kbit/s
+    assert evaluate.information_rate(rvq, None, None) == 12.5 * 8 * 11          # Mimi: 1.1 kbit/s
     mean, logvar = torch.zeros(1, 3, 4), torch.full((1, 3, 4), -2.0)
     nats = 0.5 * (math.exp(-2) - 1 + 2)
     assert evaluate.information_rate(VAE(VAEConfig(**small)), mean, logvar) == pytest.approx(
@@ -62,7 +62,8 @@ def test_judges_compare_with_the_transcript_and_not_with_its_description(tmp_pat
     """Bug: the WER of a described corpus counted "Speaker a says" as words that were not said."""
     cfg = build(Config, {"vae": {"sample_rate": 16000, "ratios": [4, 10, 4, 4]}})
     sf.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6400), 16000)
-    clip = Clip(str(tmp_path / "a.wav"), 'Speaker a says: "two six"', "speech", transcript="two six")
+    clip = Clip(str(tmp_path / "a.wav"), 'Speaker a says: "two six"', "speech",
+                transcript="two six")
     model = types.SimpleNamespace(monologue=False)
     monkeypatch.setattr(evaluate, "render", lambda lm, vae, tokens, **options: [
         torch.zeros(1, 6400) for _ in tokens])
