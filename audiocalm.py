@@ -184,6 +184,11 @@ class ARFlow(nn.Module):
         self.readout = AdaLNMLP(latent_dim, C, cfg.head.width, cfg.head.blocks,
                                 cfg.head.objective == "lsd", cfg.head.time_norm)
 
+    def embeddings(self):
+        """The parameters that start at the scale of the text embedding, itself among them."""
+        linear = (self.prompt, self.latent, self.noisy)
+        return [self.text.weight, self.null, *(p for layer in linear for p in layer.parameters())]
+
     def forward(self, x_t, t, z, s=None):
         return self.at_target_time(x_t, t, z)(s)
 

@@ -196,6 +196,10 @@ class CALM(nn.Module):
         """The part of a state_dict that this model has: all of it."""
         return state
 
+    def embeddings(self):
+        """The parameters that start at the scale of the text embedding, itself among them."""
+        return [self.text.weight, self.bos, *self.latent.parameters(), *self.prompt.parameters()]
+
     def matrices(self):
         """The modules whose linear layers are large: what int8 rounds (sample.py)."""
         short = [self.short] if self.cfg.short_layers else []

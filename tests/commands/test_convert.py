@@ -5,12 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tools import convert
 from backbone import BackboneConfig, Transformer
 from calm import CALM
 from config import load, load_checkpoint, load_weights, make_model, open_run
 from cli import BadInput
 from data import KINDS, DataConfig, decode_text, encode_text, first_special, vocabulary
+from tools.convert import __main__ as convert
+from tools.convert import mimi, pocket_tts, text_model
+from tools.convert.tensors import halves
 from vae import VAE, ConvTranspose, VAEConfig
 
 
@@ -38,8 +40,8 @@ def test_a_fused_projection_with_neighbouring_rotations_becomes_ours():
     x, in_proj, out_proj = torch.randn(2, 9, 24), torch.randn(72, 24), torch.randn(24, 24)
     q, k, v = in_proj.chunk(3)
     layer = net.blocks[0].attention
-    layer.wq.weight.data = convert.halves(q, 3)
-    layer.wkv.weight.data = torch.cat([convert.halves(k, 3), v])
+    layer.wq.weight.data = halves(q, 3)
+    layer.wkv.weight.data = torch.cat([halves(k, 3), v])
     layer.wo.weight.data = out_proj
     net.blocks[0].norm1, net.blocks[0].mlp, net.norm = (torch.nn.Identity(), Nothing(),
                                                         torch.nn.Identity())
@@ -109,7 +111,7 @@ def published(pocket):
 @torch.no_grad()
 def test_a_codec_under_its_published_names_gives_the_same_latents_and_audio(pocket):
     net, tensors = published(pocket)
-    cfg, state = convert.mimi(tensors, heads=2, context=10)
+    cfg, state = mimi.to_vae(tensors, heads=2, context=10)
     assert cfg.ratios == [5, 4, 3] and cfg.inner == 4 and cfg.hop == 240
     other = VAE(cfg).eval()
     other.load_state_dict(state)
@@ -124,7 +126,7 @@ def test_weight_norm_is_multiplied_out():
     w = tensors.pop("encoder.model.0.conv.weight")
     tensors["encoder.model.0.conv.weight_g"] = 2 * w.norm(dim=(1, 2), keepdim=True)
     tensors["encoder.model.0.conv.weight_v"] = 5 * w
-    _, state = convert.mimi(tensors, heads=2, context=10)
+    _, state = mimi.to_vae(tensors, heads=2, context=10)
     torch.testing.assert_close(state["encoder.conv.0.conv.weight"], 2 * w)
 
 
@@ -133,11 +135,11 @@ def test_a_tensor_that_is_missing_or_unknown_is_named():
     lost = dict(tensors)
     del lost["decoder_transformer.transformer.layers.0.norm1.bias"]
     with pytest.raises(BadInput, match="decoder.transformer.blocks.0.norm1.bias is missing"):
-        convert.mimi(lost, heads=2, context=10)
+        mimi.to_vae(lost, heads=2, context=10)
     with pytest.raises(BadInput, match="surplus is not understood"):
-        convert.mimi({**tensors, "surplus": torch.zeros(1)}, heads=2, context=10)
+        mimi.to_vae({**tensors, "surplus": torch.zeros(1)}, heads=2, context=10)
     with pytest.raises(BadInput, match="not the tensors of a Mimi"):
-        convert.mimi({"lm_head.weight": torch.zeros(2, 2)})
+        mimi.to_vae({"lm_head.weight": torch.zeros(2, 2)})
 
 
 def test_a_converted_file_is_a_run_that_opens(tmp_path, monkeypatch):
@@ -161,7 +163,7 @@ def test_moshis_own_mimi_and_ours_agree():
     loaders = pytest.importorskip("moshi.models.loaders")
     torch.manual_seed(0)
     peer = loaders.get_mimi(None, device="cpu").eval()
-    cfg, state = convert.mimi(peer.state_dict())
+    cfg, state = mimi.to_vae(peer.state_dict())
     ours = VAE(cfg).eval()
     ours.load_state_dict(state)
     wav = 0.1 * torch.randn(1, 1, cfg.hop * 8)
@@ -266,7 +268,7 @@ def pocket_latents(t, text, voice, noises, steps):
 @torch.no_grad()
 def test_pocket_tts_under_its_published_names_gives_the_same_latents_and_ends(small, steps):
     t = pocket_tensors(small)
-    cfg, state, mean, std = convert.pocket_tts(t, eos_threshold=-4.0)
+    cfg, state, mean, std = pocket_tts.to_calm(t, eos_threshold=-4.0)
     lm = CALM(cfg, 5, 14, KINDS).eval()
     lm.load_state_dict(state)
     text, voice = torch.randint(0, 10, (1, 7)), torch.randn(1, 4, 5)
@@ -298,7 +300,7 @@ def test_the_papers_config_has_the_sizes_and_parameters_of_pocket_tts():
 def test_heads_of_pocket_tts_without_times_are_refused():
     t = {k: v for k, v in pocket_tensors(False).items() if "time_embed" not in k}
     with pytest.raises(BadInput, match="no times"):
-        convert.pocket_tts(t)
+        pocket_tts.to_calm(t)
 
 
 @torch.no_grad()
@@ -434,16 +436,16 @@ def test_a_monologue_of_bytes_gets_no_text_model_with_its_own_tokens(tmp_path, m
 def test_what_a_backbone_cannot_do_and_a_missing_shard_are_refused_by_name(tmp_path):
     text_folder(tmp_path / "a", "llama", attention_bias=True)
     with pytest.raises(BadInput, match="backbone.py has no biases in attention"):
-        convert.text_model(tmp_path / "a")
+        text_model.to_backbone(tmp_path / "a")
     text_folder(tmp_path / "b", "llama", rope_parameters={
         "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(BadInput, match="no rotations of type linear"):
-        convert.text_model(tmp_path / "b")
+        text_model.to_backbone(tmp_path / "b")
     text_folder(tmp_path / "c", "qwen3")
     lost = sorted((tmp_path / "c").glob("*.safetensors"))[0]
     lost.unlink()
     with pytest.raises(BadInput, match=f"{lost.name}: missing"):
-        convert.text_model(tmp_path / "c")
+        text_model.to_backbone(tmp_path / "c")
 
 
 def test_a_tokenizer_gives_ids_and_puts_the_kinds_behind_its_vocabulary(tmp_path):

@@ -1,0 +1,72 @@
+"""Start from published weights: python -m tools.convert mimi|pocket-tts|qwen3|llama IN --out RUN
+
+    mimi    Kyutai's codec, a .safetensors file with tensors named as in PyPI `moshi` or `pocket-tts`
+            -> a run folder with config.toml and vae.pt for evaluate.py, sample.py and train.py
+    pocket-tts    Kyutai's text to speech, flow LM and Mimi in one .safetensors file, named as in
+            PyPI `pocket-tts` -> a run folder that speaks: vae.pt, lm.pt, config.toml and
+            tokenizer.json (from the folder of the weights, or --tokenizer)
+    qwen3, llama    a text model, as a folder with config.json, *.safetensors and tokenizer.json
+            -> a run folder with config.toml (that of --config, with the text model's sizes and
+            tokenizer) and text.pt: a CALM (or --stage audiocalm) whose backbone and text embedding
+            are the text model's and whose other weights are random. Train it with
+            python train.py --config RUN/config.toml
+
+    published names ─► rename ─► reorder or fold, exactly ─► every name and shape checked ─► RUN
+
+The converted model computes what the published one does, to rounding. What cannot be converted
+exactly is refused. mimi.py, pocket_tts.py and text_model.py of tools/convert list every change.
+
+--data MANIFEST measures the mean and standard deviation of Mimi's latents on about 400 clips, which
+a language model needs; without it they are 0 and 1.
+Exit status: 0 done, 2 the user's mistake (one line says which).
+"""
+import argparse
+import os
+
+from cli import BadInput, Parser, cli
+from tools.convert import mimi, pocket_tts, text_model
+
+MODELS = {"mimi": mimi, "pocket-tts": pocket_tts, "qwen3": text_model, "llama": text_model}
+
+
+def options():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS,
+                        help="which published model")
+    parser.add_argument("weights", help="its .safetensors file, or the folder of a text model")
+    parser.add_argument("--out", required=True, help="the run folder to make")
+
+    parser.add_argument("--heads", type=int, default=8,
+                        help="mimi, pocket-tts: attention heads of Mimi (default 8)")
+    parser.add_argument("--context", type=int, default=250,
+                        help="mimi, pocket-tts: positions that a transformer layer of Mimi sees "
+                        "(default 250)")
+    parser.add_argument("--sample-rate", type=int, default=24000,
+                        help="mimi, pocket-tts: Hz (default 24000)")
+    parser.add_argument("--data",
+                        help="mimi: manifest or folder of audio to measure the latents on")
+
+    parser.add_argument("--stage", default="lm", choices=["lm", "audiocalm"],
+                        help="qwen3, llama: the model that gets the backbone (default lm, a CALM)")
+    parser.add_argument("--config", help="qwen3, llama: the experiment that gets this backbone "
+                        "(default: the defaults of config.py)")
+    parser.add_argument("--tokenizer", help="pocket-tts: its tokenizer.json "
+                        "(default: the one in the folder of the weights)")
+    parser.add_argument("--eos-threshold", type=float, default=-4.0,
+                        help="pocket-tts: the logit above which a clip ends (default -4)")
+    return parser
+
+
+def main():
+    args = options().parse_args()
+    if not os.path.exists(args.weights):
+        raise BadInput(f"{args.weights}: no such file")
+    stage = "text" if args.model in ("qwen3", "llama") else "vae"
+    if os.path.exists(f"{args.out}/{stage}.pt"):
+        raise BadInput(f"{args.out}/{stage}.pt exists; choose another --out")
+
+    MODELS[args.model].run(args)
+
+
+if __name__ == "__main__":
+    cli(main)
