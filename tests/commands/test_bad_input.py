@@ -121,10 +121,11 @@ CASES = [  # command line, what the line must say
     ("evaluate.py --run {0}/run --threads -1", "-1 is no number of CPU threads"),
     ("train.py --config {0}/tiny.toml --threads -1", "threads: must lie in 0 .. 1024"),
     ("-m corpora.scan check {0}/backwards.jsonl", "times of words must not go backwards"),
-    ("-m tools.bench --config {0}/tiny.toml --repeats 0", "must be positive"),
-    ("-m tools.bench --config {0}/none.toml", "no such file"),
-    ("-m tools.bench --what audiocalm --config {0}/tiny.toml --lengths 5 0", "must be positive"),
-    ("-m tools.bench --what audiocalm --config {0}/tiny.toml --peer moshi", "knows no --peer"),
+    ("-m tools.bench vae --config {0}/tiny.toml --repeats 0", "must be positive"),
+    ("-m tools.bench vae --config {0}/none.toml", "no such file"),
+    ("-m tools.bench audiocalm --config {0}/tiny.toml --lengths 5 0", "must be positive"),
+    ("-m tools.bench audiocalm --config {0}/tiny.toml --peer moshi",
+     "unrecognized arguments: --peer moshi"),
     ("train.py --config {0}/tiny.toml --fresh --train.vae.optimizer sgd", "unknown 'sgd'; valid"),
     ("train.py --config {0}/tiny.toml --out {0}/d --vae.teacher {0}/none "
      "--vae.loss_weights.distill 1", "cannot be loaded"),
@@ -171,7 +172,8 @@ CASES = [  # command line, what the line must say
     ("evaluate.py --run {0}/run --json {0}/good.wav/x.json", "x.json: cannot be written"),
     ("-m tools.ablate configs/ablation.toml toy --json {0}/good.wav/x.json",
      "x.json: cannot be written"),
-    ("-m tools.bench --config {0}/tiny.toml --json {0}/good.wav/x.json", "x.json: cannot be written"),
+    ("-m tools.bench vae --config {0}/tiny.toml --json {0}/good.wav/x.json",
+     "x.json: cannot be written"),
     ("-m corpora.align {0}/none.jsonl --out {0}/a.jsonl", "none.jsonl: no such manifest"),
     ("-m corpora.toy --say bonjour --out {0}/x.wav", "bonjour"),
     ("-m corpora.toy --out {0}/t --voices 99", "voices"),
@@ -185,8 +187,11 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(
     script, *arguments = [part.format(place) for part in command.removeprefix("-m ").split(" ")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    name = script.removesuffix(".py")
+    if os.path.isdir(name.replace(".", "/")):            # a package: its __main__.py is what runs
+        name += ".__main__"
     with pytest.raises(SystemExit) as end:
-        cli(importlib.import_module(script.removesuffix(".py")).main)
+        cli(importlib.import_module(name).main)
     # no progress bars
     lines = [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]
     assert end.value.code == 2

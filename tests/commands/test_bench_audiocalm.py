@@ -1,4 +1,4 @@
-"""-m tools.bench --what audiocalm counts the passes it times, and its window bounds the cache."""
+"""-m tools.bench audiocalm counts the passes it times, and its window bounds the cache."""
 import json
 import math
 import os
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools import bench
+from tools.bench import __main__ as bench
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CONFIG = """
@@ -32,7 +32,7 @@ def figures(tmp_path_factory):
     place = tmp_path_factory.mktemp("bench")
     (place / "tiny.toml").write_text(CONFIG)
     argv = sys.argv
-    sys.argv = ["tools.bench", "--what", "audiocalm", "--config", f"{place}/tiny.toml", "--seconds",
+    sys.argv = ["tools.bench", "audiocalm", "--config", f"{place}/tiny.toml", "--seconds",
                 "0.3", "--repeats", "1", "--lengths", "4", "0.32", "0.96", "--window", "0.16",
                 "--json", f"{place}/b.json"]
     try:

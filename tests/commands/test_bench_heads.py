@@ -1,13 +1,12 @@
-"""-m tools.bench --what heads times what a frame really does, and its ratios are what they say."""
+"""-m tools.bench heads times what a frame really does, and its ratios are what they say."""
 import os
-import sys
 
 import pytest
 import torch
 
-from tools import bench
 import heads
 from config import load
+from tools.bench import heads as bench
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = ["--lm.backbone.dim", "32", "--lm.backbone.heads", "2", "--lm.backbone.layers", "2",

@@ -1,4 +1,4 @@
-"""Figures have their definitions; benchmarks take turns and print what they measured."""
+"""Figures have their definitions."""
 import json
 import math
 import types
@@ -8,13 +8,11 @@ import pytest
 import soundfile as sf
 import torch
 
-from tools import bench
 import evaluate
 from config import Config, build
 from cli import BadInput
 from data import Clip
 from judges import METRICS, Judges, split_words, word_errors
-from conftest import run, write
 from vae import VAE, VAEConfig
 
 
@@ -149,24 +147,6 @@ def test_a_generation_is_compared_with_the_voice_that_it_was_given():
 def test_a_choice_of_texts_is_evenly_spaced():
     assert evaluate.evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
     assert evaluate.evenly_spaced([1, 2], 9) == [1, 2]
-
-
-def test_contestants_take_turns_after_an_unmeasured_round():
-    order = []
-    times = bench.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, "cpu")
-    assert "".join(order) == "abababab" and [len(t) for t in times.values()] == [3, 3]
-
-
-def test_a_benchmark_prints_and_writes_every_part(tmp_path):
-    done = run("-m", "tools.bench", "--config", write(str(tmp_path)), "--seconds", "0.4", "--repeats", "1",
-               "--json", f"{tmp_path}/b.json")
-    assert done.returncode == 0, done.stderr
-    with open(tmp_path / "b.json") as f:
-        figures = json.load(f)
-    assert set(figures) == {"encode", "decode", "stream decode", "training step"}
-    assert set(figures["decode"]) == {"istft decoder", "conv decoder"}
-    assert figures["decode"]["istft decoder"]["ratio"] == 1.0
-    assert all(v["ms"] > 0 for part in figures.values() for v in part.values())
 
 
 def test_a_judge_that_is_not_installed_names_the_extra(monkeypatch):

@@ -159,8 +159,8 @@ def test_int8_and_a_decoding_thread_give_sound_too(trained):
 
 
 def test_sampling_is_timed_end_to_end(trained):
-    done = run("-m", "tools.bench", "--what", "sample", "--config", f"{trained}/tiny.toml", "--repeats", "1",
-               "--seconds", "0.4", "--threads", "1", "--json", f"{trained}/b.json")
+    done = run("-m", "tools.bench", "sample", "--config", f"{trained}/tiny.toml", "--repeats",
+               "1", "--seconds", "0.4", "--threads", "1", "--json", f"{trained}/b.json")
     assert done.returncode == 0, done.stderr
     with open(f"{trained}/b.json") as f:
         figures = json.load(f)

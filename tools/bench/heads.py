@@ -1,0 +1,176 @@
+"""Speed of the heads: one latent of CALM and of the RQ-Transformer, at the papers' sizes.
+
+    python -m tools.bench heads [--domain speech music] [--repeats 3] [--threads 1] [--json ...]
+
+    backbone, KV cache of 15 s ─► z ─► short context (CALM, music) ─► head ─► next latent or codes
+    └──────────────── "whole" is all of it ─────────────────────────────┘
+                                               └─ "head": consistency, TrigFlow or RQ-Transformer
+
+Sizes are those of configs/paper (Table 9), weights are random, and the batch is one row. The table
+is laid out as Tables 2, 4 and 6 of CALM (arXiv 2509.06926); speed-ups are relative to the paper's
+baseline, RQ with 8 levels for speech and 32 for music. Embeddings of the latent and the VAE are
+left out. The RQ-Transformers share 8 sets of weights, whatever their number of levels: a set is 75M
+parameters, more than any cache holds, so that each level reads its weights from memory either way.
+
+Precision: fp32 on a CPU, bf16 weights, caches and autocast on CUDA.
+"""
+import copy
+import dataclasses
+import statistics
+
+import torch
+
+from backbone import BackboneConfig, KVCache, Transformer
+from config import load
+from discrete import RQ, pick
+from heads import HEADS, TrigFlow
+from tools.bench.timing import inference, median_ratio, processor, race, set_threads
+
+HEAD_STEPS = (("consistency", 1), ("consistency", 4), ("trigflow", 10), ("trigflow", 100))
+RQ_LEVELS = (8, 16, 32)
+RQ_SETS = 8
+BASELINE = {"speech": "rq 8 levels", "music": "rq 32 levels"}       # of Tables 2 and 4
+HISTORY = 15                                                        # seconds in the KV cache
+
+
+def add_options(parser):
+    parser.add_argument("--domain", nargs="+", default=["speech", "music"],
+                        choices=["speech", "music"],
+                        help="default both; in fp32 music needs 12 GB, speech 11 GB")
+
+
+def run(args):
+    """Time the heads of each domain -> {domain: {head: figures}}."""
+    set_threads(args.threads)
+    print(f"one latent of CALM and RQ, torch {torch.__version__}, {processor(args.device)}")
+
+    figures = {}
+    for domain in args.domain:
+        calm = load(f"configs/paper/calm_{domain}.toml")
+        rq = load(f"configs/paper/rq_{domain}.toml")
+        frame_rate = calm.vae.frame_rate
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+
+        times = race(frame_parts(calm, rq, args.device, dtype), args.repeats, args.device)
+        figures[domain] = head_figures(times, BASELINE[domain], frame_rate)
+
+        backbone_ms = 1000 * statistics.median(times["backbone"]) * frame_rate
+        print(f"{domain}: {frame_rate:g} latents and {backbone_ms:.0f} ms of backbone per second")
+        print_table(figures[domain])
+    return figures
+
+
+def print_table(figures):
+    """One row per head; times are per second of audio."""
+    print(f"{'':20s}{'head, ms':>10s}{'whole, ms':>10s}{'sampler':>9s}{'overall':>9s}"
+          f"{'in sampler':>12s}{'30 s take':>11s}{'real time':>11s}")
+    for name, row in figures.items():
+        print(f"{name:20s}{row['head_ms']:10.1f}{row['whole_ms']:10.1f}"
+              f"{row['sampler_speedup']:8.2f}x{row['overall_speedup']:8.2f}x"
+              f"{100 * row['sampler_share']:11.1f}%{row['seconds_for_30']:9.1f} s"
+              f"{row['real_time']:10.2f}x", flush=True)
+
+
+def head_figures(times, baseline, frame_rate):
+    """The table's figures {head: row} from times {part: [seconds per latent, of each repeat]}.
+
+    baseline: the head that speed-ups are relative to; frame_rate: latents per second.
+    """
+    heads = [part for part in times if part not in ("backbone", "short context")]
+
+    # what runs before the head; only CALM has the short context
+    before = {}
+    for name in heads:
+        before[name] = times["backbone"]
+        if "short context" in times and "rq" not in name:
+            before[name] = [sum(pair) for pair in zip(times["backbone"], times["short context"])]
+    whole = {name: [b + h for b, h in zip(before[name], times[name])] for name in heads}
+
+    figures = {}
+    for name in heads:
+        head_seconds = statistics.median(times[name])
+        whole_seconds = statistics.median(whole[name])
+        row = {
+            "head_ms": 1000 * head_seconds * frame_rate,
+            "whole_ms": 1000 * whole_seconds * frame_rate,
+            "sampler_speedup": median_ratio(times[baseline], times[name]),
+            "overall_speedup": median_ratio(whole[baseline], whole[name]),
+            "sampler_share": median_ratio(times[name], whole[name]),
+            "seconds_for_30": 30 * whole_seconds * frame_rate,
+            "real_time": 1 / (whole_seconds * frame_rate),
+        }
+        figures[name] = {key: round(value, 4) for key, value in row.items()}
+    return figures
+
+
+# ---------------------------------------------------------------- contestants
+
+def frame_parts(calm, rq, device, dtype):
+    """The parts of one latent's work, {part: function}.
+
+    calm, rq: configs with the same backbone; dtype: of weights and caches. bf16 also turns autocast
+    on, which the fp32 islands of heads.py need.
+    """
+    backbone = calm.lm.backbone
+    z = torch.randn(1, backbone.dim, device=device, dtype=dtype)               # (1, C)
+    autocast = lambda: torch.autocast(device, dtype, dtype == torch.bfloat16)
+
+    # what makes z
+    history = max(1, round(HISTORY * calm.vae.frame_rate))
+    parts = {"backbone": inference(one_position(backbone, history, device, dtype), z[:, None],
+                                   precision=autocast)}
+    if calm.lm.short_layers:
+        short = BackboneConfig(**{**vars(backbone), "layers": calm.lm.short_layers,
+                                  "window": calm.lm.short_context})
+        position = one_position(short, calm.lm.short_context - 1, device, dtype)
+        parts["short context"] = inference(position, z[:, None], precision=autocast)
+
+    # continuous heads: TrigFlow shares the network, which saves memory
+    consistency = filled(
+        lambda: HEADS["consistency"](calm.vae.latent_dim, backbone.dim, calm.lm.head),
+        device, dtype)
+    objectives = {"consistency": consistency, "trigflow": TrigFlow(consistency.net, calm.lm.head)}
+    for name, steps in HEAD_STEPS:
+        sample = lambda z, head=objectives[name], steps=steps: head.sample(z, steps=steps)
+        plural = "s" if steps > 1 else ""
+        parts[f"{name} {steps} step{plural}"] = inference(sample, z, precision=autocast)
+
+    # RQ-Transformers: copies share the weights of the deepest
+    rq_head = dataclasses.replace(rq.lm.head, sets=RQ_SETS)
+    deepest = filled(lambda: RQ(max(RQ_LEVELS), rq.vae.codebook_size, backbone.dim, rq_head).net,
+                     device, dtype)
+    choose = lambda logits: pick(logits, temperature=1.0, top_k=0, generator=None)
+    for levels in RQ_LEVELS:
+        net = copy.copy(deepest)
+        net.levels = levels
+        parts[f"rq {levels} levels"] = inference(net.draw, z, choose, precision=autocast)
+    return parts
+
+
+def one_position(cfg, history, device, dtype):
+    """A function of x (1, 1, C): one position of a Transformer behind `history` cached ones.
+
+    The cache starts anew in each call, so that it does not grow from repeat to repeat.
+    """
+    net = filled(lambda: Transformer(cfg), device, dtype)
+    heads = cfg.kv_heads or cfg.heads
+    shape = (2, 1, heads, history, cfg.dim // cfg.heads)
+    past = {layer: tuple(torch.randn(shape, device=device, dtype=dtype).unbind())
+            for layer in range(cfg.layers)}                    # k, v (1, heads, history, width)
+
+    def run(x):
+        cache = KVCache()
+        cache.kv = dict(past)
+        cache.pos = history
+        net(x, cache)
+    return run
+
+
+def filled(make, device, dtype):
+    """make() with weights uniform in ±0.03: its initialisation would take minutes."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device=device).eval()
+    for p in module.parameters():
+        p.data.uniform_(-0.03, 0.03)
+    return module
