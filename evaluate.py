@@ -20,7 +20,7 @@ Figures of the VAE
 Figures of the language models, over every held-out text, in the voice of another held-out clip of
 its speaker where the run was trained with voice prompts
   facts right: share of the facts stated by a text of the toy corpus (digits, counts, pitch, tempo)
-    that its oracle measures in the audio (corpora/toy.py). "chance" is what guessing gives. Left
+    that its oracle measures in the audio (corpora/oracle.py). "chance" is what guessing gives. Left
     out on other corpora.
   length right: share of generations that end within two latent frames of the held-out clip's end
     (two clips of one text differ too).
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from cli import BadInput, Parser, atomic, check_writable, cli, threads
 from config import LM_STAGES, load_checkpoint, open_run
-from corpora import toy
+from corpora import oracle
 from data import KINDS, encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of
 from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
@@ -95,7 +95,7 @@ def count_right_facts(wav, clip, rate):
     the text is not from the toy corpus.
     """
     try:
-        found = toy.oracle(wav[0].numpy(), clip.text, clip.kind, rate)
+        found = oracle.judge(wav[0].numpy(), clip.text, clip.kind, rate)
     except BadInput:
         return None
     return found["right"], found["total"]
@@ -322,7 +322,7 @@ def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=Non
                 f.writelines(json.dumps(row) + "\n" for row in manifest)
         if share_right(facts) is not None:
             found["facts"][kind] = share_right(facts)
-            found["chance"][kind] = rounded_mean([toy.chance(text, kind) for text in targets])
+            found["chance"][kind] = rounded_mean([oracle.chance(text, kind) for text in targets])
         if on_time:
             found["length"][kind] = rounded_mean(on_time)
     return found
