@@ -49,7 +49,7 @@ def judge(wav, text, kind, rate=16000):
 
 
 def chance(text, kind):
-    """The expected share of right attributes of a caption drawn at random, as the corpus draws it."""
+    """The expected share of right attributes when the answer is a random text of the corpus."""
     expected = attributes(text, kind)
     if kind == "speech":
         return 1 / len(vocabulary(expected))
@@ -155,8 +155,8 @@ def recognise_words(wav, rate, n, words):
     """The best n of `words`: one-pass dynamic time warping against all templates at once.
 
     Level l of the n levels is the l-th word. From frame to frame a path moves on by one state, or
-    at a price stays or skips one; between words it may rest in silence. A path's words so far are
-    one number, whose digits in base len(words) they are.
+    at a price stays or skips one; between words it may rest in silence. A path stores its words so
+    far as the digits of one number, in base len(words).
     """
     features, word_of, first, last = templates(rate, words)
     base = len(words)
@@ -205,7 +205,10 @@ def recognise_words(wav, rate, n, words):
 
 
 def advance(cost, path):
-    """The best paths (levels, states) into each state: from it (price 2.5), one (0), two (3) back."""
+    """The best paths (levels, states) into each state, one frame later.
+
+    From the state itself at a price of 2.5, from the one before for nothing, from two before for 3.
+    """
     new_cost = cost + np.float32(2.5)
     new_path = path.copy()
     for step, price in ((1, 0), (2, 3)):

@@ -26,7 +26,7 @@ RATES = (16000, 24000)
 COUNTS = ("one", "two", "three", "four")
 
 
-# ---- attributes: what a text states ---------------------------------------------------------------
+# ---- attributes: what a text states --------------------------------------------------------------
 
 def plural(count):
     return "" if count == "one" else "s"
@@ -268,7 +268,7 @@ def articulation(words, tempo, rng):
 
 
 def tracks(segments, ends, T, formant_scale):
-    """Formants (T, 3) in Hz, and (T, 1) each: voicing, breath, hiss, its centre, its width in Hz."""
+    """Formants (T, 3) in Hz, and (T, 1) each: voicing, breath, hiss, its centre and width in Hz."""
     index = np.searchsorted(ends, np.arange(T) / STEPS, side="right")
     track = np.array(segments)[index.clip(max=len(segments) - 1)]        # (T, 9)
 
@@ -372,7 +372,7 @@ def chirp(stated, rng, rate):
 
 
 def repeated_sound(stated, rng, rate):
-    """One to four beeps, clicks or bursts of noise -> (seconds of one, s from start to start, wavs).
+    """One to four beeps, clicks or bursts of noise -> (s of one, s from start to start, wavs).
 
     Every kind of sound draws the same random numbers.
     """

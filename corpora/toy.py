@@ -1,4 +1,4 @@
-"""The toy corpus: speech, sounds and music made by rule, so that everything runs without a download.
+"""The toy corpus: speech, sounds and music made by rule; everything runs without a download.
 
     ToyConfig ─► random texts ─► synth.py ─► DIR/wav/*.wav, DIR/train.jsonl, DIR/valid.jsonl
                       ▲                         │
@@ -10,10 +10,10 @@ sounds and musical phrases whose captions state measurable attributes.
 Held-out speech: 15 of the 100 ordered pairs of digits never stand next to each other in training,
 and every validation string contains one. A model that only memorised strings cannot score there.
 
-    python -m corpora.toy --out data/toy --clips 1000             # wav/, train.jsonl, valid.jsonl
+    python -m corpora.toy --out data/toy --clips 1000            # wav/, train.jsonl, valid.jsonl
     python -m corpora.toy --say "seven three" --voice 1 --out x.wav
     python -m corpora.toy --say "two clicks" --kind sound --out x.wav
-    python -m corpora.toy --check 100                             # accuracy of the oracle, as a table
+    python -m corpora.toy --check 100                            # accuracy of the oracle, a table
 
 Neither paper has such a corpus; it replaces none of theirs. Same seed, same bytes, on the same
 build of numpy. Files are 16-bit PCM.

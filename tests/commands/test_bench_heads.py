@@ -1,5 +1,6 @@
 """-m tools.bench heads times what a frame really does, and its ratios are what they say."""
 import os
+import types
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_figures_are_ratios_of_the_same_repeats_and_only_calm_pays_for_the_short
     assert rq["whole_ms"] == pytest.approx(12.5 * 24)
     assert rq["seconds_for_30"] == pytest.approx(9) and rq["real_time"] == pytest.approx(1 / 0.3,
                                                                                       abs=1e-3)
+
+
+def test_the_table_of_each_domain_is_printed_and_returned(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "load", lambda path: load(f"{ROOT}/{path}", TINY))
+    figures = bench.run(types.SimpleNamespace(domain=["speech", "music"], repeats=1, threads=0,
+                                              device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert list(figures) == ["speech", "music"] and len(lines) == 1 + 2 * (2 + 7)
+    for domain, baseline in bench.BASELINE.items():
+        assert len(figures[domain]) == 7
+        assert figures[domain][baseline]["overall_speedup"] == 1
 
 
 def test_random_weights_fill_every_parameter():

@@ -1,4 +1,4 @@
-"""Weights of Mimi in our modules give Mimi's latents and audio."""
+"""Published weights in our modules give the outputs of the published models."""
 import math
 
 import pytest
@@ -147,8 +147,9 @@ def test_a_converted_file_is_a_run_that_opens(tmp_path, monkeypatch):
     net, tensors = published(True)
     safetensors.save_file({k: v.contiguous() for k, v in tensors.items()},
                           tmp_path / "m.safetensors")
-    monkeypatch.setattr("sys.argv", ["tools.convert", "mimi", str(tmp_path / "m.safetensors"), "--out",
-                                     str(tmp_path / "run"), "--heads", "2", "--context", "10"])
+    monkeypatch.setattr("sys.argv", ["tools.convert", "mimi", str(tmp_path / "m.safetensors"),
+                                     "--out", str(tmp_path / "run"), "--heads", "2",
+                                     "--context", "10"])
     convert.main()
     cfg, vae, lm, _ = open_run(str(tmp_path / "run"))
     wav = 0.1 * torch.randn(1, 1, 240 * 3)

@@ -1,7 +1,7 @@
 """The oracle can be trusted.
 
-    text ─► synthesise ─► wav (─► degrade) ─► judge ─► right / total     high on its own text, chance
-                                                                         on noise and on other texts
+    text ─► synthesise ─► wav (─► degrade) ─► judge ─► right / total    high on its own text, chance
+                                                                        on noise and on other texts
 """
 import numpy as np
 import pytest

@@ -3,9 +3,9 @@
     python -m tools.bench audiocalm [--config configs/audiocalm_quick.toml] [--seconds 10]
                                     [--lengths 5 10 20 30 60] [--window 10] [--repeats 7]
 
-    [audiocalm.backbone] ─┬─► CALM: a latent per pass, head of 3 blocks as wide as the backbone
+    [audiocalm.backbone] ─┬─► CALM: one latent per pass, head of 3 blocks as wide as the backbone
                           │         consistency 1 step, TrigFlow 20
-                          └─► AudioCALM: a block per N + 1 passes
+                          └─► AudioCALM: one block per N + 1 passes
                                     flow 32, 16, 8, 4 steps; few-step LSD 4, 1
 
 First table: time and CPU time per second of audio, time to the first latents, and passes of the

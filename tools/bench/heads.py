@@ -3,14 +3,14 @@
     python -m tools.bench heads [--domain speech music] [--repeats 3] [--threads 1] [--json ...]
 
     backbone, KV cache of 15 s ─► z ─► short context (CALM, music) ─► head ─► next latent or codes
-    └──────────────── "whole" is all of it ─────────────────────────────┘
-                                               └─ "head": consistency, TrigFlow or RQ-Transformer
 
-Sizes are those of configs/paper (Table 9), weights are random, and the batch is one row. The table
-is laid out as Tables 2, 4 and 6 of CALM (arXiv 2509.06926); speed-ups are relative to the paper's
-baseline, RQ with 8 levels for speech and 32 for music. Embeddings of the latent and the VAE are
-left out. The RQ-Transformers share 8 sets of weights, whatever their number of levels: a set is 75M
-parameters, more than any cache holds, so that each level reads its weights from memory either way.
+"head" in the table is the last step alone (consistency, TrigFlow or RQ-Transformer), "whole" is all
+three. Embeddings of the latent and the VAE are left out. Sizes are those of configs/paper (Table
+9), weights are random, and the batch is one row. The table is laid out as Tables 2, 4 and 6 of CALM
+(arXiv 2509.06926); speed-ups are relative to the paper's baseline, RQ with 8 levels for speech and
+32 for music. The RQ-Transformers share 8 sets of weights, whatever their number of levels: a set is
+75M parameters, more than any cache holds, so that each level reads its weights from memory either
+way.
 
 Precision: fp32 on a CPU, bf16 weights, caches and autocast on CUDA.
 """

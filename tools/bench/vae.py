@@ -129,7 +129,7 @@ def stream_decode(vae, z):
 
 
 def training_step(vae_cfg, gan_cfg, device, autocast):
-    """A function for forward and backward of all losses, and the seconds of audio that it reads.
+    """A function for forward and backward of all losses, and the seconds of audio in its batch.
 
     The batch is 4 crops of 1 second; the discriminators take part from the start, a WavLM teacher
     does not.
@@ -138,7 +138,7 @@ def training_step(vae_cfg, gan_cfg, device, autocast):
     gan_cfg = dataclasses.replace(gan_cfg, disc_start=0, disc_warmup=0, loss_weights=weights)
     model = VAEGAN(vae_cfg, gan_cfg).to(device)
     samples = max(1, round(vae_cfg.frame_rate)) * vae_cfg.hop
-    wav = 0.1 * torch.randn(4, vae_cfg.channels, samples, device=device)           # (4, channels, S)
+    wav = 0.1 * torch.randn(4, vae_cfg.channels, samples, device=device)       # (4, channels, S)
 
     def step():
         with torch.enable_grad(), autocast():

@@ -1,1 +1,1 @@
-"""Start from published weights: `python -m tools.convert mimi|pocket-tts|qwen3|llama IN --out RUN`."""
+"""Published weights become runs: `python -m tools.convert mimi|pocket-tts|qwen3|llama IN ...`."""

@@ -1,6 +1,6 @@
 """Start from published weights: python -m tools.convert mimi|pocket-tts|qwen3|llama IN --out RUN
 
-    mimi    Kyutai's codec, a .safetensors file with tensors named as in PyPI `moshi` or `pocket-tts`
+    mimi    Kyutai's codec, one .safetensors file, named as in PyPI `moshi` or `pocket-tts`
             -> a run folder with config.toml and vae.pt for evaluate.py, sample.py and train.py
     pocket-tts    Kyutai's text to speech, flow LM and Mimi in one .safetensors file, named as in
             PyPI `pocket-tts` -> a run folder that speaks: vae.pt, lm.pt, config.toml and
@@ -30,7 +30,8 @@ MODELS = {"mimi": mimi, "pocket-tts": pocket_tts, "qwen3": text_model, "llama": 
 
 
 def options():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.convert", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS,
                         help="which published model")
     parser.add_argument("weights", help="its .safetensors file, or the folder of a text model")
