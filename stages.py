@@ -108,7 +108,7 @@ class VAEStage:
         -> buffers.
         """
         some = self.clips[:: max(1, len(self.clips) // 400)]
-        vae.measure(self.load_clip(clip, 10.0) for clip in some)
+        vae.set_latent_statistics(self.load_clip(clip, 10.0) for clip in some)
 
 
 class LMStage:

@@ -1,4 +1,4 @@
-"""The causal VAE-GAN: waveform -> a few dozen numbers a frame -> waveform.
+"""The causal autoencoder: waveform -> latents, a few dozen numbers per frame -> waveform.
 
     wav (B, ch, S)                                        wav (B, ch, S)
       │ front: conv k7, or log |STFT|                       ▲ conv k3, or inverse STFT
@@ -10,47 +10,38 @@
       ▼ (B, T, C)                                           ▲ (B, T, C)
     linear ─► mean, log-variance (B, T, D) ─► z = mean + std · eps ─► linear
 
-    inner > 1: the transformers see `inner` positions a latent; a strided convolution (Mimi) or one
-    [CLS] a patch (AudioCALM) makes the latent, a transposed convolution takes it apart again.
+    inner > 1: the transformers see `inner` positions per latent. A strided convolution (Mimi) or
+    one [CLS] per patch (AudioCALM) merges them into the latent; a transposed convolution takes the
+    latent apart again.
     bottleneck = "rvq": z = a sum of K codebook entries, the discrete baseline.
 
-    discriminators: one per STFT size, looking at real and imaginary parts   (training only)
+T = ceil(S / hop), where hop is the product of `ratios` times `inner`. Everything is causal: latent
+t depends only on samples before (t + 1) · hop. The conv decoder computes samples t · hop to
+(t + 1) · hop from the latents up to t. The iSTFT decoder lags by `latency` = n_fft - stft_hop
+samples: they are complete only when the next frames have been overlapped.
 
-    L = λ_t |x - x̂|  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL      (CALM eq. 2)
-        + λ_distill (1 - cos(W z, WavLM))          (speech, CALM 5.1)   + λ_commit L_commit  (rvq)
+gan.py trains it (CALM eq. 2).
 
-T = ceil(S / hop), hop = product of `ratios` times `inner`. Everything is causal: latent t is a
-function of the samples before (t + 1) · hop. The conv decoder gives samples t · hop to
-(t + 1) · hop from the latents up to t; the iSTFT decoder owes its last `latency` =
-n_fft - stft_hop samples until the next frames have been overlapped.
-
-Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; the convolutions are SEANet's as in
-EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden width
-half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1; discriminators and hinge losses:
-EnCodec section 3.4; multi-scale log-mel loss: DAC (Kumar et al. 2023).
+Sources: CALM (arXiv 2509.06926) section 4.1 and Table 10; the convolutions are those of SEANet as
+in EnCodec (Défossez et al. 2022) and Mimi (Défossez et al. 2024: zero padding, no norm, hidden
+width half); iSTFT head: Vocos (Siuzdak 2023) and AudioCALM appendix A.1.
 Where this differs from the paper:
-- disc_power < 1 (compressed spectra of equal loudness for the discriminators) is ours: from the
-  linear ones of EnCodec they learn little in a few hundred steps (LOG.md).
-- λ_t, λ_f, λ_adv, λ_feat are not given; [vae.loss_weights] exposes them.
-- AudioCALM says which parts its autoencoder has (appendix A.1: residual convolutions,
-  self-attention on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order.
-  Here the [CLS] stands after its patch and goes through the encoder's transformer with it, so that
-  everything stays causal; configs/paper/vae_audiocalm.toml lists what we chose.
-- encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours: it drops the
-  phase at the door, and trains in minutes on a CPU. For a codec that is faithful to the waveform
+- AudioCALM names the parts of its autoencoder (appendix A.1: residual convolutions, self-attention
+  on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order. Here the [CLS]
+  stands after its patch and goes through the encoder's transformer with it, so that everything
+  stays causal; configs/paper/vae_audiocalm.toml lists our choices.
+- encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours. It discards the
+  phase at the input, and trains in minutes on a CPU. For a codec that is faithful to the waveform
   use encoder = "conv".
 - block = "convnext" (Liu et al. 2022, causal; LayerNorm, GELU) instead of SEANet's units is ours
-  too: strided convolutions reach no further than their stride, and the last one leads straight to
-  the transformer. With it and Muon (train.py) a VAE of recordings learns in minutes what it
-  otherwise does not (LOG.md).
-- Generator and discriminator see the same weights of each other and step together, which lets
-  gradients accumulate over micro-batches exactly (but for the balancer's norms, which are taken a
-  micro-batch); EnCodec and DAC step one after the other.
+  too. Its strided convolutions have kernel = stride, and the last one leads straight to the
+  transformer. With it and Muon (optim.py) a VAE of recordings learns in minutes what it otherwise
+  does not (LOG.md).
 
-Precision: spectra, losses and discriminator logits in fp32; convolutions and transformers in the
-autocast dtype.
+Precision: spectra in fp32; convolutions and transformers in the autocast dtype.
 """
 import math
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -68,56 +59,56 @@ from schema import Range
 class VAEConfig:
     """The [vae] table: what one needs to turn a waveform into latents and back.
 
-    Table 10: music 32 kHz, 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
+    Table 10: music 32 kHz, ratios 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
     """
-    # Hz
+    # Hz (Table 10, speech)
     sample_rate: Annotated[int, Range(1)] = 24000
     # audio channels
     channels: Annotated[int, Range(1)] = 1
-    # D
+    # channels D of a latent (Table 10, speech)
     latent_dim: Annotated[int, Range(1)] = 32
-    # upsampling factors, decoder order; their product is the hop
+    # upsampling factors in decoder order; hop = their product · inner (Table 10, speech)
     ratios: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [6, 5, 4, 4, 4])
     # stft: log-magnitudes replace the outermost ratios
     encoder: Literal["conv", "stft"] = "conv"
     # istft: magnitude and phase replace the outermost ratios
     decoder: Literal["conv", "istft"] = "conv"
-    # samples; for stft and istft: the product of the last ratios, which the STFT replaces
+    # stft, istft: hop in samples, the product of the last ratios, which the STFT replaces
     stft_hop: Annotated[int, Range(0)] = 0
-    # istft: direct (Vocos), or locked (tones that hold, for encoder = stft)
+    # istft: direct (Vocos), or locked (keeps tones steady; for encoder = "stft")
     phase: Literal["direct", "locked"] = "direct"
-    # n_fft in samples; 0 = 4 · stft_hop
+    # stft, istft: n_fft in samples; 0 = 4 · stft_hop
     stft_size: Annotated[int, Range(0)] = 0
-    # samples; encoder = stft: the n_fft of all spectra that it is given; [] = the stft_size.
-    # A long one tells the harmonics of a tone apart, a short one its beginning
+    # encoder = "stft": n_fft in samples of each input spectrum; [] = stft_size only. A long one
+    # resolves the harmonics of a tone, a short one its onset
     encoder_windows: list[Annotated[int, Range(1)]] = field(default_factory=list)
-    # seanet (ELU, no norm: both papers) or convnext (LayerNorm, GELU, as Vocos: learns faster)
+    # seanet (ELU, no norm: both papers) or convnext (LayerNorm, GELU, as in Vocos: learns faster)
     block: Literal["seanet", "convnext"] = "seanet"
     # transformer positions per latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling
     # comes after the encoder's transformer, the first upsampling before the decoder's
     inner: Annotated[int, Range(1)] = 1
     # how `inner` positions become one latent: conv (strided: Mimi) or cls (one learned [CLS] after
-    # each patch of them, seen through the transformer: AudioCALM)
+    # each patch, read after the transformer: AudioCALM)
     aggregator: Literal["conv", "cls"] = "conv"
     # plain (RMSNorm), mimi (LayerNorm, layer scale 0.01, no final norm) or pocket (Mimi with the
     # tanh approximation of GELU, as in Pocket TTS)
     transformer_style: Literal["plain", "mimi", "pocket"] = "plain"
     # rvq: the discrete baseline of Tables 1 and 3
     bottleneck: Literal["gaussian", "rvq"] = "gaussian"
-    # rvq: K codebooks (8 at 12.5 Hz, Table 1; 32 at 25 Hz, Table 3)
+    # rvq: codebooks K (8 at 12.5 Hz, Table 1; 32 at 25 Hz, Table 3)
     codebooks: Annotated[int, Range(1)] = 8
-    # rvq: entries of a codebook (Mimi)
+    # rvq: entries per codebook (Mimi: 2048)
     codebook_size: Annotated[int, Range(1)] = 2048
-    # channels next to the waveform; doubled at each ratio
+    # channels next to the waveform, doubled at each ratio
     width: Annotated[int, Range(1)] = 64
-    # ... up to this
+    # upper limit of that doubling
     width_max: Annotated[int, Range(1)] = 512
-    # residual units per level, dilated 1, 2, 4, ...
+    # residual units per ratio; seanet: dilated 1, 2, 4, ...
     res_layers: Annotated[int, Range(0)] = 1
     # transformer width C
     dim: Annotated[int, Range(1)] = 512
     heads: Annotated[int, Range(1)] = 8
-    # Table 10: 8 + 8 speech, 4 + 4 music
+    # transformer layers of each side (Table 10: 8 + 8 speech, 4 + 4 music)
     encoder_layers: Annotated[int, Range(0)] = 8
     decoder_layers: Annotated[int, Range(0)] = 8
     # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
@@ -148,71 +139,99 @@ class VAEConfig:
 
     @property
     def hop(self):
-        """Samples a latent."""
+        """Samples per latent."""
         return math.prod(self.ratios) * self.inner
 
     @property
     def frame_rate(self):
-        """Latents a second."""
+        """Latents per second."""
         return self.sample_rate / self.hop
 
     @property
     def n_fft(self):
+        """Samples per frame of the STFT and its inverse."""
         return self.stft_size or 4 * self.stft_hop
 
     @property
     def codes(self):
-        """rvq: levels K and entries of a codebook."""
+        """rvq: (levels K, entries per codebook)."""
         return self.codebooks, self.codebook_size
 
     def conv_ratios(self, spectral):
-        """Ratios left to the convolutions, decoder order, and the channels at their wave-side end.
+        """(ratios left to the convolutions, in decoder order; channels at their waveform end).
+
+        spectral: an STFT replaces the outermost ratios, whose product is stft_hop.
         """
-        ratios, outer, width = list(self.ratios), 1, self.width
-        while spectral and outer < self.stft_hop:
-            outer *= ratios.pop()
+        ratios = list(self.ratios)
+        width = self.width
+        replaced = 1
+        while spectral and replaced < self.stft_hop:
+            replaced *= ratios.pop()
             width *= 2
         return ratios, min(width, self.width_max)
 
 
 # ---------------------------------------------------------------- causal layers
-# Each takes (x, state). state = None: the whole signal, zeros before it. Otherwise a dict, one
-# entry a layer, carried from chunk to chunk; chunks are whole numbers of strides (VAE.encode and
-# .decode see to that).
+# Each layer takes (x, state). Without a state, x is the whole signal, and zeros precede it. With
+# one, x is the next chunk (whole strides: VAE.encode and VAE.decode see to that), and `state` is a
+# dict, empty before the first chunk, in which each layer keeps one entry under itself:
+#
+#     inputs kept (Conv, Spectrum)             outputs kept (ConvTranspose, InverseSpectrum)
+#
+#     chunk 1   x x x x p p                    chunk 1   y y y y t t    t: incomplete
+#                       │ │ put before                           │ │ added to
+#                       ▼ ▼                                      ▼ ▼
+#     chunk 2           p p x x x x            chunk 2           y y y y t t
+#
+# Encoder and Decoder keep the KVCache of their transformer, VAE.encode keeps under "pending" the
+# samples that do not fill a latent yet.
+
+def put_before(layer, x, length, state, replicate=False):
+    """x (B, C, L) -> (B, C, length + L): the `length` inputs before x, and x.
+
+    At the start of the signal they are zeros, or with `replicate` its first value.
+    """
+    previous = None if state is None else state.get(layer)
+    if previous is None:
+        previous = x[..., :1] if replicate else x.new_zeros(*x.shape[:2], 1)
+        previous = previous.expand(-1, -1, length)
+
+    x = torch.cat([previous, x], -1)
+    if state is not None:
+        state[layer] = x[..., x.shape[-1] - length:]
+    return x
+
 
 class Conv(nn.Module):
-    """Causal conv: output n sees inputs before (n + 1) · stride.
+    """Causal convolution: output n depends on inputs before (n + 1) · stride.
 
-    (B, Cin, L) -> (B, Cout, L / stride).
+    (B, Cin, L) -> (B, Cout, L / stride). replicate: the signal's first value precedes it instead of
+    zeros.
     """
 
     def __init__(self, cin, cout, kernel, stride=1, dilation=1, groups=1, replicate=False):
         super().__init__()
-        self.replicate = replicate         # before the signal: its first value instead of zeros
-        self.past = (kernel - 1) * dilation + 1 - stride
+        self.replicate = replicate
+        self.padding = (kernel - 1) * dilation + 1 - stride         # inputs that precede the signal
         self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
-        if self.past == 0 or state is None and not self.replicate:      # nothing to keep or to copy
-            conv, length = self.conv, x.shape[-1] // self.conv.stride[0]
-            return F.conv1d(x, conv.weight, conv.bias, conv.stride, self.past, conv.dilation,
-                            conv.groups)[..., :length]
-        past = None if state is None else state.get(self)
-        if past is None:
-            past = x[..., :1] if self.replicate else x.new_zeros(*x.shape[:2], 1)
-            past = past.expand(-1, -1, self.past)
-        x = torch.cat([past, x], -1)
-        if state is not None:
-            state[self] = x[..., x.shape[-1] - self.past:]
-        return self.conv(x)
+        # nothing to keep, zeros to pad: conv1d pads both ends, and the excess at the end is cut off
+        if self.padding == 0 or state is None and not self.replicate:
+            conv = self.conv
+            length = x.shape[-1] // conv.stride[0]
+            y = F.conv1d(x, conv.weight, conv.bias, conv.stride, self.padding, conv.dilation,
+                         conv.groups)
+            return y[..., :length]
+        return self.conv(put_before(self, x, self.padding, state, self.replicate))
 
 
 class ConvTranspose(nn.Module):
     """Causal upsampling by `stride`, kernel 2 · stride: input n reaches outputs from n · stride on.
 
-    (B, Cin, L) -> (B, Cout, L · stride). Every input gives two pieces of `stride` outputs, its own
-    and one that is added to the next input's: a matrix product and an overlap-add, which is what
-    we do where no gradient is asked for (decoding is 1.3 times as fast on a CPU: LOG.md).
+    (B, Cin, L) -> (B, Cout, L · stride). Each input contributes to the `stride` outputs at its
+    position and to the next `stride`. That is a matrix product and an overlap-add, which we use
+    where no gradient is needed (decoding is 1.3 times as fast on a CPU: LOG.md).
     """
 
     def __init__(self, cin, cout, stride, groups=1):
@@ -221,26 +240,31 @@ class ConvTranspose(nn.Module):
         self.conv = nn.ConvTranspose1d(cin, cout, 2 * stride, stride, groups=groups)
 
     def forward(self, x, state=None):
-        n = x.shape[-1] * self.stride                                # y (B, Cout, (L + 1) · stride)
+        # one stride longer than the chunk: what the last input adds to the next chunk
+        n = x.shape[-1] * self.stride
         y = self.conv(x) if torch.is_grad_enabled() else self.overlap_add(x)
         if state is None:
             return y[..., :n]
+
         if self in state:
             y = torch.cat([y[..., :self.stride] + state[self], y[..., self.stride:]], -1)
-        state[self] = y[..., n:] - self.conv.bias[:, None]           # the bias counts once
+        state[self] = y[..., n:] - self.conv.bias[:, None]          # the next chunk adds the bias
         return y[..., :n]
 
     def overlap_add(self, x):
-        w, (B, _, L) = self.conv.weight, x.shape             # (Cin, Cout / groups, 2 · stride)
+        B, _, L = x.shape
+        weight = self.conv.weight                            # (Cin, Cout / groups, 2 · stride)
         if self.conv.groups == 1:
-            y = torch.bmm(w.flatten(1).mT.expand(B, -1, -1), x)      # (B, Cout · 2 · stride, L)
-        else:                                                        # each channel by itself
-            y = x[:, :, None] * w.mT
-        own, late = y.view(B, -1, 2, self.stride, L).unbind(2)       # (B, Cout, stride, L) each
-        y = F.pad(own, (0, 1))
-        y[..., 1:] += late
+            y = torch.bmm(weight.flatten(1).mT.expand(B, -1, -1), x)    # (B, Cout · 2 stride, L)
+        else:                                                           # one group per channel
+            y = x[:, :, None] * weight.mT
+
+        # outputs at each input's position, and those that overlap the next input's
+        at_input, after_input = y.view(B, -1, 2, self.stride, L).unbind(2)
+        y = F.pad(at_input, (0, 1))                                     # (B, Cout, stride, L + 1)
+        y[..., 1:] += after_input
         y += self.conv.bias[:, None, None]
-        return y.mT.flatten(2)
+        return y.mT.flatten(2)                                          # (B, Cout, (L + 1) stride)
 
 
 class Elu(nn.Module):
@@ -254,8 +278,7 @@ class Gelu(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm over channels, (B, C, L)."""
-
+    """LayerNorm over the channels of (B, C, L)."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -265,6 +288,7 @@ class Norm(nn.Module):
 
 
 class Chain(nn.Sequential):
+    """Layers one after the other, with one state."""
     def forward(self, x, state=None):
         for layer in self:
             x = layer(x, state)
@@ -285,7 +309,7 @@ class Residual(nn.Module):
 
 class ConvNeXt(nn.Module):
     """x + γ · conv1(gelu(conv1(norm(depthwise conv7(x))))), hidden width 3 times (Liu et al. 2022;
-    causal, as in Vocos otherwise). γ starts at .1: a block begins close to the identity.
+    causal, otherwise as in Vocos). γ starts at 0.1: a block begins close to the identity.
     """
 
     def __init__(self, width):
@@ -299,7 +323,7 @@ class ConvNeXt(nn.Module):
 
 
 class Spectrum(nn.Module):
-    """Log-magnitudes of causal frames, one spectrum a window size n_fft:
+    """Log-magnitudes of causal frames, one spectrum per window size n_fft, side by side.
 
     (B, ch, L · hop) -> (B, ch · sum of (n_fft / 2 + 1), L). Frame j ends at sample (j + 1) · hop
     whatever its size.
@@ -307,110 +331,139 @@ class Spectrum(nn.Module):
 
     def __init__(self, sizes, hop):
         super().__init__()
-        self.sizes, self.hop, self.past = sizes, hop, max(sizes) - hop
+        self.sizes = sizes
+        self.hop = hop
         for n_fft in sizes:
             self.register_buffer(f"window{n_fft}", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, x, state=None):
-        past, n = None if state is None else state.get(self), x.shape[-1] - self.hop
-        zeros = x.new_zeros(*x.shape[:2], self.past)
-        x = torch.cat([zeros if past is None else past, x], -1)
-        if state is not None:
-            state[self] = x[..., x.shape[-1] - self.past:]
-        x, logs = x if x.dtype == torch.float64 else x.float(), []
+        longest = max(self.sizes)
+        x = put_before(self, x, longest - self.hop, state)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+
+        spectra = []
         for n_fft in self.sizes:
-            frames = x[..., x.shape[-1] - n - n_fft:].unfold(-1, n_fft, self.hop)
-            frames = frames * getattr(self, f"window{n_fft}").to(x.dtype)       # (B, ch, L, n_fft)
-            log = torch.fft.rfft(frames).abs().clamp(min=1e-3).log() * 0.3 + 0.5  # about unit scale
-            logs.append(log.transpose(2, 3))
-        return torch.cat(logs, 2).flatten(1, 2)
+            frames = x[..., longest - n_fft:].unfold(-1, n_fft, self.hop)   # (B, ch, L, n_fft)
+            frames = frames * getattr(self, f"window{n_fft}").to(x.dtype)
+            magnitude = torch.fft.rfft(frames).abs()                        # (B, ch, L, bins)
+            log = magnitude.clamp(min=1e-3).log() * 0.3 + 0.5               # about unit scale
+            spectra.append(log.mT)
+        return torch.cat(spectra, 2).flatten(1, 2)
 
 
 class InverseSpectrum(nn.Module):
-    """exp(m) · e^{i φ} per bin, inverse FFT, window, overlap-add:
+    """Magnitude and phase of each frame -> inverse FFT, window, overlap-add -> waveform.
 
-    (B, ch · maps · bins, L) -> (B, ch, L · hop).
+    (B, ch · maps · bins, L) -> (B, ch, L · hop). The spectrum of frame j is exp(m_j) · e^{i φ_j}:
 
     phase = "direct": maps m, p;     φ_j = p_j                                           (Vocos)
     phase = "locked": maps m, p, δ;  φ_j = p_j + Θ_j,  Θ_jk = Θ_{j-1,l} + 2π l hop / n_fft + δ_jl,
                                      l the strongest bin of frame j among k-2 .. k+2
-    A tone's phase turns by 2π f hop from frame to frame. A network that hears no phase (encoder =
-    "stft") cannot follow it, but can say how far f lies from a bin's centre (δ), and the turns are
-    summed up: a phase vocoder (Flanagan & Golden 1966). If each of the four or five bins under a
-    tone summed for itself, their small errors would drift apart and the tone would beat or vanish;
-    so the strongest lends its neighbours its phase (locking to peaks, Laroche & Dolson 1999), and
-    an error is a little detuning. p_j then says how they differ from it.
 
-    Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so a latent's frames end
-    where its samples end. Offline the last `latency` samples miss frames that will never come and
-    fade out.
+    The phase of a tone with f cycles per sample advances by 2π f hop per frame. A network without
+    phase at its input (encoder = "stft") cannot predict the phase, but it can predict how far f
+    lies from the centre of a bin (δ), and the advances are accumulated: a phase vocoder (Flanagan &
+    Golden 1966). If each of the four or five bins under a tone accumulated for itself, their small
+    errors would drift apart and the tone would beat or vanish. So all of them take the accumulated
+    phase Θ of the strongest one (phase locking, Laroche & Dolson 1999), and an error only detunes
+    the tone a little. p_j is each bin's phase relative to Θ_j.
+
+    Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so that a latent's frames
+    end where its samples end. Offline the last `latency` samples lack the frames that would follow,
+    and fade out.
     """
     REACH = 2                                     # bins: half of the main lobe of a Hann window
 
     def __init__(self, n_fft, hop, channels, phase="direct"):
         super().__init__()
-        self.n_fft, self.hop, self.channels, self.latency = n_fft, hop, channels, n_fft - hop
+        self.n_fft = n_fft
+        self.hop = hop
+        self.channels = channels
+        self.latency = n_fft - hop
         self.maps = 3 if phase == "locked" else 2
+
+        # divide by the overlapped energy of the analysis and synthesis windows, of period hop
         window = torch.hann_window(n_fft)
-        steady = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)   # overlapped energy
-        self.register_buffer("window", window / steady.repeat(n_fft // hop + 1)[:n_fft],
-                             persistent=False)
+        energy = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)
+        energy = energy.repeat(n_fft // hop + 1)[:n_fft]
+        self.register_buffer("window", window / energy, persistent=False)
 
     def forward(self, x, state=None):
-        B, L = x.shape[0], x.shape[-1]
-        x = x if x.dtype == torch.float64 else x.float()
-        tail, owed, turned = (None, self.latency, None) if state is None else state.get(
-            self, (None, self.latency, None))
-        log, phase, *rest = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L).unbind(2)
-        if rest:
-            turns, turned = self.turns(log, rest[0], turned)
-            phase = phase + turns
-        mag = log.clamp(max=7.0).exp()                       # e^7: louder than any clip
-        y = torch.fft.irfft(torch.polar(mag, phase), n=self.n_fft, dim=2)       # (B, ch, n_fft, L)
-        y = (y * self.window.to(x.dtype)[:, None]).flatten(0, 1)
+        B, _, L = x.shape
         n = L * self.hop
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        maps = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L)
+
+        # at the start: nothing to overlap, `latency` samples before the signal to skip, phase 0
+        overlap, skip, accumulated = None, self.latency, None
+        if state is not None and self in state:
+            overlap, skip, accumulated = state[self]
+
+        # polar form                                         (B, ch, bins, L) each
+        log_magnitude, phase, *offset = maps.unbind(2)
+        if offset:
+            theta, accumulated = self.accumulate(log_magnitude, offset[0], accumulated)
+            phase = phase + theta
+        magnitude = log_magnitude.clamp(max=7.0).exp()       # e^7: louder than any clip
+
+        # frames, windowed and overlapped
+        y = torch.fft.irfft(torch.polar(magnitude, phase), n=self.n_fft, dim=2)
+        y = (y * self.window.to(x.dtype)[:, None]).flatten(0, 1)             # (B · ch, n_fft, L)
         y = F.fold(y, (1, n + self.latency), (1, self.n_fft), stride=(1, self.hop))
         y = y.view(B, self.channels, n + self.latency)
         if state is None:
             return y[..., self.latency:]
-        if tail is not None:
-            y = torch.cat([y[..., :self.latency] + tail, y[..., self.latency:]], -1)
-        skip = min(owed, n)                                  # what lies before the signal's start
-        state[self] = (y[..., n:], owed - skip, turned)
-        return y[..., skip:n]
+
+        # add the previous chunk's last samples, keep those that later frames overlap
+        if overlap is not None:
+            y = torch.cat([y[..., :self.latency] + overlap, y[..., self.latency:]], -1)
+        skipped = min(skip, n)
+        state[self] = (y[..., n:], skip - skipped, accumulated)
+        return y[..., skipped:n]
 
     @torch.compiler.disable                                                  # a loop over frames
-    def turns(self, log, delta, before=None):
-        """log, delta (B, ch, bins, L), Θ of the frame before (B, ch, bins) -> Θ of all and of the
-        last one, in radians.
+    def accumulate(self, log_magnitude, offset, previous=None):
+        """Accumulated phase Θ of every frame, (B, ch, bins, L), and of the last one, in radians.
 
-        A frame's δ learns from its own step only: with gradients through the sum training stalls.
+        log_magnitude, offset δ (B, ch, bins, L); previous: Θ of the frame before, (B, ch, bins).
+        Gradients reach the δ of a frame from that frame only: with gradients through the sum
+        training stalls.
         """
-        K, reach = log.shape[2], self.REACH
-        bins = torch.arange(K, device=log.device)
-        whole = bins * self.hop % self.n_fft                                 # without whole turns
-        step = delta + (whole.to(delta.dtype) * (2 * math.pi / self.n_fft))[:, None]
-        near = F.pad(log.detach(), (0, 0, reach, reach), value=-math.inf)
-        peak = near.unfold(2, 2 * reach + 1, 1).argmax(-1) + bins[:, None] - reach
-        past = [torch.zeros_like(step[..., 0]) if before is None else before]
+        bins = torch.arange(log_magnitude.shape[2], device=log_magnitude.device)
+
+        # advance per frame: that of the bin's centre (without whole turns) and δ
+        centre = bins * self.hop % self.n_fft
+        advance = offset + (centre.to(offset.dtype) * (2 * math.pi / self.n_fft))[:, None]
+
+        # the strongest bin within REACH of each bin
+        padded = F.pad(log_magnitude.detach(), (0, 0, self.REACH, self.REACH), value=-math.inf)
+        nearby = padded.unfold(2, 2 * self.REACH + 1, 1)            # (B, ch, bins, L, 2 REACH + 1)
+        peak = nearby.argmax(-1) + bins[:, None] - self.REACH       # (B, ch, bins, L)
+
+        # each bin goes on from its peak's phase
+        phases = [torch.zeros_like(advance[..., 0]) if previous is None else previous]
         with torch.no_grad():
-            for each, its in zip(step.unbind(-1), peak.unbind(-1)):
-                past.append((past[-1] + each).gather(2, its) % (2 * math.pi))
-        return (torch.stack(past[:-1], -1) + step).gather(2, peak), past[-1]
+            for frame_advance, frame_peak in zip(advance.unbind(-1), peak.unbind(-1)):
+                total = (phases[-1] + frame_advance).gather(2, frame_peak)
+                phases.append(total % (2 * math.pi))
+
+        before = torch.stack(phases[:-1], -1)
+        return (before + advance).gather(2, peak), phases[-1]
 
     @torch.no_grad()
-    def start(self, conv):
-        """Initial bias of the layer before: quiet (e^-2.5), and phase πk, which puts a frame's
-        energy in its middle.
+    def initialise(self, conv):
+        """Set the bias of the layer before: quiet (e^-2.5); phase πk, which puts a frame's energy in
+        its middle.
         """
         bias = conv.bias.view(self.channels, self.maps, -1)
-        bias[:, 0], bias[:, 1] = -2.5, math.pi * (torch.arange(bias.shape[-1]) % 2)
+        bias[:, 0] = -2.5
+        bias[:, 1] = math.pi * (torch.arange(bias.shape[-1]) % 2)
         bias[:, 2:] = 0.0
 
-    def flush(self, state):
-        """The samples still owed after the last latent."""
-        tail, owed, *_ = state.pop(self)
-        return tail[..., owed:]
+    def remaining(self, state):
+        """The samples that wait for further frames, (B, ch, latency) or fewer; ends the state."""
+        overlap, skip, _ = state.pop(self)
+        return overlap[..., skip:]
 
 
 # ---------------------------------------------------------------- encoder, decoder, VAE
@@ -423,14 +476,14 @@ def residual_units(cfg, width):
 
 
 def activation(cfg, width):
-    """What stands between residual units and a convolution that changes the rate."""
+    """The layer between residual units and a convolution that changes the sample rate."""
     return Norm(width) if cfg.block == "convnext" else Elu()
 
 
 def transformer_config(cfg, layers, cls=False):
     """The BackboneConfig of the encoder's or decoder's transformer; cls: with a [CLS] per patch."""
-    positions_per_second = cfg.frame_rate * (cfg.inner + int(cls))
     plain = cfg.transformer_style == "plain"
+    positions_per_second = cfg.frame_rate * (cfg.inner + int(cls))
     return BackboneConfig(dim=cfg.dim, layers=layers, heads=cfg.heads,
                           mlp="gelu_tanh" if cfg.transformer_style == "pocket" else "gelu",
                           norm="rms" if plain else "layer", final_norm=plain,
@@ -438,52 +491,104 @@ def transformer_config(cfg, layers, cls=False):
                           window=max(1, round(cfg.context * positions_per_second)))
 
 
+def encoder_layers(cfg):
+    """The layers from wav (B, ch, S) to (B, C, T · inner), one level per ratio."""
+    convnext = cfg.block == "convnext"
+    ratios, width = cfg.conv_ratios(cfg.encoder == "stft")
+
+    # front: the waveform or its spectra
+    if cfg.encoder == "stft":
+        sizes = cfg.encoder_windows or [cfg.n_fft]
+        bins = sum(n_fft // 2 + 1 for n_fft in sizes)
+        layers = [Spectrum(sizes, cfg.stft_hop),                    # (B, ch · bins, S / stft_hop)
+                  Conv(cfg.channels * bins, width, 3)]              # (B, width, S / stft_hop)
+    else:
+        layers = [Conv(cfg.channels, width, 7)]                     # (B, width, S)
+    if convnext:
+        layers.append(Norm(width))
+
+    # levels: the length divided by the ratio, the width doubled
+    for level in reversed(range(len(ratios))):
+        stride = ratios[level]
+        kernel = stride if convnext else 2 * stride
+        wider = cfg.dim if convnext and level == 0 else min(2 * width, cfg.width_max)
+        layers += [*residual_units(cfg, width), activation(cfg, width),
+                   Conv(width, wider, kernel, stride)]
+        width = wider
+
+    # to the transformer's width; with convnext the last level did that
+    if not convnext:
+        layers += [Elu(), Conv(width, cfg.dim, 3)]                  # (B, C, T · inner)
+    return layers
+
+
 class Encoder(nn.Module):
-    """wav (B, ch, T · hop) -> (B, T, 2 D)."""
+    """wav (B, ch, T · hop) -> mean and log-variance (B, T, 2 D); rvq: (B, T, D)."""
 
     def __init__(self, cfg):
         super().__init__()
-        ratios, width = cfg.conv_ratios(cfg.encoder == "stft")
-        convnext = cfg.block == "convnext"
-        if cfg.encoder == "stft":
-            sizes = cfg.encoder_windows or [cfg.n_fft]
-            layers = [Spectrum(sizes, cfg.stft_hop),
-                      Conv(cfg.channels * sum(n // 2 + 1 for n in sizes), width, 3)]
-        else:
-            layers = [Conv(cfg.channels, width, 7)]
-        if convnext:
-            layers += [Norm(width)]
-        for i in reversed(range(len(ratios))):
-            last = convnext and i == 0
-            wider = cfg.dim if last else min(2 * width, cfg.width_max)
-            layers += [*residual_units(cfg, width), activation(cfg, width),
-                       Conv(width, wider, ratios[i] * (1 if convnext else 2), stride=ratios[i])]
-            width = wider
-        self.conv = Chain(*layers, *([] if convnext else [Elu(), Conv(width, cfg.dim, 3)]))
+        self.inner = cfg.inner
         self.cls = cfg.aggregator == "cls"
-        self.inner, outputs = cfg.inner, cfg.latent_dim * (2 if cfg.bottleneck == "gaussian" else 1)
+        strided = cfg.inner > 1 and not self.cls
+        outputs = 2 * cfg.latent_dim if cfg.bottleneck == "gaussian" else cfg.latent_dim
+
+        self.conv = Chain(*encoder_layers(cfg))                              # (B, C, T · inner)
         self.transformer = Transformer(transformer_config(cfg, cfg.encoder_layers, self.cls))
         if self.cls:
-            self.token = nn.Parameter(0.02 * torch.randn(cfg.dim))
-        strided = cfg.inner > 1 and not self.cls
-        self.out = (Conv(cfg.dim, outputs, 2 * cfg.inner, stride=cfg.inner, replicate=True)
-                    if strided else nn.Linear(cfg.dim, outputs))
-        # begin with little posterior noise, std e^-2 = .14 (no gain measured by itself: LOG.md)
+            self.token = nn.Parameter(0.02 * torch.randn(cfg.dim))           # the learned [CLS]
+        if strided:
+            self.out = Conv(cfg.dim, outputs, 2 * cfg.inner, stride=cfg.inner, replicate=True)
+        else:
+            self.out = nn.Linear(cfg.dim, outputs)                           # (B, T, 2 D)
+
+        # begin with little posterior noise, std e^-2 = 0.14 (no gain measured by itself: LOG.md)
         with torch.no_grad():
             (self.out.conv if strided else self.out).bias[cfg.latent_dim:] = -4.0
 
     def forward(self, wav, state=None):
-        x, cache = self.conv(wav, state).transpose(1, 2), None                  # (B, T · inner, C)
-        if state is not None:
-            cache = state.setdefault(self, KVCache())
-        if self.cls:                                  # p_1 .. p_inner [CLS] p_1 .. p_inner [CLS]
-            x = x.unflatten(1, (-1, self.inner))
-            x = torch.cat([x, self.token.to(x.dtype).expand(x.shape[0], x.shape[1], 1, -1)], 2)
-            return self.out(self.transformer(x.flatten(1, 2), cache)[:, self.inner::self.inner + 1])
+        x = self.conv(wav, state).mT                                         # (B, T · inner, C)
+        cache = None if state is None else state.setdefault(self, KVCache())
+
+        # a [CLS] after each patch of `inner` positions becomes the latent
+        if self.cls:
+            patches = x.unflatten(1, (-1, self.inner))                       # (B, T, inner, C)
+            cls = self.token.to(x.dtype).expand(x.shape[0], patches.shape[1], 1, -1)
+            x = torch.cat([patches, cls], 2).flatten(1, 2)                   # (B, T (inner + 1), C)
+            x = self.transformer(x, cache)
+            return self.out(x[:, self.inner::self.inner + 1])
+
+        # or a linear layer, or a strided convolution
         x = self.transformer(x, cache)
         if self.inner == 1:
             return self.out(x)
-        return self.out(x.transpose(1, 2), state).transpose(1, 2)
+        return self.out(x.mT, state).mT
+
+
+def decoder_layers(cfg):
+    """The layers from (B, C, T · inner) to wav (B, ch, T · hop), one level per ratio."""
+    ratios, narrowest = cfg.conv_ratios(cfg.decoder == "istft")
+    widths = [min(narrowest * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
+
+    # from the transformer's width; convnext starts at it and discards this convolution, which is
+    # built all the same: its random numbers belong to every seed
+    layers = [Conv(cfg.dim, widths[0], 7)]                          # (B, widths[0], T · inner)
+    if cfg.block == "convnext":
+        layers = []
+        widths[0] = cfg.dim
+
+    # levels: the length times the ratio, the width halved
+    for ratio, width, narrower in zip(ratios, widths, widths[1:]):
+        layers += [activation(cfg, width), ConvTranspose(width, narrower, ratio),
+                   *residual_units(cfg, narrower)]
+    layers.append(activation(cfg, narrowest))
+
+    # the waveform, or its spectra and their inverse
+    if cfg.decoder == "conv":
+        return [*layers, Conv(narrowest, cfg.channels, 3)]          # (B, ch, T · hop)
+    inverse = InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels, cfg.phase)
+    maps = Conv(narrowest, cfg.channels * inverse.maps * (cfg.n_fft // 2 + 1), 3)
+    inverse.initialise(maps.conv)
+    return [*layers, maps, inverse]
 
 
 class Decoder(nn.Module):
@@ -491,50 +596,38 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        ratios, narrow = cfg.conv_ratios(cfg.decoder == "istft")
-        widths = [min(narrow * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
-        self.input = nn.Linear(cfg.latent_dim, cfg.dim)
-        self.up = None
-        if cfg.inner > 1:                                            # each channel by itself: Mimi
-            self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim)
-        self.transformer = Transformer(transformer_config(cfg, cfg.decoder_layers))
-        layers = [Conv(cfg.dim, widths[0], 7)]
-        if cfg.block == "convnext":
-            layers, widths[0] = [], cfg.dim
-        for ratio, wide, width in zip(ratios, widths, widths[1:]):
-            layers += [activation(cfg, wide), ConvTranspose(wide, width, ratio),
-                       *residual_units(cfg, width)]
-        if cfg.decoder == "istft":
-            inverse = InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels, cfg.phase)
-            head = Conv(narrow, cfg.channels * inverse.maps * (cfg.n_fft // 2 + 1), 3)
-            inverse.start(head.conv)
-            layers += [activation(cfg, narrow), head, inverse]
-        else:
-            layers += [activation(cfg, narrow), Conv(narrow, cfg.channels, 3)]
-        self.conv = Chain(*layers)
         self.latency = cfg.n_fft - cfg.stft_hop if cfg.decoder == "istft" else 0
+
+        self.input = nn.Linear(cfg.latent_dim, cfg.dim)                      # (B, T, C)
+        self.up = None
+        if cfg.inner > 1:                                                    # (B, C, T · inner)
+            self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim)   # as in Mimi
+        self.transformer = Transformer(transformer_config(cfg, cfg.decoder_layers))
+        self.conv = Chain(*decoder_layers(cfg))                              # (B, ch, T · hop)
 
     def forward(self, z, state=None):
         x = self.input(z)
         if self.up is not None:
-            x = self.up(x.transpose(1, 2), state).transpose(1, 2)               # (B, T · inner, C)
-        x = self.transformer(x, None if state is None else state.setdefault(self, KVCache()))
-        return self.conv(x.transpose(1, 2), state)
+            x = self.up(x.mT, state).mT                                      # (B, T · inner, C)
+        cache = None if state is None else state.setdefault(self, KVCache())
+        x = self.transformer(x, cache)
+        return self.conv(x.mT, state)
 
 
 class VAE(nn.Module):
-    """encode, decode, and the statistics that make latents zero-mean and unit-variance for a
-    language model.
+    """Encoder, bottleneck and decoder, and the statistics that normalise latents for a language
+    model.
 
     Streaming: pass one dict, empty at first, as `state` to every call of encode (or decode) for one
-    signal. The pieces joined equal the offline result for any sizes of pieces.
+    signal. The joined pieces equal the offline result for pieces of any size.
     """
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        self.latency = self.decoder.latency              # samples that streaming decode lags behind
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.latency = self.decoder.latency              # samples by which streaming decode lags
         self.quantizer = None
         if cfg.bottleneck == "rvq":
             self.quantizer = ResidualVQ(cfg.latent_dim, cfg.codebooks, cfg.codebook_size)
@@ -544,117 +637,144 @@ class VAE(nn.Module):
     def encode(self, wav, state=None):
         """wav (B, ch, S) in [-1, 1] -> mean, log-variance, each (B, T, D), T = ceil(S / hop).
 
-        rvq: the sum of the codes, and a log-variance of -12 (next to no noise).
-        Offline the end is padded with zeros to a whole frame; with a state T = whole frames so far,
-        the remaining samples wait in the state.
+        rvq: the sum of the codes' entries, and a log-variance of -12 (next to no noise).
+        Offline the end is padded with zeros to a whole latent. With a state T counts the latents
+        that are complete, and the remaining samples wait in the state.
         """
         hop = self.cfg.hop
         if state is None:
             wav = F.pad(wav, (0, -wav.shape[-1] % hop))
         else:
-            wav = torch.cat([state["wait"], wav], -1) if "wait" in state else wav
+            if "pending" in state:
+                wav = torch.cat([state["pending"], wav], -1)
             whole = wav.shape[-1] // hop * hop
-            state["wait"], wav = wav[..., whole:], wav[..., :whole]
+            state["pending"] = wav[..., whole:]
+            wav = wav[..., :whole]
+
         if wav.shape[-1] == 0:
-            return (wav.new_zeros(wav.shape[0], 0, self.cfg.latent_dim),) * 2
-        h = self.encoder(wav, state).float()
+            empty = wav.new_zeros(wav.shape[0], 0, self.cfg.latent_dim)
+            return empty, empty
+
+        h = self.encoder(wav, state).float()                                 # (B, T, 2 D); rvq: D
         if self.quantizer is not None:
             return self.quantizer.decode(self.quantizer.encode(h)), torch.full_like(h, -12.0)
         mean, logvar = h.chunk(2, -1)
-        return mean, logvar.clamp(-12.0, 4.0)   # std in [.0025, 7.4]: no overflow, no division by 0
+        return mean, logvar.clamp(-12.0, 4.0)   # std 0.0025 to 7.4: no overflow, no division by 0
 
     def encode_codes(self, wav):
-        """rvq: wav (B, ch, S) -> codes (B, T, K), int64; denormalize(codes) is what encode gives.
-        """
+        """rvq: wav (B, ch, S) -> codes (B, T, K), int64; denormalize(codes) is encode's mean."""
         wav = F.pad(wav, (0, -wav.shape[-1] % self.cfg.hop))
         return self.quantizer.encode(self.encoder(wav).float())
 
     def decode(self, z, state=None):
         """z (B, T, D) -> wav (B, ch, T · hop).
 
-        With a state the first `latency` samples come late; see flush.
+        With a state the first call returns `latency` samples fewer; flush returns the last ones.
         """
         if z.shape[1] == 0:
             return z.new_zeros(z.shape[0], self.cfg.channels, 0)
         return self.decoder(z, state).float()
 
-    def decode_stream(self, drawn, state=None, parallel=False):
-        """drawn: an iterator of (normalised latents (B, D), anything) -> yields waveforms
-        (B, ch, S), how many latents each is, and the last latent's anything.
-
-        The first latent is decoded at once, later ones 2, then 4 together: one alone costs 1.6
-        times its share of four (the weights of the transformer and of the first convolutions are
-        read again at each call), eight are no cheaper. At twice real time no gap can be heard.
-        parallel: decode in a thread while the next latents are drawn; worth it where a second core
-        is free.
-        """
-        state, waiting, size, doing = {} if state is None else state, [], 1, []
-
-        @torch.no_grad()                                    # a thread has its own grad mode
-        def decode(latents):
-            return self.decode(self.denormalize(torch.stack(latents, 1)), state)
-
-        with ThreadPoolExecutor(1) as pool:
-            for x, about in drawn:
-                waiting.append(x)
-                if len(waiting) < size:
-                    continue
-                ready, waiting, size = waiting, [], min(2 * size, 4)
-                if not parallel:
-                    yield decode(ready), len(ready), about
-                    continue
-                doing.append((pool.submit(decode, ready), len(ready), about))
-                while doing and (doing[0][0].done() or len(doing) > 2):
-                    done, *rest = doing.pop(0)
-                    yield done.result(), *rest
-            for done, *rest in doing:
-                yield done.result(), *rest
-            if waiting:
-                yield decode(waiting), len(waiting), about
-
     def flush(self, state):
-        """(B, ch, latency): the end of a signal decoded with `state`; empty for the conv decoder.
+        """The last samples of a signal decoded with `state`, (B, ch, latency).
+
+        Empty for the conv decoder and before the first latent.
         """
         last = self.decoder.conv[-1]
         if not self.latency or last not in state:
             return torch.zeros(1, self.cfg.channels, 0)
-        return last.flush(state).float()
+        return last.remaining(state).float()
+
+    def decode_stream(self, latents, state=None, parallel=False):
+        """Decode latents as they come, in chunks of 1, 2, then 4.
+
+        latents: iterator of (normalised latent (B, D) or codes (B, K), anything)
+        -> yields waveform (B, ch, S), number of its latents, the last latent's anything.
+
+        parallel: decode in a thread while the next latents are sampled; worth it where a second
+        core is free.
+        """
+        state = {} if state is None else state
+        if not parallel:
+            for x, anything in in_chunks(latents):
+                yield self.decode_chunk(x, state), x.shape[1], anything
+            return
+
+        jobs = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for x, anything in in_chunks(latents):
+                jobs.append((pool.submit(self.decode_chunk, x, state), x.shape[1], anything))
+                # yield what is decoded; three chunks behind, wait
+                while jobs and (jobs[0][0].done() or len(jobs) > 2):
+                    job, *rest = jobs.popleft()
+                    yield job.result(), *rest
+            for job, *rest in jobs:
+                yield job.result(), *rest
+
+    @torch.no_grad()                                         # here: a thread has its own grad mode
+    def decode_chunk(self, x, state):
+        return self.decode(self.denormalize(x), state)
 
     @torch.no_grad()
-    def measure(self, wavs):
+    def set_latent_statistics(self, wavs):
         """Set latent_mean and latent_std to those of posterior samples of wavs, (1, ch, S) each."""
-        means, variances = [], []
+        means = []
+        variances = []
         for wav in wavs:
             mean, logvar = self.encode(wav)
             means.append(mean[0])
             variances.append(logvar[0].exp())
-        means, variances = torch.cat(means), torch.cat(variances)
+
+        # total variance: that of the means plus the mean of the posterior's
+        means = torch.cat(means)                                             # (all frames, D)
+        variance = means.var(0, correction=0) + torch.cat(variances).mean(0)
         self.latent_mean.copy_(means.mean(0))
-        self.latent_std.copy_(
-            (means.var(0, correction=0) + variances.mean(0)).sqrt().clamp(min=1e-4))
+        self.latent_std.copy_(variance.sqrt().clamp(min=1e-4))
 
     def normalize(self, z):
-        """Latents as the language model sees them: (z - latent_mean) / latent_std."""
+        """Latents for the language model: (z - latent_mean) / latent_std."""
         return (z - self.latent_mean) / self.latent_std
 
     def denormalize(self, x):
-        """The inverse; codes (.., K) become the sums of their entries."""
+        """The inverse of normalize; codes (.., K) become the sums of their codebook entries."""
         if not x.is_floating_point():
             return self.quantizer.decode(x)
         return x * self.latent_std + self.latent_mean
 
     def forward(self, wav):
-        """wav (B, ch, S), S a multiple of hop -> reconstruction from z, z (B, T, D), {"kl"} or
-        {"commit"}; z is a posterior sample, or the sum of the codes with gradient straight through.
+        """wav (B, ch, S), S a multiple of hop -> x̂ (B, ch, S), z (B, T, D), {"kl"} or {"commit"}.
+
+        z is a posterior sample; rvq: the sum of the codes' entries, with straight-through gradient.
         """
         if self.quantizer is not None:
             z, commit = self.quantizer(self.encoder(wav).float())
             return self.decode(z), z, {"commit": commit}
+
         mean, logvar = self.encode(wav)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         return self.decode(z), z, {"kl": kl_loss(mean, logvar)}
 
 
+def in_chunks(latents):
+    """Pairs (latent (B, D), anything) -> (chunk (B, n, D), the last anything), n = 1, 2, 4, 4, ...
+
+    The first latent goes alone, for low latency. Alone costs 1.6 times a fourth of four (each call
+    reads the weights of the transformer and the first convolutions again); eight are no cheaper. At
+    twice real time playback has no gaps.
+    """
+    chunk = []
+    size = 1
+    for x, anything in latents:
+        chunk.append(x)
+        if len(chunk) == size:
+            yield torch.stack(chunk, 1), anything
+            chunk = []
+            size = min(2 * size, 4)
+    if chunk:
+        yield torch.stack(chunk, 1), anything
+
+
 def kl_loss(mean, logvar):
-    """KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, the mean over dimensions and positions."""
+    """L_KL of CALM eq. 2: KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, mean over dimensions and frames.
+    """
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()

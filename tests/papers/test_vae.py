@@ -303,7 +303,7 @@ def test_locked_phases_turn_by_the_frequency_of_the_strongest_bin():
     log[:, :, 10] = 0.0
     delta = torch.zeros(1, 1, 33, frames, dtype=torch.float64)
     delta[:, :, 10] = 0.3
-    turns, last = inverse.turns(log, delta)
+    turns, last = inverse.accumulate(log, delta)
     angle = (2 * math.pi * 10 * 16 / 64 + 0.3) * torch.arange(1, frames + 1, dtype=torch.float64)
     for k in (8, 9, 10, 11, 12):                         # the neighbours follow
         wrong = torch.remainder(turns[0, 0, k] - angle + 1, 2 * math.pi) - 1

@@ -68,7 +68,7 @@ def run(args):
     if args.data:
         clips = load_manifest(args.data)
         clips = clips[::max(1, len(clips) // MAX_CLIPS)]
-        vae.measure(load_wav(clip, vae_cfg)
+        vae.set_latent_statistics(load_wav(clip, vae_cfg)
                     for clip in tqdm(clips, desc="measuring latents", unit="clip"))
         state = vae.state_dict()
 
