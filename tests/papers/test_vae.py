@@ -161,7 +161,7 @@ def test_wavlm_features_come_at_the_latents_rate_and_are_distilled(tmp_path):
                    GANConfig(loss_weights={"mel": 1.0, "distill": 25.0}, loss_windows=[256],
                              teacher=str(tmp_path)))
     wav = 0.1 * torch.randn(2, 1, 24000)
-    teacher, = model.teacher
+    teacher = model.teacher
     features = teacher(wav, 150)
     assert features.shape == (2, 150, 12) and not features.requires_grad
     # zero mean, unit variance: the level says nothing; and a later change leaves earlier frames
