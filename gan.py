@@ -18,8 +18,8 @@
           ├─ logits of x̂ ────────────────────────────────────────► L_adv
           └─ logits of x and of x̂ (detached) ─► hinge loss, which trains the discriminators
 
-CALM trains its music VAE with all terms but L_distill, its speech VAE with L_distill but without L_t
-and L_f: they make music better and speech worse (section 4.1, Table 10).
+CALM trains its music VAE with all terms but L_distill, its speech VAE with L_distill but without
+L_t and L_f: they make music better and speech worse (section 4.1, Table 10).
 
 Sources: CALM (arXiv 2509.06926) section 4.1, eq. 2, Table 10; discriminators, hinge losses and the
 balancer: EnCodec (Défossez et al. 2022) section 3.4; multi-scale log-mel loss: DAC (Kumar et al.

@@ -279,6 +279,7 @@ class Gelu(nn.Module):
 
 class Norm(nn.Module):
     """LayerNorm over the channels of (B, C, L)."""
+
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -289,6 +290,7 @@ class Norm(nn.Module):
 
 class Chain(nn.Sequential):
     """Layers one after the other, with one state."""
+
     def forward(self, x, state=None):
         for layer in self:
             x = layer(x, state)
@@ -382,7 +384,7 @@ class InverseSpectrum(nn.Module):
         self.latency = n_fft - hop
         self.maps = 3 if phase == "locked" else 2
 
-        # divide by the overlapped energy of the analysis and synthesis windows, of period hop
+        # divided by the sum of overlapping squared windows, which has period hop
         window = torch.hann_window(n_fft)
         energy = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)
         energy = energy.repeat(n_fft // hop + 1)[:n_fft]
@@ -392,19 +394,18 @@ class InverseSpectrum(nn.Module):
         B, _, L = x.shape
         n = L * self.hop
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+
+        # samples that await this chunk, samples before the signal still to skip, phase so far
+        initial = (None, self.latency, None)
+        overlap, skip, accumulated = initial if state is None else state.get(self, initial)
+
+        # magnitude and phase of each bin                           (B, ch, bins, L) each
         maps = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L)
-
-        # at the start: nothing to overlap, `latency` samples before the signal to skip, phase 0
-        overlap, skip, accumulated = None, self.latency, None
-        if state is not None and self in state:
-            overlap, skip, accumulated = state[self]
-
-        # polar form                                         (B, ch, bins, L) each
         log_magnitude, phase, *offset = maps.unbind(2)
-        if offset:
-            theta, accumulated = self.accumulate(log_magnitude, offset[0], accumulated)
+        magnitude = log_magnitude.clamp(max=7.0).exp()              # e^7: louder than any clip
+        if self.maps == 3:
+            theta, accumulated = self.accumulate(log_magnitude, *offset, accumulated)
             phase = phase + theta
-        magnitude = log_magnitude.clamp(max=7.0).exp()       # e^7: louder than any clip
 
         # frames, windowed and overlapped
         y = torch.fft.irfft(torch.polar(magnitude, phase), n=self.n_fft, dim=2)
@@ -431,7 +432,7 @@ class InverseSpectrum(nn.Module):
         """
         bins = torch.arange(log_magnitude.shape[2], device=log_magnitude.device)
 
-        # advance per frame: that of the bin's centre (without whole turns) and δ
+        # advance per frame: that of the bin's centre, without whole turns, plus δ
         centre = bins * self.hop % self.n_fft
         advance = offset + (centre.to(offset.dtype) * (2 * math.pi / self.n_fft))[:, None]
 
