@@ -14,7 +14,7 @@ SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width
              heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
 
 
-def gan(balance=0.0, **weights):
+def small_gan(balance=0.0, **weights):
     torch.manual_seed(0)
     return VAEGAN(VAEConfig(**SMALL), GANConfig(
         loss_weights=weights, loss_windows=[256], balance=balance, disc_windows=[256, 128],
@@ -48,19 +48,21 @@ def test_wavlm_features_come_at_the_latents_rate_and_are_distilled(tmp_path):
     model = VAEGAN(VAEConfig(**{**SMALL, "sample_rate": 24000}),
                    GANConfig(loss_weights={"mel": 1.0, "distill": 25.0}, loss_windows=[256],
                              teacher=str(tmp_path)))
+
     wav = 0.1 * torch.randn(2, 1, 24000)
-    teacher = model.teacher
-    features = teacher(wav, 150)
+    features = model.teacher(wav, 150)
     assert features.shape == (2, 150, 12) and not features.requires_grad
-    # zero mean, unit variance: the level says nothing; and a later change leaves earlier frames
-    torch.testing.assert_close(teacher(3 * wav, 150), features, atol=1e-3, rtol=0)
+    # scaled to zero mean and unit variance: the level does not matter
+    torch.testing.assert_close(model.teacher(3 * wav, 150), features, atol=1e-3, rtol=0)
+
     torch.manual_seed(0)
     (_, total, terms), = model.losses(wav[..., :160 * 150], 0)
     torch.manual_seed(0)
     z = model.vae(wav)[1]
-    want = 1 - torch.cosine_similarity(model.to_teacher(z), features, dim=-1).mean()
-    torch.testing.assert_close(terms["distill"], want)
+    expected = 1 - torch.cosine_similarity(model.to_teacher(z), features, dim=-1).mean()
+    torch.testing.assert_close(terms["distill"], expected)
     torch.testing.assert_close(total, terms["mel"] + 25 * terms["distill"])
+
     total.backward()
     assert model.vae.encoder.out.weight.grad.abs().sum() > 0
     assert not any("teacher" in name and "to_teacher" not in name for name in model.state_dict())
@@ -76,45 +78,54 @@ def test_a_teacher_that_is_not_there_is_one_clear_line(tmp_path):
 
 
 def test_loss_weights_of_zero_are_not_computed_and_build_no_discriminator():
-    model = gan(mel=1.0, time=0.0, adv=0.0, feat=0.0, kl=0.01)
-    found = list(model.losses(torch.randn(1, 1, 640), 0))
-    assert model.disc is None and [name for name, *_ in found] == ["vae"]
-    assert found[0][2].keys() == {"mel", "kl"}
-    total = found[0][2]["mel"] + 0.01 * found[0][2]["kl"]
-    torch.testing.assert_close(found[0][1], total)
+    model = small_gan(mel=1.0, time=0.0, adv=0.0, feat=0.0, kl=0.01)
+    (name, loss, terms), = model.losses(torch.randn(1, 1, 640), 0)
+    assert model.disc is None and name == "vae"
+    assert terms.keys() == {"mel", "kl"}
+    torch.testing.assert_close(loss, terms["mel"] + 0.01 * terms["kl"])
 
 
 def test_each_adversarial_loss_moves_its_own_player_only():
-    model, wav = gan(adv=1.0, feat=1.0), torch.randn(1, 1, 640)
-    seen = {}
+    model = small_gan(adv=1.0, feat=1.0)
+    wav = torch.randn(1, 1, 640)
+
+    def moved(part):                                     # no biases: in the hinge the last cancel
+        return [p.grad is not None and bool(p.grad.abs().sum() > 0)
+                for key, p in part.named_parameters()
+                if key.endswith(("weight", "original0", "original1"))]
+
+    players = {}
     for name, loss, _ in model.losses(wav, 0):
         loss.backward()
-        # hinge: last biases cancel
-        seen[name] = [[p.grad is not None and bool(p.grad.abs().sum() > 0)
-                       for key, p in part.named_parameters()
-                       if key.endswith(("weight", "original0", "original1"))]
-                      for part in (model.vae.decoder, model.disc)]
+        players[name] = (moved(model.vae.decoder), moved(model.disc))
         model.zero_grad(set_to_none=True)
-    assert all(seen["vae"][0]) and not any(seen["vae"][1])
-    assert not any(seen["disc"][0]) and all(seen["disc"][1])
+    decoder, disc = players["vae"]
+    assert all(decoder) and not any(disc)
+    decoder, disc = players["disc"]
+    assert not any(decoder) and all(disc)
 
 
 @pytest.mark.parametrize("power, same", [(0.3, True), (1.0, False)])
 def test_discriminators_of_compressed_spectra_hear_loud_and_quiet_alike(power, same):
-    one, wav = STFTDiscriminator(64, 2, 4, power), torch.randn(2, 2, 640)
-    assert torch.allclose(one(0.05 * wav)[0], one(wav)[0], atol=1e-4) == same
-    assert not torch.allclose(one(wav * torch.tensor([[1.0], [0.1]]))[0], one(wav)[0], atol=1e-4)
+    discriminator = STFTDiscriminator(64, 2, 4, power)
+    wav = torch.randn(2, 2, 640)
+    logits, _ = discriminator(wav)
+    quiet, _ = discriminator(0.05 * wav)
+    one_channel_quiet, _ = discriminator(wav * torch.tensor([[1.0], [0.1]]))
+    assert torch.allclose(quiet, logits, atol=1e-4) == same
+    assert not torch.allclose(one_channel_quiet, logits, atol=1e-4)
 
 
 def test_a_compressed_spectrum_keeps_its_phase_and_has_the_power_of_its_magnitude():
-    seen = []
-    one, wav = STFTDiscriminator(64, 1, 4, 0.3), torch.randn(1, 1, 640)
-    one.convs[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    one(wav)
-    x = stft(wav[0] / wav.pow(2).mean().sqrt(), 64) / 8                        # sqrt(64)
-    found = torch.view_as_complex(seen[0].permute(0, 3, 2, 1).contiguous())
-    loud = x.abs() > 0.03                                # far above the 1e-3 that keeps it smooth
-    torch.testing.assert_close(found[loud], torch.polar(x.abs() ** 0.3, x.angle())[loud],
+    discriminator = STFTDiscriminator(64, 1, 4, 0.3)
+    wav = torch.randn(1, 1, 640)
+    inputs = []
+    discriminator.convs[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    discriminator(wav)
+    X = stft(wav[0] / wav.pow(2).mean().sqrt(), 64) / 8                        # sqrt(64)
+    compressed = torch.view_as_complex(inputs[0].permute(0, 3, 2, 1).contiguous())
+    loud = X.abs() > 0.03                                # far above the 1e-3 that keeps it smooth
+    torch.testing.assert_close(compressed[loud], torch.polar(X.abs() ** 0.3, X.angle())[loud],
                                atol=0, rtol=1e-3)
 
 
@@ -125,8 +136,9 @@ def test_a_silent_clip_gives_the_generator_a_finite_gradient_through_compressed_
 
 
 def test_the_balancer_gives_each_loss_its_share_of_the_gradient():
-    """EnCodec: λ_i / Σ λ of a gradient of norm 1 a row, whatever the losses' own scales."""
-    balancer, weights = Balancer(["time", "mel"], 0.5), {"time": 1.0, "mel": 3.0}
+    """EnCodec: λ_i / Σ λ of a gradient of norm 1 per row, whatever the scales of the losses."""
+    balancer = Balancer(["time", "mel"], 0.5)
+    weights = {"time": 1.0, "mel": 3.0}
     wav = torch.zeros(2, 1, 4, dtype=torch.float64, requires_grad=True)
     a, b = (torch.tensor(v, dtype=torch.float64) for v in ([1., 0, 0, 0], [0, 1., 0, 0]))
     rows = torch.tensor([[[0.5]], [[1.5]]], dtype=torch.float64)      # ‖g‖ is the mean over rows
@@ -137,7 +149,8 @@ def test_the_balancer_gives_each_loss_its_share_of_the_gradient():
     assert value.item() == 0.0
     torch.testing.assert_close(wav.grad * 2, a * rows / 4 + 3 * b / 4)                 # B = 2
     wav.grad = None
-    balancer(terms(400.0), weights, wav).backward()      # running mean (.5 · 100 + 400) / 1.5 = 300
+    # running mean (0.5 · 100 + 400) / 1.5 = 300
+    balancer(terms(400.0), weights, wav).backward()
     torch.testing.assert_close(wav.grad * 2, a * rows / 4 * 4 / 3 + 3 * b / 4)
     before = balancer.norms.clone()
     balancer(terms(float("nan")), weights, wav)          # a step that train.py will skip
@@ -145,18 +158,19 @@ def test_the_balancer_gives_each_loss_its_share_of_the_gradient():
 
 
 def test_balanced_and_plain_losses_have_the_same_value():
-    weights, found = dict(mel=2.0, adv=1.0, feat=1.0, kl=0.5), []
+    values = []
     for balance in (0.0, 0.9):
-        model = gan(balance, **weights)
+        model = small_gan(balance, mel=2.0, adv=1.0, feat=1.0, kl=0.5)
         torch.manual_seed(1)
-        found.append(next(model.losses(torch.randn(1, 1, 800), 0))[1])
-    torch.testing.assert_close(*found)
+        _, loss, _ = next(model.losses(torch.randn(1, 1, 800), 0))
+        values.append(loss)
+    torch.testing.assert_close(*values)
 
 
 def test_the_balancer_knows_shares_only_and_leaves_the_kl_alone():
     grads = []
     for kl, mel in ((0.0, 1.0), (0.5, 1.0), (0.5, 100.0), (1.0, 1.0)):
-        model = gan(0.9, kl=kl, mel=mel)
+        model = small_gan(0.9, kl=kl, mel=mel)
         torch.manual_seed(1)
         next(model.losses(torch.randn(1, 1, 800), 0))[1].backward()
         grads.append(model.vae.encoder.out.bias.grad)
@@ -167,28 +181,29 @@ def test_the_balancer_knows_shares_only_and_leaves_the_kl_alone():
 
 def test_a_balancer_without_a_loss_on_the_waveform_waits():
     """Guards a crash: adv alone, its warm-up, and nothing to weigh yet."""
-    model = gan(0.9, adv=1.0, kl=0.5)
+    model = small_gan(0.9, adv=1.0, kl=0.5)
     model.cfg.disc_warmup = 5
-    (name, loss, found), (other, _, _) = model.losses(torch.randn(1, 1, 800), 0)
-    assert (name, other) == ("vae", "disc") and found.keys() == {"kl"}
-    torch.testing.assert_close(loss, 0.5 * found["kl"])
-    model = gan(adv=1.0)
+    (name, loss, terms), (other, _, _) = model.losses(torch.randn(1, 1, 800), 0)
+    assert (name, other) == ("vae", "disc") and terms.keys() == {"kl"}
+    torch.testing.assert_close(loss, 0.5 * terms["kl"])
+    model = small_gan(adv=1.0)
     model.cfg.disc_warmup = 5
     assert [name for name, *_ in model.losses(torch.randn(1, 1, 800), 0)] == ["disc"]
 
 
 def test_discriminators_hear_the_same_part_of_the_original_and_of_the_reconstruction():
     """With a model that returns its input every feature matches."""
-    model, heard = gan(adv=1.0, feat=1.0), []
+    model = small_gan(adv=1.0, feat=1.0)
+    crops = []
     model.cfg.disc_seconds = 0.01
     model.vae.forward = lambda wav: (wav * torch.ones((), requires_grad=True), None, {})
-    model.disc.register_forward_pre_hook(lambda _, x: heard.append(x[0].detach()))
+    model.disc.register_forward_pre_hook(lambda _, args: crops.append(args[0].detach()))
     wav = torch.randn(1, 1, 800)
     for step in range(3):
-        assert [found.get("feat", 0.0) for *_, found in model.losses(wav, step)] == [0.0, 0.0]
-    assert {part.shape[-1] for part in heard} == {160}                       # .01 s of 16 kHz
-    first, second = heard[0], heard[4]                                        # four a step
-    assert torch.equal(heard[0], heard[3]) and not torch.equal(first, second)
+        assert [terms.get("feat", 0.0) for *_, terms in model.losses(wav, step)] == [0.0, 0.0]
+    assert {crop.shape[-1] for crop in crops} == {160}                       # 0.01 s at 16 kHz
+    # four per step: x and x̂ for the generator, x and x̂ for the discriminators
+    assert torch.equal(crops[0], crops[3]) and not torch.equal(crops[0], crops[4])
 
 
 def test_the_config_reaches_discriminators_and_balancer():
@@ -198,31 +213,35 @@ def test_the_config_reaches_discriminators_and_balancer():
 
 
 def test_the_discriminator_learns_to_tell_real_from_fake():
-    model, g = gan(adv=1.0, feat=1.0), torch.Generator().manual_seed(0)
+    model = small_gan(adv=1.0, feat=1.0)
+    g = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.disc.parameters(), 3e-3)
-    first = last = None
+    seconds = torch.arange(640) / 16000
+    values = []
     for _ in range(30):
-        t = torch.arange(640) / 16000
-        wav = torch.sin(2 * math.pi * 400 * t + 6 * torch.rand(4, 1, 1, generator=g))
+        wav = torch.sin(2 * math.pi * 400 * seconds + 6 * torch.rand(4, 1, 1, generator=g))
         (_, _, _), (_, loss, _) = model.losses(wav, 0)
-        first, last = first or loss.item(), loss.item()
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert first > 1.9 and last < 1.4                 # 2 is guessing (measured 1.13)
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert values[0] > 1.9 and values[-1] < 1.4       # 2 is guessing (measured 1.13)
 
 
 def test_adversarial_losses_wait_for_their_step():
-    model = gan(mel=1.0, adv=1.0, feat=1.0)
+    model = small_gan(mel=1.0, adv=1.0, feat=1.0)
     model.cfg.disc_start = 5
     names = lambda step: [name for name, *_ in model.losses(torch.randn(1, 1, 640), step)]
     assert names(4) == ["vae"] and names(5) == ["vae", "disc"]
 
 
 def test_the_generator_hears_the_discriminators_only_after_their_warm_up():
-    model = gan(mel=1.0, adv=1.0, feat=1.0)
+    model = small_gan(mel=1.0, adv=1.0, feat=1.0)
     model.cfg.disc_start, model.cfg.disc_warmup = 2, 3
 
     def metrics(step):
-        return {k for _, _, found in model.losses(torch.randn(1, 1, 800), step) for k in found}
+        return {k for _, _, terms in model.losses(torch.randn(1, 1, 800), step) for k in terms}
+
     assert "disc" not in metrics(1)
     assert "disc" in metrics(2) and not metrics(4) & {"adv", "feat"}
     assert {"adv", "feat", "disc"} <= metrics(5)

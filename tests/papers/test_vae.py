@@ -20,35 +20,68 @@ KINDS = [("conv", "conv", "seanet"), ("stft", "istft", "seanet"), ("conv", "istf
 
 def vae(encoder, decoder, block="seanet", **changes):
     torch.manual_seed(0)
-    if encoder == "stft" and decoder == "istft":         # as the configs have them
+    if encoder == "stft" and decoder == "istft":         # as in the configs
         changes = {"phase": "locked", **changes}
     net = VAE(VAEConfig(**{**SMALL, "encoder": encoder, "decoder": decoder, "block": block,
                            **changes}))
-    for p in net.parameters():                       # away from initialisation: every path matters
+    return move_off_initialisation(net).eval()
+
+
+def move_off_initialisation(net):
+    """Small random changes to all parameters, so that every path matters."""
+    for p in net.parameters():
         p.data += 0.03 * torch.randn_like(p)
-    return net.eval()
+    return net
+
+
+def assert_close(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def encode_in_pieces(net, pieces):
+    """Means (B, T, D) of the waveforms `pieces`, encoded one after the other with one state."""
+    state = {}
+    return torch.cat([net.encode(piece, state)[0] for piece in pieces], 1)
+
+
+def decode_in_pieces(net, pieces):
+    """Waveform (B, ch, S) of the latents `pieces`, decoded with one state and flushed at the end."""
+    state = {}
+    waveforms = [net.decode(piece, state) for piece in pieces]
+    B = pieces[0].shape[0]
+    return torch.cat([*waveforms, net.flush(state).expand(B, -1, -1)], -1)
+
+
+def random_sizes(total, limit, generator):
+    """Random sizes below `limit`, 0 included, that add up to `total`."""
+    sizes = []
+    while sum(sizes) < total:
+        size = int(torch.randint(0, limit, (), generator=generator))
+        sizes.append(min(size, total - sum(sizes)))
+    return sizes
 
 
 @pytest.mark.parametrize("encoder, decoder, block", KINDS)
 @torch.no_grad()
 def test_latents_depend_on_earlier_samples_only_at_every_prefix(encoder, decoder, block):
-    net, wav = vae(encoder, decoder, block), 0.1 * torch.randn(1, 1, 160 * 7)
+    net = vae(encoder, decoder, block)
+    wav = 0.1 * torch.randn(1, 1, 160 * 7)
     mean, logvar = net.encode(wav)
     for t in range(1, 8):
-        short = net.encode(wav[..., :160 * t])
-        torch.testing.assert_close(short[0], mean[:, :t], atol=1e-5, rtol=0)
-        torch.testing.assert_close(short[1], logvar[:, :t], atol=1e-5, rtol=0)
+        prefix_mean, prefix_logvar = net.encode(wav[..., :160 * t])
+        assert_close(prefix_mean, mean[:, :t])
+        assert_close(prefix_logvar, logvar[:, :t])
 
 
 @pytest.mark.parametrize("encoder, decoder, block", KINDS)
 @torch.no_grad()
 def test_samples_depend_on_earlier_latents_only_up_to_the_stated_latency(encoder, decoder, block):
-    net, z = vae(encoder, decoder, block), torch.randn(1, 7, 6)
+    net = vae(encoder, decoder, block)
+    z = torch.randn(1, 7, 6)
     wav = net.decode(z)
     for t in range(1, 8):
-        known = 160 * t - net.latency
-        torch.testing.assert_close(net.decode(z[:, :t])[..., :known], wav[..., :known],
-                                   atol=1e-5, rtol=0)
+        complete = 160 * t - net.latency
+        assert_close(net.decode(z[:, :t])[..., :complete], wav[..., :complete])
     assert net.latency == (120 if decoder == "istft" else 0)
 
 
@@ -56,52 +89,39 @@ def test_samples_depend_on_earlier_latents_only_up_to_the_stated_latency(encoder
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
 def test_streaming_equals_offline_for_random_chunks(encoder, decoder, block, seed):
-    net, g = vae(encoder, decoder, block), torch.Generator().manual_seed(seed)
+    net = vae(encoder, decoder, block)
+    g = torch.Generator().manual_seed(seed)
     wav = 0.1 * torch.randn(2, 1, 160 * 11, generator=g)
-    whole = net.encode(wav)[0]
-    state, parts, at = {}, [], 0
-    while at < wav.shape[-1]:
-        n = int(torch.randint(0, 500, (), generator=g))
-        parts.append(net.encode(wav[..., at:at + n], state)[0])
-        at += n
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
-    state, parts, at = {}, [], 0
-    while at < whole.shape[1]:
-        n = int(torch.randint(0, 4, (), generator=g))
-        parts.append(net.decode(whole[:, at:at + n], state))
-        at += n
-    parts.append(net.flush(state).expand(2, -1, -1))
-    torch.testing.assert_close(torch.cat(parts, -1), net.decode(whole), atol=1e-5, rtol=0)
+    z = net.encode(wav)[0]
+    assert_close(encode_in_pieces(net, wav.split(random_sizes(160 * 11, 500, g), -1)), z)
+    assert_close(decode_in_pieces(net, z.split(random_sizes(11, 4, g), 1)), net.decode(z))
 
 
-INNER = [dict(inner=4), dict(inner=4, transformer_style="mimi", decoder="istft"),
-         dict(inner=4, aggregator="cls", channels=2, encoder="stft", decoder="istft"),
-         dict(bottleneck="rvq", codebooks=3, codebook_size=16), dict(aggregator="cls", inner=1),
-         dict(encoder="stft", channels=2, encoder_windows=[40, 100, 400])]
+LAYOUTS = [dict(inner=4), dict(inner=4, transformer_style="mimi", decoder="istft"),
+           dict(inner=4, aggregator="cls", channels=2, encoder="stft", decoder="istft"),
+           dict(bottleneck="rvq", codebooks=3, codebook_size=16), dict(aggregator="cls", inner=1),
+           dict(encoder="stft", channels=2, encoder_windows=[40, 100, 400])]
 
 
-@pytest.mark.parametrize("changes", INNER, ids=str)
+@pytest.mark.parametrize("changes", LAYOUTS, ids=str)
 @torch.no_grad()
 def test_every_layout_is_causal_and_streams_exactly(changes):
-    changes = {"encoder": "conv", "decoder": "conv", **changes}
-    net, g = vae(changes.pop("encoder"), changes.pop("decoder"), **changes), torch.Generator()
+    net = vae(**{"encoder": "conv", "decoder": "conv", **changes})
     hop = net.cfg.hop
     assert hop == 160 * net.cfg.inner
-    wav = 0.1 * torch.randn(2, net.cfg.channels, hop * 6, generator=g.manual_seed(0))
-    whole = net.encode(wav)[0]
-    assert whole.shape == (2, 6, 6)
-    torch.testing.assert_close(net.encode(wav[..., :hop * 4])[0], whole[:, :4], atol=1e-5, rtol=0)
-    state, parts = {}, []
-    for piece in wav.split([hop // 2, hop * 2, 7, hop * 3, hop // 2 - 7], -1):
-        parts.append(net.encode(piece, state)[0])
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
-    out, state = net.decode(whole), {}
-    parts = [net.decode(piece, state) for piece in whole.split([1, 3, 2], 1)]
-    parts.append(net.flush(state).expand(2, -1, -1))
-    torch.testing.assert_close(torch.cat(parts, -1), out, atol=1e-5, rtol=0)
-    known = hop * 3 - net.latency
-    torch.testing.assert_close(net.decode(whole[:, :3])[..., :known], out[..., :known],
-                               atol=1e-5, rtol=0)
+    wav = 0.1 * torch.randn(2, net.cfg.channels, hop * 6,
+                            generator=torch.Generator().manual_seed(0))
+
+    z = net.encode(wav)[0]
+    assert z.shape == (2, 6, 6)
+    assert_close(net.encode(wav[..., :hop * 4])[0], z[:, :4])
+    sizes = [hop // 2, hop * 2, 7, hop * 3, hop // 2 - 7]
+    assert_close(encode_in_pieces(net, wav.split(sizes, -1)), z)
+
+    decoded = net.decode(z)
+    complete = hop * 3 - net.latency
+    assert_close(net.decode(z[:, :3])[..., :complete], decoded[..., :complete])
+    assert_close(decode_in_pieces(net, z.split([1, 3, 2], 1)), decoded)
 
 
 PAPER = {"speech": (12.5, 130.1, 0), "music": (25.0, 53.8, 0),
@@ -110,11 +130,11 @@ PAPER = {"speech": (12.5, 130.1, 0), "music": (25.0, 53.8, 0),
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_autoencoders_have_their_frame_rates_and_our_sizes(name):
-    rate, millions, latency = PAPER[name]
+    frame_rate, millions, latency = PAPER[name]
     cfg = load(f"configs/paper/vae_{name}.toml").vae
     with torch.device("meta"):
         net = VAE(cfg)
-    assert cfg.frame_rate == rate and net.latency == latency
+    assert cfg.frame_rate == frame_rate and net.latency == latency
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -123,28 +143,23 @@ def test_the_papers_autoencoders_have_their_frame_rates_and_our_sizes(name):
 @torch.no_grad()
 def test_the_papers_autoencoders_stream_exactly_at_reduced_width(name, decoder):
     cfg = load(f"configs/paper/vae_{name}.toml").vae
-    hop = math.prod(cfg.ratios[-2:])
+    stft_hop = math.prod(cfg.ratios[-2:])
     cfg = dataclasses.replace(cfg, width=4, width_max=16, dim=32, heads=2, encoder_layers=2,
                               decoder_layers=2, context=0.5, decoder=decoder,
-                              stft_hop=hop if decoder == "istft" else 0)
+                              stft_hop=stft_hop if decoder == "istft" else 0)
     torch.manual_seed(0)
-    net, g = VAE(cfg), torch.Generator().manual_seed(1)
-    for p in net.parameters():
-        p.data += 0.03 * torch.randn_like(p)
+    net = move_off_initialisation(VAE(cfg))
+    g = torch.Generator().manual_seed(1)
+
     wav = 0.1 * torch.randn(1, cfg.channels, cfg.hop * 9 + 100, generator=g)
-    whole, state, parts = net.encode(wav)[0][:, :9], {}, []
-    while wav.shape[-1]:
-        n = int(torch.randint(1, 3 * cfg.hop, (), generator=g))
-        parts.append(net.encode(wav[..., :n], state)[0])
-        wav = wav[..., n:]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
-    state, parts = {}, []
-    for piece in whole.split([2, 1, 4, 2], 1):
-        parts.append(net.decode(piece, state))
-    # algorithmic latency: nothing of the first two latents' samples is owed but this
-    assert parts[0].shape[-1] == 2 * cfg.hop - (3 * hop if decoder == "istft" else 0)
-    parts.append(net.flush(state))
-    torch.testing.assert_close(torch.cat(parts, -1), net.decode(whole), atol=1e-4, rtol=0)
+    z = net.encode(wav)[0][:, :9]                              # the tenth latent is not complete
+    sizes = random_sizes(wav.shape[-1], 3 * cfg.hop, g)
+    assert_close(encode_in_pieces(net, wav.split(sizes, -1)), z, atol=1e-4)
+    assert_close(decode_in_pieces(net, z.split([2, 1, 4, 2], 1)), net.decode(z), atol=1e-4)
+
+    # algorithmic latency: of the first two latents' samples only these wait
+    latency = 3 * stft_hop if decoder == "istft" else 0
+    assert net.decode(z[:, :2], {}).shape[-1] == 2 * cfg.hop - latency
 
 
 def quantizer(levels=4, codes=32, dim=3):
@@ -153,27 +168,31 @@ def quantizer(levels=4, codes=32, dim=3):
 
 
 def test_codes_are_the_nearest_entries_of_what_is_left():
-    q, x = quantizer(), torch.randn(2, 5, 3)
-    codes, left = q.encode(x), x
+    q = quantizer()
+    x = torch.randn(2, 5, 3)
+    codes = q.encode(x)
     assert codes.shape == (2, 5, 4)
+    residual = x
     for level in range(4):
-        nearest = torch.cdist(left.flatten(0, 1), q.codebooks[level]).argmin(1).view(2, 5)
+        nearest = torch.cdist(residual.flatten(0, 1), q.codebooks[level]).argmin(1).view(2, 5)
         assert torch.equal(codes[..., level], nearest)
-        left = left - q.codebooks[level][nearest]
-    torch.testing.assert_close(x - q.decode(codes), left)
+        residual = residual - q.codebooks[level][nearest]
+    torch.testing.assert_close(x - q.decode(codes), residual)
 
 
 def test_quantisation_passes_the_gradient_straight_and_pulls_towards_the_codes():
-    q, x = quantizer().eval(), torch.randn(2, 5, 3, requires_grad=True)
+    q = quantizer().eval()
+    x = torch.randn(2, 5, 3, requires_grad=True)
     z, commit = q(x)
     torch.testing.assert_close(z, q.decode(q.encode(x)))
     torch.testing.assert_close(torch.autograd.grad(z.sum(), x, retain_graph=True)[0],
                                torch.ones_like(x))
-    left, want = x.detach(), 0.0
+    residual = x.detach()
+    expected = 0.0
     for level in range(4):
-        left = left - q.codebooks[level][q.encode(x)[..., level]]
-        want = want + left.pow(2).mean() / 4
-    torch.testing.assert_close(commit, want)
+        residual = residual - q.codebooks[level][q.encode(x)[..., level]]
+        expected = expected + residual.pow(2).mean() / 4
+    torch.testing.assert_close(commit, expected)
 
 
 def test_a_codebook_finds_clusters_and_revives_entries_that_nobody_chooses():
@@ -182,23 +201,26 @@ def test_a_codebook_finds_clusters_and_revives_entries_that_nobody_chooses():
         centres = shift + 5 * torch.randn(8, 2)
         for _ in range(800):
             q(centres[torch.randint(8, (4, 32))] + 0.01 * torch.randn(4, 32, 2))
-        found = torch.cdist(centres, q.codebooks[0])
-        assert found.min(1).values.max() < 0.05
-        assert found.min(0).values.max() < 15.0         # no entry was left behind
+        distances = torch.cdist(centres, q.codebooks[0])
+        assert distances.min(1).values.max() < 0.05
+        assert distances.min(0).values.max() < 15.0         # no entry was left behind
 
 
 def test_dropped_levels_neither_code_nor_learn():
-    q, x = quantizer(), torch.randn(400, 1, 3)
+    q = quantizer()
+    x = torch.randn(400, 1, 3)
     before = q.codebooks.clone()
     z, _ = q.train()(x)
-    first = before[0][torch.cdist(x[:, 0], before[0]).argmin(1)]      # learn() follows the choice
-    used = (z[:, 0] - q.codebooks[0][torch.cdist(x[:, 0], before[0]).argmin(1)]).norm(dim=1) < 1e-6
-    assert first.shape == (400, 3) and 0.08 < used.float().mean() < 0.18    # 1/2 · 1/4 of the rows
+    nearest = torch.cdist(x[:, 0], before[0]).argmin(1)      # learn() follows the choice
+    assert before[0][nearest].shape == (400, 3)
+    first_level_only = (z[:, 0] - q.codebooks[0][nearest]).norm(dim=1) < 1e-6
+    assert 0.08 < first_level_only.float().mean() < 0.18     # 1/2 · 1/4 of the rows
 
 
 def test_a_level_that_no_row_uses_stays_as_it_is():
     """Guards a hang (a process without rows skipped all_reduce) and 0 / 0 in an unused codebook."""
-    q, x = quantizer(), torch.randn(6, 3)
+    q = quantizer()
+    x = torch.randn(6, 3)
     before = [b.clone() for b in (q.codebooks, q.counts, q.sums)]
     q.learn(1, x, q.nearest(x, 1), torch.zeros(6, dtype=torch.bool))
     assert all(torch.equal(a, b) for a, b in zip(before, (q.codebooks, q.counts, q.sums)))
@@ -221,27 +243,31 @@ def test_spectra_of_several_windows_are_those_of_each_and_end_together():
 
 
 def test_the_inverse_spectrum_undoes_the_spectrum():
-    n_fft, hop, x = 64, 16, torch.randn(1, 1, 16 * 20, dtype=torch.float64)
-    frames = (torch.nn.functional.pad(x, (48, 0)).unfold(-1, n_fft, hop)
-              * torch.hann_window(n_fft, dtype=torch.float64))
-    s = torch.fft.rfft(frames)[0].transpose(1, 2)                           # (1, bins, L)
-    m = torch.cat([s.abs().clamp(min=1e-9).log(), s.angle()], 1)
-    y = InverseSpectrum(n_fft, hop, 1)(m)
-    # the last 48 wait for frames
+    n_fft = 64
+    hop = 16
+    x = torch.randn(1, 1, hop * 20, dtype=torch.float64)
+    frames = F.pad(x, (n_fft - hop, 0)).unfold(-1, n_fft, hop)
+    frames = frames * torch.hann_window(n_fft, dtype=torch.float64)
+    spectrum = torch.fft.rfft(frames)[0].mT                                 # (1, bins, L)
+    maps = torch.cat([spectrum.abs().clamp(min=1e-9).log(), spectrum.angle()], 1)
+    y = InverseSpectrum(n_fft, hop, 1)(maps)
+    # the last 48 lack the frames that would follow
     torch.testing.assert_close(y[..., :-48], x[..., :-48], atol=1e-6, rtol=0)
 
 
-def tone_maps(f, rate, n_fft, hop, frames, error):
-    """Maps (1, 3 · bins, frames) of a tone of f Hz; every bin's frequency errs by `error` radians a
-    frame (standard deviation).
+def tone_maps(f, sample_rate, n_fft, hop, frames, error):
+    """Maps (1, 3 · bins, frames) of a tone of f Hz. The frequency of every bin is off by `error`
+    radians per frame (standard deviation).
     """
     bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64)
-    wave = torch.sin(2 * math.pi * f / rate * torch.arange(n_fft, dtype=torch.float64))
-    mag = torch.fft.rfft(wave * torch.hann_window(n_fft, dtype=torch.float64)).abs()
-    delta = 2 * math.pi * hop * (f / rate - bins / n_fft)
+    samples = torch.arange(n_fft, dtype=torch.float64)
+    wave = torch.sin(2 * math.pi * f / sample_rate * samples)
+    magnitude = torch.fft.rfft(wave * torch.hann_window(n_fft, dtype=torch.float64)).abs()
+    delta = 2 * math.pi * hop * (f / sample_rate - bins / n_fft)
     noise = torch.randn(len(bins), frames, generator=torch.Generator().manual_seed(0))
-    maps = [mag.clamp(min=1e-4).log()[:, None].expand(-1, frames),
-            (math.pi * (bins % 2))[:, None].expand(-1, frames), delta[:, None] + error * noise]
+    maps = [magnitude.clamp(min=1e-4).log()[:, None].expand(-1, frames),
+            (math.pi * (bins % 2))[:, None].expand(-1, frames),
+            delta[:, None] + error * noise]
     return torch.cat(maps)[None]
 
 
@@ -249,31 +275,34 @@ def tone_maps(f, rate, n_fft, hop, frames, error):
 @pytest.mark.parametrize("reach, low, high", [(2, 0.65, 0.72), (0, 0.0, 0.6)])
 def test_a_tone_keeps_its_level_although_every_bin_errs_in_its_frequency(
         f, reach, low, high, monkeypatch):
-    """Bins that sum up their turns alone (reach 0) drift apart: beeps were heard as clicks."""
+    """Bins that accumulate their phase alone (reach 0) drift apart: beeps became clicks."""
     monkeypatch.setattr(InverseSpectrum, "REACH", reach)
     y = InverseSpectrum(640, 160, 1, "locked")(tone_maps(f, 16000, 640, 160, 100, 0.5))
     rms = y[0, 0, 4000:12000].unfold(0, 400, 400).pow(2).mean(1).sqrt()
-    assert low < rms.mean() < high                       # a sine of amplitude 1 has .707
+    assert low < rms.mean() < high                       # a sine of amplitude 1 has 0.707
     assert (rms.std() < 0.05) == (reach > 0)
 
 
 def test_locked_phases_turn_by_the_frequency_of_the_strongest_bin():
-    inverse, frames = InverseSpectrum(64, 16, 1, "locked"), 9
-    log = torch.full((1, 1, 33, frames), -50.0, dtype=torch.float64)
-    log[:, :, 10] = 0.0
+    inverse = InverseSpectrum(64, 16, 1, "locked")
+    frames = 9
+    log_magnitude = torch.full((1, 1, 33, frames), -50.0, dtype=torch.float64)
+    log_magnitude[:, :, 10] = 0.0
     delta = torch.zeros(1, 1, 33, frames, dtype=torch.float64)
     delta[:, :, 10] = 0.3
-    turns, last = inverse.accumulate(log, delta)
-    angle = (2 * math.pi * 10 * 16 / 64 + 0.3) * torch.arange(1, frames + 1, dtype=torch.float64)
+    phases, last = inverse.accumulate(log_magnitude, delta)
+    advance = 2 * math.pi * 10 * 16 / 64 + 0.3
+    expected = advance * torch.arange(1, frames + 1, dtype=torch.float64)
     for k in (8, 9, 10, 11, 12):                         # the neighbours follow
-        wrong = torch.remainder(turns[0, 0, k] - angle + 1, 2 * math.pi) - 1
-        torch.testing.assert_close(wrong, torch.zeros_like(angle), atol=1e-12, rtol=0)
-    torch.testing.assert_close(last, turns[..., -1] % (2 * math.pi))
+        error = torch.remainder(phases[0, 0, k] - expected + 1, 2 * math.pi) - 1
+        torch.testing.assert_close(error, torch.zeros_like(expected), atol=1e-12, rtol=0)
+    torch.testing.assert_close(last, phases[..., -1] % (2 * math.pi))
 
 
 @pytest.mark.parametrize("training", [False, True])      # with a gradient torch's own convolution
 def test_transposed_convolution_counts_its_bias_once_when_streaming(training):
-    layer, x = ConvTranspose(2, 3, 4), torch.randn(1, 2, 6)
+    layer = ConvTranspose(2, 3, 4)
+    x = torch.randn(1, 2, 6)
     torch.nn.init.constant_(layer.conv.bias, 10.0)       # a bias added twice at chunk borders shows
     state = {}
     with torch.set_grad_enabled(training):
@@ -300,13 +329,15 @@ def test_transposed_convolutions_are_those_of_torch(cout, groups):
 
 def test_strided_convolution_pads_kernel_minus_stride_zeros():
     layer = Conv(1, 1, 8, stride=4)
-    torch.nn.init.ones_(layer.conv.weight), torch.nn.init.zeros_(layer.conv.bias)
+    torch.nn.init.ones_(layer.conv.weight)
+    torch.nn.init.zeros_(layer.conv.bias)
     y = layer(torch.arange(1.0, 13.0).view(1, 1, 12))
     assert y.flatten().tolist() == [10.0, 36.0, 68.0]    # 1..4, 1..8, 5..12
 
 
 def test_kl_has_its_closed_form():
-    mean, logvar = torch.tensor([[2.0]]), torch.tensor([[math.log(0.25)]])
+    mean = torch.tensor([[2.0]])
+    logvar = torch.tensor([[math.log(0.25)]])
     assert kl_loss(mean, logvar).item() == pytest.approx(0.5 * (4 + 0.25 - 1 - math.log(0.25)))
     assert kl_loss(torch.zeros(3), torch.zeros(3)) == 0
 
@@ -314,7 +345,8 @@ def test_kl_has_its_closed_form():
 @pytest.mark.parametrize("encoder, decoder, block", KINDS)
 def test_normalised_latents_come_back(encoder, decoder, block):
     net = vae(encoder, decoder, block)
-    net.latent_mean.uniform_(-1, 1), net.latent_std.uniform_(0.5, 2)
+    net.latent_mean.uniform_(-1, 1)
+    net.latent_std.uniform_(0.5, 2)
     z = torch.randn(2, 3, 6)
     torch.testing.assert_close(net.denormalize(net.normalize(z)), z)
 
