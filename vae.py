@@ -492,8 +492,8 @@ def transformer_config(cfg, layers, cls=False):
                           window=max(1, round(cfg.context * positions_per_second)))
 
 
-def encoder_layers(cfg):
-    """The layers from wav (B, ch, S) to (B, C, T · inner), one level per ratio."""
+def encoder_convolutions(cfg):
+    """The layers from wav (B, ch, S) to (B, C, T · inner): a front, and a level per ratio."""
     convnext = cfg.block == "convnext"
     ratios, width = cfg.conv_ratios(cfg.encoder == "stft")
 
@@ -533,7 +533,7 @@ class Encoder(nn.Module):
         strided = cfg.inner > 1 and not self.cls
         outputs = 2 * cfg.latent_dim if cfg.bottleneck == "gaussian" else cfg.latent_dim
 
-        self.conv = Chain(*encoder_layers(cfg))                              # (B, C, T · inner)
+        self.conv = Chain(*encoder_convolutions(cfg))                              # (B, C, T · inner)
         self.transformer = Transformer(transformer_config(cfg, cfg.encoder_layers, self.cls))
         if self.cls:
             self.token = nn.Parameter(0.02 * torch.randn(cfg.dim))           # the learned [CLS]
@@ -550,7 +550,7 @@ class Encoder(nn.Module):
         x = self.conv(wav, state).mT                                         # (B, T · inner, C)
         cache = None if state is None else state.setdefault(self, KVCache())
 
-        # a [CLS] after each patch of `inner` positions becomes the latent
+        # AudioCALM: a [CLS] after each patch of `inner` positions becomes the latent
         if self.cls:
             patches = x.unflatten(1, (-1, self.inner))                       # (B, T, inner, C)
             cls = self.token.to(x.dtype).expand(x.shape[0], patches.shape[1], 1, -1)
@@ -558,20 +558,20 @@ class Encoder(nn.Module):
             x = self.transformer(x, cache)
             return self.out(x[:, self.inner::self.inner + 1])
 
-        # or a linear layer, or a strided convolution
+        # one position per latent, or a strided convolution over `inner` of them
         x = self.transformer(x, cache)
         if self.inner == 1:
             return self.out(x)
         return self.out(x.mT, state).mT
 
 
-def decoder_layers(cfg):
-    """The layers from (B, C, T · inner) to wav (B, ch, T · hop), one level per ratio."""
+def decoder_convolutions(cfg):
+    """The layers from (B, C, T · inner) to wav (B, ch, T · hop): a level per ratio, and a head."""
     ratios, narrowest = cfg.conv_ratios(cfg.decoder == "istft")
     widths = [min(narrowest * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
 
-    # from the transformer's width; convnext starts at it and discards this convolution, which is
-    # built all the same: its random numbers belong to every seed
+    # from the transformer's width C; convnext's levels start at C and drop this convolution, which
+    # is built all the same: without its random numbers every seed would give other weights
     layers = [Conv(cfg.dim, widths[0], 7)]                          # (B, widths[0], T · inner)
     if cfg.block == "convnext":
         layers = []
@@ -583,7 +583,7 @@ def decoder_layers(cfg):
                    *residual_units(cfg, narrower)]
     layers.append(activation(cfg, narrowest))
 
-    # the waveform, or its spectra and their inverse
+    # head: the waveform, or spectra and their inverse
     if cfg.decoder == "conv":
         return [*layers, Conv(narrowest, cfg.channels, 3)]          # (B, ch, T · hop)
     inverse = InverseSpectrum(cfg.n_fft, cfg.stft_hop, cfg.channels, cfg.phase)
@@ -604,7 +604,7 @@ class Decoder(nn.Module):
         if cfg.inner > 1:                                                    # (B, C, T · inner)
             self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim)   # as in Mimi
         self.transformer = Transformer(transformer_config(cfg, cfg.decoder_layers))
-        self.conv = Chain(*decoder_layers(cfg))                              # (B, ch, T · hop)
+        self.conv = Chain(*decoder_convolutions(cfg))                              # (B, ch, T · hop)
 
     def forward(self, z, state=None):
         x = self.input(z)
@@ -689,31 +689,32 @@ class VAE(nn.Module):
     def decode_stream(self, latents, state=None, parallel=False):
         """Decode latents as they come, in chunks of 1, 2, then 4.
 
-        latents: iterator of (normalised latent (B, D) or codes (B, K), anything)
-        -> yields waveform (B, ch, S), number of its latents, the last latent's anything.
+        latents: iterator of pairs (normalised latent (B, D) or codes (B, K), extra), extra anything
+        -> yields waveform (B, ch, S), number of its latents, the last latent's extra.
 
         parallel: decode in a thread while the next latents are sampled; worth it where a second
         core is free.
         """
         state = {} if state is None else state
         if not parallel:
-            for x, anything in in_chunks(latents):
-                yield self.decode_chunk(x, state), x.shape[1], anything
+            for x, extra in in_chunks(latents):
+                yield self.decode_chunk(x, state), x.shape[1], extra
             return
 
         jobs = deque()
         with ThreadPoolExecutor(1) as pool:
-            for x, anything in in_chunks(latents):
-                jobs.append((pool.submit(self.decode_chunk, x, state), x.shape[1], anything))
-                # yield what is decoded; three chunks behind, wait
+            for x, extra in in_chunks(latents):
+                jobs.append((pool.submit(self.decode_chunk, x, state), x.shape[1], extra))
+                # yield what is decoded; wait only if three chunks behind
                 while jobs and (jobs[0][0].done() or len(jobs) > 2):
                     job, *rest = jobs.popleft()
                     yield job.result(), *rest
             for job, *rest in jobs:
                 yield job.result(), *rest
 
-    @torch.no_grad()                                         # here: a thread has its own grad mode
+    @torch.no_grad()                                     # a thread has a grad mode of its own
     def decode_chunk(self, x, state):
+        """x (B, n, D), normalised, or codes (B, n, K) -> wav (B, ch, n · hop)."""
         return self.decode(self.denormalize(x), state)
 
     @torch.no_grad()
@@ -757,25 +758,24 @@ class VAE(nn.Module):
 
 
 def in_chunks(latents):
-    """Pairs (latent (B, D), anything) -> (chunk (B, n, D), the last anything), n = 1, 2, 4, 4, ...
+    """Pairs (latent (B, D), extra) -> (chunk (B, n, D), the last extra), n = 1, 2, 4, 4, ...
 
-    The first latent goes alone, for low latency. Alone costs 1.6 times a fourth of four (each call
-    reads the weights of the transformer and the first convolutions again); eight are no cheaper. At
-    twice real time playback has no gaps.
+    The first latent goes alone, for low latency. One alone costs 1.6 times its share of four (each
+    call reads the weights of the transformer and the first convolutions again); eight are no
+    cheaper. At twice real time playback has no gaps.
     """
     chunk = []
     size = 1
-    for x, anything in latents:
+    for x, extra in latents:
         chunk.append(x)
         if len(chunk) == size:
-            yield torch.stack(chunk, 1), anything
+            yield torch.stack(chunk, 1), extra
             chunk = []
             size = min(2 * size, 4)
     if chunk:
-        yield torch.stack(chunk, 1), anything
+        yield torch.stack(chunk, 1), extra
 
 
 def kl_loss(mean, logvar):
-    """L_KL of CALM eq. 2: KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, mean over dimensions and frames.
-    """
+    """L_KL (CALM eq. 2): KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, mean over channels and frames."""
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
