@@ -453,8 +453,8 @@ class InverseSpectrum(nn.Module):
 
     @torch.no_grad()
     def initialise(self, conv):
-        """Set the bias of the layer before: quiet (e^-2.5); phase πk, which puts a frame's energy in
-        its middle.
+        """Set the bias of the layer before to quiet magnitudes (e^-2.5), and to phase πk, which puts
+        a frame's energy in its middle.
         """
         bias = conv.bias.view(self.channels, self.maps, -1)
         bias[:, 0] = -2.5
@@ -533,7 +533,7 @@ class Encoder(nn.Module):
         strided = cfg.inner > 1 and not self.cls
         outputs = 2 * cfg.latent_dim if cfg.bottleneck == "gaussian" else cfg.latent_dim
 
-        self.conv = Chain(*encoder_convolutions(cfg))                              # (B, C, T · inner)
+        self.conv = Chain(*encoder_convolutions(cfg))                        # (B, C, T · inner)
         self.transformer = Transformer(transformer_config(cfg, cfg.encoder_layers, self.cls))
         if self.cls:
             self.token = nn.Parameter(0.02 * torch.randn(cfg.dim))           # the learned [CLS]
@@ -604,7 +604,7 @@ class Decoder(nn.Module):
         if cfg.inner > 1:                                                    # (B, C, T · inner)
             self.up = ConvTranspose(cfg.dim, cfg.dim, cfg.inner, groups=cfg.dim)   # as in Mimi
         self.transformer = Transformer(transformer_config(cfg, cfg.decoder_layers))
-        self.conv = Chain(*decoder_convolutions(cfg))                              # (B, ch, T · hop)
+        self.conv = Chain(*decoder_convolutions(cfg))                        # (B, ch, T · hop)
 
     def forward(self, z, state=None):
         x = self.input(z)

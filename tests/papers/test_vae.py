@@ -45,7 +45,7 @@ def encode_in_pieces(net, pieces):
 
 
 def decode_in_pieces(net, pieces):
-    """Waveform (B, ch, S) of the latents `pieces`, decoded with one state and flushed at the end."""
+    """Waveform (B, ch, S) of the latents `pieces`, decoded with one state, then flushed."""
     state = {}
     waveforms = [net.decode(piece, state) for piece in pieces]
     B = pieces[0].shape[0]
