@@ -453,8 +453,8 @@ class InverseSpectrum(nn.Module):
 
     @torch.no_grad()
     def initialise(self, conv):
-        """Set the bias of the layer before to quiet magnitudes (e^-2.5), and to phase πk, which puts
-        a frame's energy in its middle.
+        """Set the bias of the layer before: magnitudes e^-2.5, which is quiet, and phases πk, which
+        put a frame's energy in its middle.
         """
         bias = conv.bias.view(self.channels, self.maps, -1)
         bias[:, 0] = -2.5
