@@ -16,8 +16,8 @@
     bottleneck = "rvq": z = a sum of K codebook entries, the discrete baseline.
 
 T = ceil(S / hop), where hop is the product of `ratios` times `inner`. Everything is causal: latent
-t depends only on samples before (t + 1) · hop. The conv decoder computes samples t · hop to
-(t + 1) · hop from the latents up to t. The iSTFT decoder lags by `latency` = n_fft - stft_hop
+i depends only on samples before (i + 1) · hop. The conv decoder computes samples i · hop to
+(i + 1) · hop from the latents up to i. The iSTFT decoder lags by `latency` = n_fft - stft_hop
 samples: they are complete only when the next frames have been overlapped.
 
 gan.py trains it (CALM eq. 2).
