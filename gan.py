@@ -3,20 +3,18 @@
     L = λ_t L_t  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL             (CALM eq. 2)
         + λ_distill L_distill       (speech, CALM 5.1)         + λ_commit L_commit       (rvq)
 
-    wav x (B, ch, S) ─► VAE ─┬─► z (B, T, D)    posterior ─► L_KL       codes ─► L_commit
-          │                  │     └─ linear ─► features of WavLM(x) ─► L_distill
-          │                  ▼
-          │             x̂ (B, ch, S)
-          ├─ x, x̂ ─────────┤
-          │                 ├─► waveforms ───────────────────────► L_t
-          │                 ├─► log-mel, STFT magnitudes ────────► L_f
-          ▼                 ▼
-       one crop          same crop, at random
-          ▼                 ▼
-       discriminators, one per STFT size, on real and imaginary parts
-          ├─ features of x and x̂ ────────────────────────────────► L_feat
-          ├─ logits of x̂ ────────────────────────────────────────► L_adv
-          └─ logits of x and of x̂ (detached) ─► hinge loss, which trains the discriminators
+    x (B, ch, S) ─────► VAE ─────► x̂ (B, ch, S)       z (B, T, D), from the encoder
+     │                             │                    │
+     │                             │                    ├─► posterior ──────────────► L_KL
+     ├─────────────────────────────│────────────────────┴─► W z, WavLM(x) ──────────► L_distill
+     ├─────────────────────────────┼────────► waveforms ────────────────────────────► L_t
+     ├─────────────────────────────┼────────► log-mel, STFT magnitudes ─────────────► L_f
+     ▼ random crop                 ▼ same crop
+    ┌─────────────────────────────────────┐
+    │ discriminators, one per STFT size,  ├─► features of x and x̂ ──────────────────► L_feat
+    │ on its real and imaginary parts     ├─► logits of x̂ ──────────────────────────► L_adv
+    └─────────────────────────────────────┴─► logits of x and of x̂ (detached) ──────► hinge loss
+                                                             (trains the discriminators)
 
 CALM trains its music VAE with all terms but L_distill, its speech VAE with L_distill but without
 L_t and L_f: they make music better and speech worse (section 4.1, Table 10).
