@@ -10,10 +10,11 @@ from calm import CALM
 from config import load, load_checkpoint, load_weights, make_model, open_run
 from cli import BadInput
 from data import KINDS, DataConfig, decode_text, encode_text, first_special, vocabulary
+from layers import ConvTranspose
 from tools.convert import __main__ as convert
 from tools.convert import mimi, pocket_tts, text_model
 from tools.convert.tensors import halves
-from vae import VAE, ConvTranspose, VAEConfig
+from vae import VAE, VAEConfig
 
 
 def attention(x, in_proj, out_proj, heads, window):

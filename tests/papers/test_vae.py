@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from cli import BadInput
 from config import load
 from discrete import ResidualVQ
+from layers import Conv, ConvTranspose, InverseSpectrum, Spectrum
 from schema import build
-from vae import VAE, Conv, ConvTranspose, InverseSpectrum, Spectrum, VAEConfig, kl_loss
+from vae import VAE, VAEConfig, kl_loss
 
 SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
              heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
