@@ -1,47 +1,63 @@
 """
-discrete.py: from the backbone's z to the next frame of RVQ codes: the baselines of CALM.
+discrete.py: the rival of continuous latents: residual VQ, and heads that sample its codes.
+
+    ResidualVQ, the VAE's bottleneck (bottleneck = "rvq"), turns a frame into K codes and back:
+
+             x (.., D) ─► nearest entry of codebook 1 ─► code 1     remainder x - c_1
+                          nearest entry of codebook 2 ─► code 2     remainder x - c_1 - c_2
+                          ...                        ─► code K
+             z (.., D) = c_1[code 1] + c_2[code 2] + ... + c_K[code K]
+
+    The heads go from the backbone's z to the next frame of codes: the baselines of CALM.
 
     rq       z (.., C) ─ Linear_k ──────────────┐              K codes of a frame, one by one
              code k-1 ─ embed_{k-1} (.., w) ────+─ depth transformer over the levels k = 1 .. K
-                                                   │  causal; each level has weights of its own
-             code k  ◄─ draw ◄─ logits (.., codes) ─ Linear_k
+                                                   │  causal; separate weights per level
+             code k  ◄─ sample ◄─ logits (.., codes) ─ Linear_k
 
-    delay    z (.., C) ─ Linear_k ─ logits (.., codes) ─ draw ─► code k      all K at once
+    delay    z (.., C) ─ Linear_k ─ logits (.., codes) ─ sample ─► code k    all K at once
 
              frame     1  2  3  4               step      1  2  3  4  5  6
              level 1   a  b  c  d               level 1   a  b  c  d  .  .
              level 2   e  f  g  h    delay ►    level 2   .  e  f  g  h  .
              level 3   i  j  k  l  ◄ undelay    level 3   .  .  i  j  k  l      . = MISSING
 
-Same two methods as the objectives of heads.py, so that nobody asks which; x are codes (.., K):
+The heads have the two methods of the objectives in heads.py, so that callers need not tell them
+apart; x are codes (.., K):
 
     loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
 
-rq models a frame's codes exactly, p(q | z) = Π_k p(q_k | z, q_1 .. q_{k-1}), in K passes of the
-depth transformer. delay has no passes, but its K draws are independent given z: level k learns what
-levels 1 .. k-1 of its frame are from earlier steps of the sequence, at the price of K-1 steps'
-latency. The shifting belongs to the sequence: calm.py does it with the two functions here.
+rq models the codes of a frame exactly, p(q | z) = Π_k p(q_k | z, q_1 .. q_{k-1}), in K passes of
+the depth transformer. delay needs no such passes, but its K codes are independent given z: level k
+learns levels 1 .. k-1 of its frame from earlier steps of the sequence, at the price of K-1 steps of
+latency. Shifting is a matter of the sequence: calm.py does it with the functions of this file.
 
 Papers: CALM (arXiv 2509.06926) section 3.1 and Table 9 (RQ-Transformer head: 6 layers, 1024 / 4096,
 16 heads, 701M parameters); RQ-Transformer: Lee et al. 2022; weights per codebook: Moshi (Défossez
-et al. 2024); delay pattern, linear heads, top-k: MusicGen (Copet et al. 2023).
+et al. 2024); delay pattern, linear heads, top-k: MusicGen (Copet et al. 2023); residual VQ:
+SoundStream (Zeghidour et al. 2021).
 Where this differs from the paper:
   * 3.1 takes the first level's logits from z by a linear layer. That is Moshi's formula, where the
     first token of a frame is text; its audio codes all come from the depth transformer, as here.
-    With 8 levels of 2048 codes that counts 656M (2560 channels of z), without the first 574M; an
-    embedding of Helium-1's 48000 text tokens at the first level, as in Moshi, would make it 706M.
-  * One set of weights is 75.5M, so the table's 701M means about 8 sets. With 32 levels a set each
-    would be 2.6B: with `sets` = 8 levels 8 to 32 share one (749M, with 7 sets 672M).
-  * The loss is the mean over levels, not the sum: nats a code. The weight of the others (eos) in
-    calm.py is then the same for any K. Moshi's larger weight of the first level is left out.
+    With 8 levels of 2048 codes this counts 656M parameters (2560 channels of z), or 574M without
+    the first level; an embedding of Helium-1's 48000 text tokens at the first level, as in Moshi,
+    would make it 706M.
+  * One set of weights is 75.5M, so the table's 701M means about 8 sets. With 32 levels, one set per
+    level would be 2.6B: with `sets` = 8, levels 8 to 32 share one (749M; 672M with 7 sets).
+  * The loss is the mean over levels, not the sum: nats per code. The weight of the other loss in
+    calm.py (eos) then means the same for any K. Moshi's larger weight of the first level is left
+    out.
+  * ResidualVQ has no separate semantic codebook as Mimi has; its D is the width of the codes.
 
-Precision: softmax and cross-entropy in fp32, the matrix products follow autocast.
+Precision: softmax, cross-entropy and nearest entries in fp32; other matrix products follow
+autocast.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from backbone import KVCache, RMSNorm
@@ -49,7 +65,118 @@ from backbone import KVCache, RMSNorm
 MISSING = -1                                    # no code here: before a delayed level, or padding
 
 
-# ------------------------------------------------------------------------------------------- codes
+# ------------------------------------------------------------------------------ residual VQ
+
+class ResidualVQ(nn.Module):
+    """Residual vector quantisation: x ≈ c_1[k_1] + c_2[k_2] + ... + c_K[k_K].
+
+    x (B, T, D) -> z (B, T, D). Level i picks the entry nearest to the remainder of levels 1 .. i-1.
+    Codebooks follow running means of the vectors assigned to them (decay 0.99; van den Oord et al.
+    2017, appendix A.1), updated once per micro-batch. An entry assigned less than `dead` times the
+    mean count is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly
+    all entries at the first step. In training half of the rows use the first n levels only, n
+    uniform (quantizer dropout). All processes share statistics and replacements.
+    """
+    decay = 0.99
+    dead = 0.1
+
+    def __init__(self, dim, levels, codes):
+        super().__init__()
+        self.register_buffer("codebooks", torch.randn(levels, codes, dim))
+        # running means of assignments per step, and of the sum of the assigned vectors
+        self.register_buffer("counts", torch.zeros(levels, codes))
+        self.register_buffer("sums", torch.zeros(levels, codes, dim))
+
+    def nearest(self, x, level):
+        """x (N, D) -> index of the nearest entry (N,): the least ‖c‖² - 2 x·c, in fp32."""
+        c = self.codebooks[level]
+        with torch.autocast(x.device.type, enabled=False):
+            return (c.pow(2).sum(1) - 2 * x.float() @ c.T).argmin(1)
+
+    def encode(self, x):
+        """x (B, T, D) -> codes (B, T, K), int64."""
+        remainder = x.flatten(0, 1)                                             # (B·T, D)
+        codes = []
+        for level, codebook in enumerate(self.codebooks):
+            codes.append(self.nearest(remainder, level))
+            remainder = remainder - codebook[codes[-1]]
+        return torch.stack(codes, -1).view(*x.shape[:2], -1)
+
+    def decode(self, codes):
+        """codes (.., K') of the first K' <= K levels -> (.., D)."""
+        return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
+
+    @torch.no_grad()
+    def update(self, level, x, k, rows):
+        """One step of the running means: x (N, D) was assigned to entries k (N,), where rows (N,).
+
+        Every process calls it for every level, even if no row is true: all_reduce waits for all.
+        """
+        x = x.float()
+        codes = self.codebooks.shape[1]
+        D = x.shape[1]
+
+        # counts and sums of this batch, and for each entry a random vector to replace it
+        assigned = F.one_hot(k, codes).to(x.dtype) * rows[:, None]              # (N, codes)
+        candidates = x[torch.randint(len(x), (codes,), device=x.device)]        # (codes, D)
+        with torch.autocast(x.device.type, enabled=False):
+            sums = assigned.T @ x                                               # (codes, D)
+
+        # sums over all processes; the candidates are those of the first
+        stats = torch.cat([assigned.sum(0)[:, None], sums, candidates], 1)      # (codes, 1 + 2 D)
+        if torch.distributed.is_initialized():
+            stats[:, 1 + D:] *= torch.distributed.get_rank() == 0
+            torch.distributed.all_reduce(stats)
+        counts, sums, candidates = stats.split([1, D, D], 1)
+        mean_count = counts.sum() / codes
+        if mean_count == 0:
+            return
+
+        # running means; dead entries start again from a candidate, with the mean count
+        self.counts[level].lerp_(counts[:, 0], 1 - self.decay)
+        self.sums[level].lerp_(sums, 1 - self.decay)
+        dead = self.counts[level] < self.dead * mean_count
+        self.counts[level][dead] = mean_count
+        self.sums[level][dead] = mean_count * candidates[dead]
+        self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
+
+    def forward(self, x):
+        """x (B, T, D) -> z with the gradient of x, and the commitment loss.
+
+        The loss is the mean of ‖x_i - sg(c_i)‖² / D over the levels in use, x_i the remainder that
+        level i quantises.
+        """
+        B, T, _ = x.shape
+        levels = len(self.codebooks)
+
+        # quantizer dropout: the number of levels that each row uses
+        used = torch.full((B,), levels, device=x.device)
+        if self.training:
+            dropped = torch.rand(B, device=x.device) < 0.5
+            used = torch.where(dropped, torch.randint(1, levels + 1, (B,), device=x.device), used)
+
+        remainder = x
+        z = torch.zeros_like(x)
+        loss = 0.0
+        weight = 0.0
+        for level in range(levels):
+            # assign the remainders, and update the codebook with those of the rows in use
+            in_use = (level < used).to(x.dtype)[:, None, None]                  # (B, 1, 1)
+            vectors = remainder.detach().flatten(0, 1)                          # (B·T, D)
+            k = self.nearest(vectors, level)                                    # (B·T,)
+            if self.training:
+                self.update(level, vectors, k, (in_use > 0).expand(-1, T, 1).flatten())
+
+            # add this level's part to z and to the loss
+            c = self.codebooks[level][k].view_as(x)
+            loss = loss + (in_use * (remainder - c.detach()).pow(2)).mean()
+            weight = weight + in_use.mean()
+            z = z + in_use * c
+            remainder = remainder - c
+        return x + (z - x).detach(), loss / weight                              # straight-through
+
+
+# ------------------------------------------------------------------------------ delay pattern
 
 def delay_codes(codes):
     """(B, T, K) -> (B, T + K-1, K): level k (from 0) of frame t goes to step t + k."""
@@ -61,126 +188,74 @@ def delay_codes(codes):
 
 
 def undelay_codes(steps):
-    """(B, T + K-1, K) -> (B, T, K): the inverse."""
+    """(B, T + K-1, K) -> (B, T, K): the inverse of delay_codes."""
     K = steps.shape[2]
     T = steps.shape[1] - (K - 1)
     return torch.stack([steps[:, k:k + T, k] for k in range(K)], -1)
 
 
+class NoDelay:
+    """The counterpart of DelayLine where a step is a frame: everything passes unchanged."""
+
+    def __init__(self, history):
+        self.history = history
+
+    def advance(self, ended):
+        return ended
+
+    def put(self, x, ended):
+        self.x = x
+        return x
+
+    def frame(self):
+        return self.x
+
+
 class DelayLine:
-    """The delay pattern step by step: what a step of a sequence being drawn holds, and the frames
-    that are complete. history (B, n, K): frames to continue, n may be 0.
+    """The delay pattern step by step: the codes of a step, and the frame that it completes.
+
+    history (B, n, K): frames to continue; n may be 0. Per step: advance, put, frame.
     """
 
     def __init__(self, history):
-        B, self.first, self.levels = history.shape
+        B, self.n, self.levels = history.shape
         steps = delay_codes(history)
-        self.past = steps[:, :self.first]               # (B, n, K), as drawn before
-        self.owed = steps[:, self.first:]               # (B, K-1, K): levels of history yet to come
-        self.steps, self.end = [], torch.full((B,), 1 << 40, device=history.device)
+        self.history = steps[:, :self.n]                # (B, n, K): whole steps before the first
+        self.pending = steps[:, self.n:]                # (B, K-1, K): levels of history yet to come
+        self.steps = []                                 # codes of each step (B, K)
+        self.ended = []                                 # rows that have no frame then (B,)
+        self.end = torch.full((B,), 1 << 40, device=history.device)     # first frame that is none
+
+    def advance(self, ended):
+        """Begin a step; ended (B,): rows without a frame here -> the same for the step's frame.
+
+        A step completes the frame that began K-1 steps earlier.
+        """
+        self.ended.append(ended)
+        return self.ended[max(0, len(self.ended) - self.levels)]
 
     def put(self, x, ended):
-        """Codes as drawn (B, K), which rows have no frame at this step (B,) -> the step (B, K)."""
-        i, level = len(self.steps), torch.arange(self.levels, device=x.device)
+        """Sampled codes (B, K), rows without a frame at this step (B,) -> the step's codes (B, K).
+
+        MISSING where a level has no frame; the levels of the history that are still to come.
+        """
+        i = len(self.steps)
         self.end = torch.where(ended & (self.end > i), i, self.end)
-        frame = i - level                               # (K,), counted from the end of history
-        exists = (frame >= -self.first) & (frame < self.end[:, None])           # (B, K)
+        frame = i - torch.arange(self.levels, device=x.device)      # (K,), from the history's end
+        exists = (frame >= -self.n) & (frame < self.end[:, None])   # (B, K)
         x = x.masked_fill(~exists, MISSING)
         if i < self.levels - 1:
-            x = torch.where(frame < 0, self.owed[:, i], x)
+            x = torch.where(frame < 0, self.pending[:, i], x)
         self.steps.append(x)
         return x
 
     def frame(self):
-        """The frame whose last level the last step held (B, K); 0 where its row had ended."""
+        """The frame that the last step completed (B, K); 0 where its row had ended."""
         last = self.steps[-self.levels:]
         return torch.stack([x[:, k] for k, x in enumerate(last)], -1).clamp(min=0)
 
 
-class ResidualVQ(nn.Module):
-    """Residual vector quantisation: x ≈ c_1[k_1] + c_2[k_2] + ... + c_K[k_K].
-
-    Level i picks the entry nearest to what the levels before left over. x (B, T, D) -> z (B, T, D).
-    Codebooks follow running means of the vectors that chose them (decay .99; van den Oord et al.
-    2017, appendix A.1), once a micro-batch; an entry chosen less than `dead` times its fair share
-    is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly all entries
-    at the first step. In training half of the rows use the first n levels only, n uniform
-    (quantizer dropout). Statistics and replacements are shared by all processes.
-    Where this differs from Mimi: no separate semantic codebook; D is the width of the codes.
-    """
-    decay, dead = 0.99, 0.1
-
-    def __init__(self, dim, levels, codes):
-        super().__init__()
-        self.register_buffer("codebooks", torch.randn(levels, codes, dim))
-        self.register_buffer("counts", torch.zeros(levels, codes))         # choices a step, running
-        self.register_buffer("sums", torch.zeros(levels, codes, dim))      # vectors a step, running
-
-    def nearest(self, x, level):
-        """x (N, D) -> index of the nearest entry (N,): least ‖c‖² - 2 x·c, in fp32."""
-        c = self.codebooks[level]
-        with torch.autocast(x.device.type, enabled=False):
-            return (c.pow(2).sum(1) - 2 * x.float() @ c.T).argmin(1)
-
-    def encode(self, x):
-        """(B, T, D) -> codes (B, T, K), int64."""
-        left, codes = x.flatten(0, 1), []
-        for level in range(len(self.codebooks)):
-            codes.append(self.nearest(left, level))
-            left = left - self.codebooks[level][codes[-1]]
-        return torch.stack(codes, -1).view(*x.shape[:2], -1)
-
-    def decode(self, codes):
-        """codes (.., K') of the first K' <= K levels -> (.., D)."""
-        return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
-
-    @torch.no_grad()
-    def learn(self, level, x, k, rows):
-        """One step of the running means; where rows (N,) is true x (N, D) chose the entries k (N,).
-
-        Every process calls it for every level, even without such rows: all_reduce waits for all.
-        """
-        x = x.float()
-        hot = F.one_hot(k, self.codebooks.shape[1]).to(x.dtype) * rows[:, None]  # (N, codes)
-        spare = x[torch.randint(len(x), (self.codebooks.shape[1],), device=x.device)]
-        with torch.autocast(x.device.type, enabled=False):
-            total = hot.T @ x                                                    # (codes, D)
-        stats = torch.cat([hot.sum(0)[:, None], total, spare], 1)                # (codes, 1 + 2 D)
-        if torch.distributed.is_initialized():
-            stats[:, x.shape[1] + 1:] *= torch.distributed.get_rank() == 0
-            torch.distributed.all_reduce(stats)
-        count, total, spare = stats.split([1, x.shape[1], x.shape[1]], 1)
-        fair = count.sum() / len(count)                                # choices if all were equal
-        if fair == 0:
-            return
-        self.counts[level].lerp_(count[:, 0], 1 - self.decay)
-        self.sums[level].lerp_(total, 1 - self.decay)
-        dead = self.counts[level] < self.dead * fair
-        self.counts[level][dead], self.sums[level][dead] = fair, fair * spare[dead]
-        self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
-
-    def forward(self, x):
-        """x (B, T, D) -> z with the gradient of x, commitment loss mean ‖x_i - sg(c_i)‖² / D over
-        the levels in use.
-        """
-        B, levels = x.shape[0], len(self.codebooks)
-        used = torch.full((B,), levels, device=x.device)
-        if self.training:
-            some = torch.rand(B, device=x.device) < 0.5
-            used = torch.where(some, torch.randint(1, levels + 1, (B,), device=x.device), used)
-        left, z, loss, weight = x, torch.zeros_like(x), 0.0, 0.0
-        for level in range(levels):
-            on = (level < used).to(x.dtype)[:, None, None]                      # (B, 1, 1)
-            k = self.nearest(left.detach().flatten(0, 1), level)
-            if self.training:
-                rows = (on > 0).expand(-1, x.shape[1], 1).flatten()
-                self.learn(level, left.detach().flatten(0, 1), k, rows)
-            c = self.codebooks[level][k].view_as(x)
-            loss = loss + (on * (left - c.detach()).pow(2)).mean()
-            weight = weight + on.mean()
-            z, left = z + on * c, left - c
-        return x + (z - x).detach(), loss / weight
-
+# ------------------------------------------------------------------------------ codes in and out
 
 class CodeEmbedding(nn.Module):
     """codes (.., K) -> the sum of their K embeddings (.., C); MISSING adds nothing."""
@@ -191,20 +266,21 @@ class CodeEmbedding(nn.Module):
         nn.init.normal_(self.bag.weight, std=0.5 / math.sqrt(levels))   # the sum: calm.py's scale
         with torch.no_grad():
             self.bag.weight[-1] = 0
+        # index of each level's first embedding
         self.register_buffer("first", torch.arange(levels) * codes, persistent=False)
 
     def forward(self, codes):
-        rows = torch.where(codes < 0, self.bag.padding_idx, codes + self.first)
-        return self.bag(rows.flatten(0, -2)).view(*codes.shape[:-1], self.bag.embedding_dim)
+        index = torch.where(codes < 0, self.bag.padding_idx, codes + self.first)
+        return self.bag(index.flatten(0, -2)).view(*codes.shape[:-1], self.bag.embedding_dim)
 
 
-def pick(logits, temperature, top_k, generator):
-    """Draw from softmax(logits / temperature) (.., n), among the top_k likeliest (0 = all) -> (..).
+def sample_codes(logits, temperature, top_k, generator):
+    """Sample from softmax(logits / temperature) (.., n) among the top_k likeliest -> codes (..).
 
-    Temperature 0 takes the likeliest.
+    top_k = 0 keeps all; temperature 0 takes the likeliest.
     """
     if temperature < 0:
-        raise ValueError(f"temperature: {temperature} is wrong; valid: a number of at least 0")
+        raise ValueError(f"temperature: must be at least 0, got {temperature}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(-1)
@@ -216,29 +292,30 @@ def pick(logits, temperature, top_k, generator):
 
 
 def cross_entropy(logits, codes):
-    """logits (.., K, n), codes (.., K) -> nats a code (..), the mean over the codes that are not
-    MISSING; metrics of the first and the last level.
+    """logits (.., K, n), codes (.., K) -> nats per code (..), the mean over codes not MISSING.
+
+    metrics: the mean of the first and of the last level.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), ignore_index=MISSING,
-                           reduction="none").view(codes.shape)
-    there = codes != MISSING
-    metrics = {f"loss_{name}": nats[..., k].detach().sum() / there[..., k].sum().clamp(min=1)
+                           reduction="none").view(codes.shape)              # (.., K)
+    valid = codes != MISSING
+    metrics = {f"loss_{name}": nats[..., k].detach().sum() / valid[..., k].sum().clamp(min=1)
                for name, k in (("first", 0), ("last", -1))}
-    return nats.sum(-1) / there.sum(-1).clamp(min=1), metrics
+    return nats.sum(-1) / valid.sum(-1).clamp(min=1), metrics
 
 
-# ---------------------------------------------------------------------------------- RQ-Transformer
+# ------------------------------------------------------------------------------ RQ-Transformer
 
 class PerLevel(nn.Module):
-    """Linear maps side by side: level k goes through the k-th, those beyond the last share it."""
+    """One linear map per level; the levels beyond the last of the `sets` maps share it."""
 
     def __init__(self, sets, cin, cout):
         super().__init__()
         self.each = nn.ModuleList(nn.Linear(cin, cout, bias=False) for _ in range(sets))
 
     def forward(self, x, level):
-        """(N, 1, cin) at one level, or all levels (None), (N, K, cin) -> (N, 1 or K, cout)."""
+        """(N, 1, cin) at one level, or (N, K, cin) at all (level None) -> (N, 1 or K, cout)."""
         last = len(self.each) - 1
         if level is not None:
             return self.each[min(level, last)](x)
@@ -252,34 +329,39 @@ class DepthBlock(nn.Module):
     def __init__(self, width, heads, sets):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.qkv, self.out = PerLevel(sets, width, 3 * width), PerLevel(sets, width, width)
-        self.up, self.down = PerLevel(sets, width, 4 * width), PerLevel(sets, 4 * width, width)
+        self.norm1 = RMSNorm(width)
+        self.norm2 = RMSNorm(width)
+        self.qkv = PerLevel(sets, width, 3 * width)
+        self.out = PerLevel(sets, width, width)
+        self.up = PerLevel(sets, width, 4 * width)
+        self.down = PerLevel(sets, 4 * width, width)
 
     def forward(self, h, level, cache, layer):
-        q, k, v = (p.unflatten(2, (self.heads, -1)).transpose(1, 2)             # (N, H, K, d)
-                   for p in self.qkv(self.norm1(h), level).chunk(3, -1))
+        qkv = self.qkv(self.norm1(h), level)                                    # (N, K, 3 w)
+        q, k, v = rearrange(qkv, "N K (three H d) -> three N H K d", three=3, H=self.heads)
         if cache is not None:
-            k, v = cache.append(layer, k, v, 0)                                 # (N, H, k, d)
+            k, v = cache.append(layer, k, v, 0)                                 # (N, H, 1 .. K, d)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=level is None)
-        h = h + self.out(y.transpose(1, 2).flatten(2), level)
+        h = h + self.out(rearrange(y, "N H K d -> N K (H d)"), level)
         return h + self.down(F.gelu(self.up(self.norm2(h), level)), level)
 
 
 class DepthTransformer(nn.Module):
     """z (N, C), codes (N, K) -> logits (N, K, n): level k sees z and the codes before it.
 
-    Logits are 0 at the start: a loss of log n.
+    Logits are 0 at initialisation: a loss of log n.
     """
 
     def __init__(self, levels, codes, cond_dim, width, blocks, heads, sets):
         super().__init__()
-        self.levels, sets = levels, min(sets or levels, levels)
+        self.levels = levels
+        sets = min(sets or levels, levels)
         self.cond = PerLevel(sets, cond_dim, width)
         self.embed = nn.ModuleList(nn.Embedding(codes, width) for _ in range(levels - 1))
         self.blocks = nn.ModuleList(DepthBlock(width, heads, sets) for _ in range(blocks))
         self.norm = RMSNorm(width)
         self.output = nn.ModuleList(nn.Linear(width, codes, bias=False) for _ in range(levels))
+
         for name, p in self.named_parameters():
             if name.startswith("embed"):
                 nn.init.normal_(p, std=0.5)                 # the scale that cond gives z
@@ -291,40 +373,48 @@ class DepthTransformer(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * blocks))
 
     def matrices(self):
-        """The modules whose linear layers are large: what int8 rounds (sample.py)."""
+        """The modules with the large linear layers: those that int8 rounds (sample.py)."""
         return [self.blocks]
 
     def project(self, z):
-        """z (N, C) -> what each level gets of it (N, K, w); levels of one set the same."""
-        own = torch.stack([linear(z) for linear in self.cond.each], 1)          # (N, sets, w)
-        return own[:, [min(k, own.shape[1] - 1) for k in range(self.levels)]]
+        """z (N, C) -> the input of each level (N, K, w); levels that share a set get the same."""
+        per_set = torch.stack([linear(z) for linear in self.cond.each], 1)      # (N, sets, w)
+        last = per_set.shape[1] - 1
+        return per_set[:, [min(k, last) for k in range(self.levels)]]
 
     def run(self, h, level=None, cache=None):
+        """All blocks over all levels (N, K, w), or over one level (N, 1, w) with a cache."""
         for i, block in enumerate(self.blocks):
             h = block(h, level, cache, i)
         return self.norm(h)
 
     def forward(self, z, codes):
-        c = self.project(z)
-        before = [torch.zeros_like(c[:, 0])] + [embed(codes[:, k].clamp(min=0))
-                                                for k, embed in enumerate(self.embed)]
-        y = self.run(c + torch.stack(before, 1))                                # (N, K, w)
+        c = self.project(z)                                                     # (N, K, w)
+        previous = [torch.zeros_like(c[:, 0])]              # nothing precedes the first level
+        for k, embed in enumerate(self.embed):
+            previous.append(embed(codes[:, k].clamp(min=0)))
+        y = self.run(c + torch.stack(previous, 1))                              # (N, K, w)
         return torch.stack([out(y[:, k]) for k, out in enumerate(self.output)], 1)
 
-    def draw(self, z, choose):
-        """z (N, C), choose: logits (N, n) -> codes (N,). One level after the other -> (N, K)."""
-        c, cache, codes = self.project(z), KVCache(), []
+    def sample(self, z, choose):
+        """z (N, C) -> codes (N, K), one level after the other; choose: logits (N, n) -> (N,)."""
+        c = self.project(z)                                                     # (N, K, w)
+        cache = KVCache()
+        codes = []
         for k in range(self.levels):
-            h = c[:, k:k + 1]
-            if k:
+            h = c[:, k:k + 1]                                                   # (N, 1, w)
+            if k > 0:
                 h = h + self.embed[k - 1](codes[-1])[:, None]
-            codes.append(choose(self.output[k](self.run(h, k, cache)[:, 0])))
+            logits = self.output[k](self.run(h, k, cache)[:, 0])                # (N, n)
+            codes.append(choose(logits))
         return torch.stack(codes, 1)
 
 
+# ------------------------------------------------------------------------------ heads
+
 class RQ(nn.Module):
     """A frame's K codes by a depth transformer (CALM 3.1, Table 9)."""
-    lag = 0                                     # steps between a frame's first code and its last
+    code_delay = 0                              # steps between the first and last code of a frame
     has_jvp = False
 
     def __init__(self, levels, codes, cond_dim, cfg):
@@ -337,15 +427,16 @@ class RQ(nn.Module):
         """Nothing here depends on the training step."""
 
     def loss(self, z, x):
-        """-log p(x | z) / K, teacher-forced. (.., C), codes (.., K) -> (..), metrics."""
+        """-log p(x | z) / K, teacher-forced. z (.., C), codes x (.., K) -> (..), metrics."""
         logits = self.net(z.flatten(0, -2), x.flatten(0, -2))                   # (N, K, n)
         return cross_entropy(logits.view(*x.shape, -1), x)
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None):
-        """z (.., C) -> codes (.., K). `steps` is for heads.py: here they are always K."""
-        choose = lambda logits: pick(logits, temperature, self.cfg.top_k, generator)
-        return self.net.draw(z.flatten(0, -2), choose).view(*z.shape[:-1], -1)
+        """z (.., C) -> codes (.., K). `steps` is for heads.py: here there are always K."""
+        def choose(logits):
+            return sample_codes(logits, temperature, self.cfg.top_k, generator)
+        return self.net.sample(z.flatten(0, -2), choose).view(*z.shape[:-1], -1)
 
 
 class Delay(nn.Module):
@@ -354,7 +445,9 @@ class Delay(nn.Module):
 
     def __init__(self, levels, codes, cond_dim, cfg):
         super().__init__()
-        self.cfg, self.lag, self.shape = cfg, levels - 1, (levels, codes)
+        self.cfg = cfg
+        self.code_delay = levels - 1
+        self.shape = (levels, codes)
         self.net = nn.Linear(cond_dim, levels * codes, bias=False)
         nn.init.zeros_(self.net.weight)
 
@@ -362,13 +455,14 @@ class Delay(nn.Module):
         """Nothing here depends on the training step."""
 
     def loss(self, z, x):
-        """-log p of the codes that are there, nats a code. (.., C), (.., K) -> (..), metrics."""
+        """-log p in nats per code that exists. z (.., C), codes x (.., K) -> (..), metrics."""
         return cross_entropy(self.net(z).unflatten(-1, self.shape), x)
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None):
-        """z (.., C) -> codes (.., K) of K different frames, drawn at once; `steps` is ignored."""
-        return pick(self.net(z).unflatten(-1, self.shape), temperature, self.cfg.top_k, generator)
+        """z (.., C) -> codes (.., K) of K different frames, all at once; `steps` is ignored."""
+        logits = self.net(z).unflatten(-1, self.shape)                          # (.., K, n)
+        return sample_codes(logits, temperature, self.cfg.top_k, generator)
 
 
 DISCRETE = {"rq": RQ, "delay": Delay}           # DISCRETE[cfg.objective](K, n, cond_dim, cfg)

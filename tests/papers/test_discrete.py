@@ -9,7 +9,7 @@ import torch
 
 from cli import BadInput
 from discrete import (DISCRETE, MISSING, CodeEmbedding, DepthTransformer, cross_entropy,
-                      delay_codes, pick, undelay_codes)
+                      delay_codes, sample_codes, undelay_codes)
 from heads import HeadConfig
 from schema import build
 
@@ -57,8 +57,8 @@ def test_drawing_level_by_level_with_a_cache_has_the_teacher_forced_probabilitie
 
     def choose(logits):
         seen.append(logits)
-        return pick(logits, 1.0, 0, None)
-    x = head.net.draw(z, choose)
+        return sample_codes(logits, 1.0, 0, None)
+    x = head.net.sample(z, choose)
     logits = head.net(z, x)
     torch.testing.assert_close(torch.stack(seen, 1), logits)
     assert logits.std() > 0.1
@@ -162,7 +162,7 @@ def test_a_generator_makes_draws_repeatable_and_leaves_the_global_state_alone(na
 def test_top_k_keeps_the_k_likeliest_in_their_proportion_and_temperature_sharpens():
     logits = torch.tensor([0.1, 2.0, -1.0, 1.0]).expand(20000, 4)
     share = lambda **kw: torch.bincount(
-        pick(logits, **({"temperature": 1.0, "top_k": 0, "generator": None} | kw)),
+        sample_codes(logits, **({"temperature": 1.0, "top_k": 0, "generator": None} | kw)),
         minlength=4) / 20000
     near = lambda p: pytest.approx(p.tolist(), abs=0.02)
     assert share().tolist() == near(logits[0].softmax(0))
@@ -172,7 +172,7 @@ def test_top_k_keeps_the_k_likeliest_in_their_proportion_and_temperature_sharpen
     assert share(top_k=2)[0] == share(top_k=2)[2] == 0
     assert share(temperature=0).tolist() == [0, 1, 0, 0]
     assert share(top_k=9).tolist() == near(logits[0].softmax(0))
-    with pytest.raises(ValueError, match="temperature: -1 is wrong"):
+    with pytest.raises(ValueError, match="temperature: must be at least 0, got -1"):
         share(temperature=-1)
 
 

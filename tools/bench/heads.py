@@ -22,7 +22,7 @@ import torch
 
 from backbone import BackboneConfig, KVCache, Transformer
 from config import load
-from discrete import RQ, pick
+from discrete import RQ, sample_codes
 from heads import HEADS, TrigFlow
 from tools.bench.timing import inference, median_ratio, processor, race, set_threads
 
@@ -139,7 +139,7 @@ def frame_parts(calm, rq, device, dtype):
     rq_head = dataclasses.replace(rq.lm.head, sets=RQ_SETS)
     deepest = filled(lambda: RQ(max(RQ_LEVELS), rq.vae.codebook_size, backbone.dim, rq_head).net,
                      device, dtype)
-    choose = lambda logits: pick(logits, temperature=1.0, top_k=0, generator=None)
+    choose = lambda logits: sample_codes(logits, temperature=1.0, top_k=0, generator=None)
     for levels in RQ_LEVELS:
         net = copy.copy(deepest)
         net.levels = levels
