@@ -1,4 +1,4 @@
-"""CALM: a causal transformer over continuous latents, and a small head that draws the next one.
+"""CALM: a causal transformer over continuous latents and a small head that samples the next one.
 
        voice prompt        text             latents so far, noised in training
       (B, P, D) ─linear  (B, L) ─embed   BOS, x̃¹ ... x̃ᵀ (B, T, D) ─linear
@@ -11,47 +11,48 @@
                                   │                                         │
                                   + ◄───────────────────────────── z_short (B, 1+T, C)
                                   ▼
-                         Z (B, 1+T, C): row s knows x¹ ... xˢ
+                         Z (B, 1+T, C): row s depends on x¹ ... xˢ
                                   ▼
-                       head: x^{s+1} ~ p(x | Zˢ)        trained with N noise draws a position
+                       head: x^{s+1} ~ p(x | Zˢ)        trained with N noise samples per position
 
     L = mean over positions of the head's loss (eq. 3) + eos_weight · BCE("x^{s+1} does not exist")
 
-With an inner monologue (monologue = true) the words do not stand before the audio but run beside
-it, as bytes at the frame where each word begins, and the audio lags d = acoustic_delay frames:
+With an inner monologue (monologue = true) the words do not precede the audio. They run beside it as
+bytes, each word from the frame where it begins, and the audio lags d = acoustic_delay frames:
 
     position    0    1    2    3    4    5    6  ...          d = 2
-    text       BOS   t    h    e   ' '   -    c  ...          - = PAD, nothing new
+    text       BOS   t    h    e   ' '   -    c  ...          - = PAD, no new byte
     latent                    x¹   x²   x³   x⁴  ...
-    row s sees what stands at positions 0 ... s, predicts the text of position s + 1 (from z_long)
-    and the latent x^{s+1-d}
+    row s sees positions 0 ... s and predicts the text of position s + 1 (from z_long) and the
+    latent x^{s+1-d}
 
     L += monologue_weight · cross-entropy of the text
 
 Given a text, generate() lets the model choose when the next word begins and puts its bytes there;
-without one the model writes its own.
+without a text the model writes its own.
 
 The discrete baseline (3.1) is the same model with a head of discrete.py: xˢ are then the K codes of
-an RVQ frame, embedded as the sum of K embeddings, and nothing is noised. With the "delay" head the
+an RVQ frame, embedded as the sum of K embeddings, and no noise is added. With the "delay" head the
 codes are shifted by level on their way in and back on their way out, over K-1 more positions.
 
 Sources: CALM (arXiv 2509.06926) section 4.2 (z_long + z_short, eq. 3), 4.3 (noise:
-x̃ = √k ε + √(1-k) x with k ~ U(0, 1) drawn for each latent), 4.4 (head batch multiplier), Table 9;
-prefix layout, EOS and latent guidance Z = Z_null + a (Z_cond - Z_null) from its third version, as
-in pocket-tts.
+x̃ = √k ε + √(1-k) x with one k ~ U(0, 1) per latent), 4.4 (head batch multiplier), Table 9. Prefix
+layout, EOS and latent guidance Z = Z_null + a (Z_cond - Z_null) are from its third version, as in
+pocket-tts.
 Where this differs from the paper:
-- T_short is a transformer whose layers look back K positions each (a sliding window, as the codec's
-  do, so that it streams). With one layer that is the paper's T_short(x^{s-K} ... x^{s-1}); with n
-  layers it sees up to nK latents back.
-- The short branch can be kept from some kinds and dropped for a share of sequences in training:
-  with it always on, the loss falls lower and the text is ignored (the paper has it for music, not
-  for speech).
-- The monologue is bytes (ours have no tokenizer to train), closed by a space; the delay is a config
-  value (the paper: 2 frames after the text): a longer one lets the model read a word before it
-  speaks it. The paper does not give the weight of the text loss.
-- k ~ U(0, noise): the paper's 1 is a config value; for short speech .5 learns the text faster.
-- Generation may noise what it hears as training does (sample.noise; the paper: never). A small
-  model that has never heard a clean history takes one for a loud one: its latents grow (LOG.md).
+- T_short is a transformer whose layers look back K positions each (a sliding window, as in the
+  codec, so that it streams). With one layer that is the paper's T_short(x^{s-K} ... x^{s-1}); with
+  n layers it sees up to nK latents back.
+- The short branch can be limited to some kinds and dropped for a share of the training sequences:
+  with the branch always on, the loss falls lower but the text is ignored (the paper has the branch
+  for music, not for speech).
+- The monologue is made of bytes (we train no tokenizer), and a space closes each word. The delay is
+  a config value (the paper: 2 frames after the text): a longer one lets the model read a word
+  before it speaks it. The paper does not give the weight of the text loss.
+- k ~ U(0, noise): the paper's 1 is a config value; with 0.5 short speech learns the text faster.
+- Generation can add the training noise to the history that it reads (sample.noise; the paper never
+  does). A small model that was trained on noised histories only takes a clean history for a louder
+  one: its latents grow (LOG.md).
 Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
 """
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ import torch.nn.functional as F
 
 from backbone import BackboneConfig, KVCache, Transformer
 from data import END, PAD
-from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, delay_codes
+from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, NoDelay, delay_codes
 from heads import HEADS, HeadConfig, energy_score
 from schema import Kind, Range
 
@@ -73,119 +74,247 @@ class CALMConfig:
     """The [lm] table."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    # largest share of noise k in the backbone's latents (4.3: 1); 0 = none
+    # largest share of noise k in the latents that the backbone reads (4.3: 1); 0 = no noise
     noise: Annotated[float, Range(0, 1)] = 1.0
-    # layers of T_short (Table 9: 4 for music, none for speech); 0 = no branch
+    # layers of T_short (Table 9: 4 for music, none for speech); 0 = no short branch
     short_layers: Annotated[int, Range(0)] = 0
-    # K, latents that T_short's layers look back (4.2; Table 7: 5 is too few)
+    # K, latents that each layer of T_short looks back (4.2: 10; Table 7: 5 is too few)
     short_context: Annotated[int, Range(1)] = 10
-    # largest share of noise k in T_short's latents. The paper's are clean (0)
+    # largest share of noise k in the latents that T_short reads (the paper's are clean: 0)
     short_noise: Annotated[float, Range(0, 1)] = 0.0
-    # kinds that have the branch
+    # kinds that use the short branch
     short_kinds: list[Kind] = field(default_factory=lambda: ["sound", "music"])
-    # share of training sequences without it
+    # share of training sequences that go without the short branch
     short_dropout: Annotated[float, Range(0, 1)] = 0.0
-    # share of training sequences without prompt and text: what guidance needs
+    # share of training sequences that go without prompt and text; guidance needs some
     prefix_dropout: Annotated[float, Range(0, 1)] = 0.1
-    # a learned vector stands before the voice prompt, where there is one (Pocket TTS)
+    # put a learned vector before the voice prompt, where there is a prompt (Pocket TTS)
     prompt_bos: bool = False
-    # weight of the end-of-clip loss
+    # weight of the end-of-clip loss (0.1 as in the third version)
     eos_weight: Annotated[float, Range(0)] = 0.1
-    # words beside the latents instead of before them, where the manifest has their times
+    # put words beside the latents instead of before them, where the manifest has their times
     monologue: bool = False
-    # frames that the audio lags behind its words (monologue only)
+    # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0)] = 2
-    # weight of the text's cross-entropy
+    # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1
-    # generation: frames without text after which the next word begins whatever the model says (a
-    # model that missed its moment knows no pause so long and may wait for ever)
+    # frames without text after which generation begins the next word whatever the model predicts: a
+    # model that missed a word's beginning has never seen a pause so long and may wait for ever
     longest_pause: Annotated[int, Range(1)] = 25
 
 
 def pack(parts):
-    """Join [(values (B, n, C), lengths (B,)), ...] row by row without gaps -> (B, sum n, C),
-    padding last.
+    """Join [(values (B, n, C), lengths (B,)), ...] without gaps -> (B, sum n, C), padding last.
 
     A causal model then needs no mask: nothing valid comes after padding.
     """
-    valid = torch.cat([torch.arange(v.shape[1], device=v.device) < n[:, None] for v, n in parts], 1)
+    values = torch.cat([v for v, _ in parts], 1)                            # (B, sum n, C)
+    valid = torch.cat([torch.arange(v.shape[1], device=v.device) < length[:, None]
+                       for v, length in parts], 1)                          # (B, sum n)
     order = torch.argsort(~valid, dim=1, stable=True)                       # valid ones first
-    return torch.cat([v for v, _ in parts], 1).gather(
-        1, order[..., None].expand(-1, -1, parts[0][0].shape[2]))
+    return values.gather(1, order[..., None].expand_as(values))
+
+
+def masked_mean(values, mask):
+    """Mean of the values where the mask is true; 0 where it is true nowhere."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+class NoMonologue:
+    """The counterpart of Monologue where no text runs beside the latents: always pad (B, C)."""
+
+    def __init__(self, pad):
+        self.pad = pad
+
+    def step(self, z_long, generator):
+        return self.pad
+
+    def finished(self, device):
+        return torch.ones((), dtype=torch.bool, device=device)              # any row may end
 
 
 class Monologue:
-    """The text stream while it is generated: (B,) tokens at a time, PAD where nothing is new.
+    """The text stream during generation: one token per row and position, PAD between words.
 
-    texts: B lists of byte tokens, words parted by spaces; an empty one lets the model write. A text
-    is kept to: the model's probability of anything but PAD is that of the next word's beginning,
-    behind the last one of END; a word's bytes follow each other. pause: CALMConfig.longest_pause.
+    texts: B lists of byte tokens with spaces between words. The stream keeps to a given text: the
+    model's probability of anything but PAD is the probability that the next word begins (END stands
+    behind the last word), and the bytes of a word follow each other. A row with an empty text
+    writes its own. longest_pause: see CALMConfig. word: z_long (B, C) -> logits (B, vocab); embed:
+    tokens (B,) -> (B, C); pad (B, C): the embedding of PAD.
     """
 
-    def __init__(self, texts, pause):
-        spoken = [bytes(t).split() for t in texts]
-        self.free = [not words for words in spoken]
-        self.left = [[list(word + b" ") for word in words] + [[END]] * bool(words)
-                     for words in spoken]
-        self.now, self.silent, self.pause = [[] for _ in spoken], [0] * len(spoken), pause
+    def __init__(self, texts, longest_pause, word, embed, pad):
+        self.longest_pause = longest_pause
+        self.word = word
+        self.embed = embed
+        self.pad = pad
 
-    def step(self, logits, generator):
-        """logits (B, vocab) of the next text token -> tokens (B,)."""
-        p = logits.float().softmax(-1)
-        begin = torch.rand(len(p), generator=generator, device=p.device) < 1 - p[:, PAD]
-        written = torch.multinomial(p, 1, generator=generator)[:, 0].tolist()
+        # per row: words to come, the rest of the word that has begun, positions since the last word
+        words = [bytes(text).split() for text in texts]
+        self.writes_own = [not row for row in words]
+        self.remaining = [[[*word, ord(" ")] for word in row] + [[END]] * bool(row)
+                          for row in words]
+        self.current = [[] for _ in words]
+        self.pause = [0] * len(words)
+
+    def step(self, z_long, generator):
+        """z_long (B, C) -> embedding of the next text token (B, C)."""
+        p = self.word(z_long).float().softmax(-1)                           # (B, vocab)
+        begins = torch.rand(len(p), generator=generator, device=p.device) < 1 - p[:, PAD]
+        sampled = torch.multinomial(p, 1, generator=generator)[:, 0]
         tokens = []
-        for r, start in enumerate(begin.tolist()):
-            if not self.now[r] and self.left[r] and (start or self.silent[r] >= self.pause):
-                self.now[r] = self.left[r].pop(0)
-            self.silent[r] = 0 if self.now[r] else self.silent[r] + 1
-            tokens.append(self.now[r].pop(0) if self.now[r]
-                          else written[r] if self.free[r] else PAD)
-        return torch.tensor(tokens, device=p.device)
+        for row, (word_begins, own) in enumerate(zip(begins.tolist(), sampled.tolist())):
+            tokens.append(self.next_token(row, word_begins, own))
+        return self.embed(torch.tensor(tokens, device=p.device))
 
-    def said(self, device):
-        """Rows (B,) whose text has been put out whole."""
-        return torch.tensor([not (now or left) for now, left in zip(self.now, self.left)],
+    def next_token(self, row, word_begins, own):
+        """The next token of a row; own: the model's, for a row without a given text."""
+        waited = self.pause[row] >= self.longest_pause
+        if not self.current[row] and self.remaining[row] and (word_begins or waited):
+            self.current[row] = self.remaining[row].pop(0)
+
+        if self.current[row]:
+            self.pause[row] = 0
+            return self.current[row].pop(0)
+        self.pause[row] += 1
+        return own if self.writes_own[row] else PAD
+
+    def finished(self, device):
+        """Rows (B,) whose given text is complete."""
+        return torch.tensor([not (current or remaining)
+                             for current, remaining in zip(self.current, self.remaining)],
                             device=device)
 
 
+class Branches:
+    """The branches of a CALM during generation, one position per step, each with its KV cache.
+
+        long     prefix, text stream and latents    ─► z_long (B, C)
+        null     the same without the prefix        ─► Z_null (B, C), with guidance only
+        short    latents                            ─► z_short (B, C), for kinds that have it
+
+    noise: share of the training noise that the latents get before they are read, 0 to 1.
+    """
+
+    def __init__(self, net, kind, guidance, noise, generator):
+        self.net = net
+        self.guidance = guidance
+        self.has_short = net.cfg.short_layers and bool(net.has_short[kind])
+        self.noise = noise * net.cfg.noise
+        self.short_noise = noise * net.cfg.short_noise
+        self.generator = generator
+        self.long_cache = KVCache()
+        self.null_cache = KVCache()
+        self.short_cache = KVCache()
+
+    def start(self, prefix, history, pad):
+        """Queue the prefix (B, P + L, C) and the history (B, n, D or K), each frame beside `pad`.
+
+        With an acoustic delay of d, the last d audio inputs stand beside the first new words: they
+        are returned (B, d, C).
+        """
+        net = self.net
+        B, n = history.shape[:2]
+        bos = net.bos.expand(B, 1, -1)
+        self.pad = pad
+
+        # audio inputs: d positions without audio, then the history; the first n stand beside PAD
+        delay = bos.new_zeros(B, net.acoustic_delay, bos.shape[2])
+        audio = net.embed_noised(net.latent, history, self.noise, self.generator)
+        audio = torch.cat([delay, audio], 1)                                # (B, d + n, C)
+        silent = audio[:, :n] + pad[:, None]
+        self.long_input = torch.cat([prefix, bos, silent], 1)               # (B, P + L + 1 + n, C)
+        self.null_input = torch.cat([bos, silent], 1)                       # (B, 1 + n, C)
+
+        if self.has_short:
+            recent = net.embed_noised(net.short_latent, history, self.short_noise, self.generator)
+            self.short_input = torch.cat([net.short_bos.expand(B, 1, -1), recent], 1)
+        return audio[:, n:]
+
+    def step(self):
+        """Read the queued input -> z_long (B, C) and the guided z (B, C)."""
+        z_long = self.net.backbone(self.long_input, self.long_cache)[:, -1]
+        if self.guidance == 1:
+            return z_long, z_long
+
+        # latent guidance (CALM, third version): Z = Z_null + a (Z_cond - Z_null)
+        z_null = self.net.backbone(self.null_input, self.null_cache)[:, -1]
+        return z_long, z_null + self.guidance * (z_long - z_null)
+
+    def add_short(self, z):
+        """z (B, C) -> Z = z + z_short (CALM 4.2)."""
+        if not self.has_short:
+            return z
+        return z + self.net.short(self.short_input, self.short_cache)[:, -1]
+
+    def feed(self, audio, token):
+        """Queue the embeddings of a latent and of the text token beside it, (B, C) each."""
+        self.long_input = (audio + token)[:, None]
+        self.null_input = (audio + self.pad)[:, None]
+
+    def feed_latent(self, x, token):
+        """Queue a new latent x (B, D or K) for all branches."""
+        net = self.net
+        self.feed(net.embed_noised(net.latent, x, self.noise, self.generator), token)
+        if self.has_short:
+            recent = net.embed_noised(net.short_latent, x, self.short_noise, self.generator)
+            self.short_input = recent[:, None]
+
+
 class CALM(nn.Module):
-    """latent_dim D; vocab tokens of text; kinds: the names behind batch["kind"], e.g. (speech,
-    sound, music); codes: levels K and entries of the RVQ, for the discrete heads.
+    """The language model: loss(batch) trains it, generate(text, ...) yields latents frame by frame.
+
+    latent_dim D; vocab: number of text tokens; kinds: names of the indices in batch["kind"], e.g.
+    (speech, sound, music); codes: (levels K, entries per level) of the RVQ, for discrete heads.
     """
 
     def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None):
         super().__init__()
         C = cfg.backbone.dim
-        self.cfg, self.kinds = cfg, tuple(kinds)
+        discrete = cfg.head.objective in DISCRETE
+        self.cfg = cfg
+        self.kinds = tuple(kinds)
         self.monologue = cfg.monologue
-        self.codes = codes if cfg.head.objective in DISCRETE else None    # x are (B, T, K) int64
+        self.latent_dim = latent_dim
+        self.codes = codes if discrete else None                            # x: (B, T, K) int64
 
         def embedding():
-            return CodeEmbedding(*codes, C) if self.codes else nn.Linear(latent_dim, C)
+            return CodeEmbedding(*codes, C) if discrete else nn.Linear(latent_dim, C)
+
+        # inputs
         self.text = nn.Embedding(vocab, C)
         self.prompt = embedding()
         self.latent = embedding()
         self.bos = nn.Parameter(torch.randn(C) * 0.5)
         if cfg.prompt_bos:
             self.prompt_bos = nn.Parameter(torch.randn(C) * 0.5)
+
+        # backbone, and what reads z_long
         self.backbone = Transformer(cfg.backbone)
         self.eos = nn.Linear(C, 1)
-        self.delay = cfg.acoustic_delay if cfg.monologue else 0
+        self.acoustic_delay = cfg.acoustic_delay if cfg.monologue else 0
         if cfg.monologue:
             self.word = nn.Linear(C, vocab)
-        self.head = (DISCRETE[cfg.head.objective](*codes, C, cfg.head) if self.codes
-                     else HEADS[cfg.head.objective](latent_dim, C, cfg.head))
-        self.lag = self.head.lag if self.codes else 0   # K-1 for "delay"
-        nn.init.normal_(self.text.weight, std=0.5)   # the scale that the linear layers give latents
+
+        # head; with "delay" level K of a frame comes K-1 positions after level 1
+        if discrete:
+            self.head = DISCRETE[cfg.head.objective](*codes, C, cfg.head)
+        else:
+            self.head = HEADS[cfg.head.objective](latent_dim, C, cfg.head)
+        self.code_delay = self.head.code_delay if discrete else 0
+        nn.init.normal_(self.text.weight, std=0.5)      # the scale at which latents are embedded
+
+        # short-context branch (CALM 4.2)
         if cfg.short_layers:
             short = BackboneConfig(**{**vars(cfg.backbone), "layers": cfg.short_layers,
                                       "window": cfg.short_context})
             self.short_latent = embedding()
             self.short_bos = nn.Parameter(torch.randn(C) * 0.5)
             self.short = Transformer(short)
-        has_short = torch.tensor([k in cfg.short_kinds for k in kinds])
+        has_short = torch.tensor([kind in cfg.short_kinds for kind in kinds])
         self.register_buffer("has_short", has_short, persistent=False)
+
+    # ---------------------------------------------------------------- what every model offers
 
     @classmethod
     def from_config(cls, cfg, vae, vocab, kinds, only=None):
@@ -193,7 +322,7 @@ class CALM(nn.Module):
         return cls(cfg, vae.latent_dim, vocab, kinds, vae.codes)
 
     def wanted(self, state):
-        """The part of a state_dict that this model has: all of it."""
+        """The part of a state_dict that this model loads: all of it."""
         return state
 
     def embeddings(self):
@@ -201,7 +330,7 @@ class CALM(nn.Module):
         return [self.text.weight, self.bos, *self.latent.parameters(), *self.prompt.parameters()]
 
     def matrices(self):
-        """The modules whose linear layers are large: what int8 rounds (sample.py)."""
+        """The modules with the large linear layers: those that int8 rounds (sample.py)."""
         short = [self.short] if self.cfg.short_layers else []
         head = self.head.net.matrices() if self.cfg.head.objective != "delay" else []
         return [self.backbone, *short, *head]
@@ -212,211 +341,281 @@ class CALM(nn.Module):
         if self.cfg.short_layers:
             self.short.compile()
         if self.head.has_jvp:
-            # dynamo gives up on a compiled network inside an eager jvp, for good and in silence
+            # inside an eager jvp dynamo silently stops compiling the network, so compile the loss
             self.head.loss = torch.compile(self.head.loss)
         else:
             self.head.net.compile()
 
-    def voice(self, prompt, length):
-        """Voice prompt (B, P, D), valid (B,) -> (B, P or 1 + P, C), valid ones of these (B,)."""
+    # ---------------------------------------------------------------- inputs and z_long
+
+    def embed_prompt(self, prompt, length):
+        """Voice prompt (B, P, D), valid frames (B,) -> (B, P or 1 + P, C), valid positions (B,)."""
         y = self.prompt(prompt)
         if not self.cfg.prompt_bos:
             return y, length
         y = torch.cat([self.prompt_bos.expand(y.shape[0], 1, -1), y], 1)
         return y, length + (length > 0)
 
-    def condition(self, x, text, text_len, prompt, prompt_len, words=None):
-        """Latents as the backbone gets them (B, T, D) -> z_long (B, 1 + T, C); row s has seen
-        x¹ ... xˢ.
+    def add_noise(self, x, k_max, generator=None):
+        """x (.., D) -> √k ε + √(1-k) x with one k ~ U(0, k_max) per latent (CALM 4.3)."""
+        options = {"device": x.device, "generator": generator}
+        k = k_max * torch.rand(*x.shape[:-1], 1, **options)                 # (.., 1)
+        noise = torch.randn(x.shape, dtype=x.dtype, **options)
+        return k.sqrt() * noise + (1 - k).sqrt() * x
 
-        With words (B, T): z_long (B, 1 + d + T, C); row s has seen words 1 ... s, x¹ ... x^{s-d}.
+    def embed_noised(self, embed, x, k_max, generator=None):
+        """embed(x), of noised latents where k_max > 0; codes are never noised."""
+        if k_max and not self.codes:
+            x = self.add_noise(x, k_max, generator)
+        return embed(x)
+
+    def condition(self, x, text, text_len, prompt, prompt_len, words=None):
+        """Latents as the backbone reads them (B, T, D), text and prompt -> z_long (B, 1 + T, C).
+
+        Row s depends on x¹ ... xˢ. With words (B, T) and an acoustic delay of d: z_long
+        (B, 1 + d + T, C), and row s depends on words 1 ... s and x¹ ... x^{s-d}.
         """
+        # the audio stream behind BOS; words run beside it and d positions ahead
         audio = self.latent(x)                                              # (B, T, C)
         if words is not None:
-            late = (self.delay, 0)
-            audio = (F.pad(audio, (0, 0, *late)) + self.text(F.pad(words, late[::-1], value=PAD)))
+            d = self.acoustic_delay
+            audio = F.pad(audio, (0, 0, d, 0)) + self.text(F.pad(words, (0, d), value=PAD))
         B, T, _ = audio.shape                                               # from here T is d + T
         audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+T, C)
-        whole = torch.full((B,), 1 + T, device=x.device)
-        prompt, prompt_len = self.voice(prompt, prompt_len)
-        packed = pack([(prompt, prompt_len), (self.text(text), text_len), (audio, whole)])
-        y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+T, C)
-        at = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
-        return y.gather(1, at[..., None].expand(-1, -1, y.shape[2]))        # (B, 1+T, C)
 
-    def noise(self, x, most, generator=None):
-        """x (.., D) -> sqrt(k) eps + sqrt(1 - k) x, k ~ U(0, most) for each latent (4.3)."""
-        draw = {"device": x.device, "generator": generator}
-        k = most * torch.rand(*x.shape[:-1], 1, **draw)
-        return k.sqrt() * torch.randn(x.shape, dtype=x.dtype, **draw) + (1 - k).sqrt() * x
+        # prompt, text and audio without gaps, through the backbone
+        prompt, prompt_len = self.embed_prompt(prompt, prompt_len)
+        audio_len = torch.full((B,), 1 + T, device=x.device)
+        packed = pack([(prompt, prompt_len), (self.text(text), text_len), (audio, audio_len)])
+        y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+T, C)
+
+        # the rows of the audio stream, which begin behind each row's prefix
+        rows = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
+        return y.gather(1, rows[..., None].expand(-1, -1, y.shape[2]))      # (B, 1+T, C)
+
+    # ---------------------------------------------------------------- training
 
     def loss(self, batch):
-        """One training loss and its parts.
+        """One training loss and its metrics.
 
         batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
-        (B,) the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
-        (B,); kind (B,). In eval mode the metrics also have the head's loss of each kind and its
-        energy score (heads.py), which compares objectives and steps where losses cannot; histories
-        are noised there too, as the training loss has them.
-        monologue: words (B, T) tokens beside the latents, aligned (B,) rows that have them.
+        (B,): the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
+        (B,); kind (B,). Monologue: words (B, T), tokens beside the latents; aligned (B,): rows that
+        have them. In eval mode there are further metrics (validation_metrics); histories are noised
+        there too, so that the held-out loss compares with the training loss.
         """
-        cfg, x, frames = self.cfg, batch["x"], batch["frames"]
-        if self.codes:
-            there = torch.arange(x.shape[1], device=x.device) < frames[:, None]
-            x = x.masked_fill(~there[..., None], MISSING)
-            x = delay_codes(x) if self.lag else x                           # (B, T + lag, K)
-        B, T, _ = x.shape                                                   # from here T + lag
-        dropped, no_short = (cfg.prefix_dropout, cfg.short_dropout) if self.training else (0, 0)
-        keep = torch.rand(B, device=x.device) >= dropped
-        noised, words = x, None
-        if not self.codes:
-            noised = self.noise(x, cfg.noise)
+        cfg = self.cfg
+        x = self.target(batch)                                              # (B, T, D or K)
+        B, T, _ = x.shape
+        frames = batch["frames"]
+        ended = batch["ended"]
+
+        # rows that keep text and prompt; guidance needs rows without
+        dropout = cfg.prefix_dropout if self.training else 0
+        keep = torch.rand(B, device=x.device) >= dropout                    # (B,)
+
+        # z_long: the backbone reads the noised past (CALM 4.3)
+        noised = x if self.codes else self.add_noise(x, cfg.noise)
+        words = None
         if cfg.monologue:
-            words = F.pad(torch.where(keep[:, None], batch["words"], PAD), (0, self.lag), value=PAD)
+            words = torch.where(keep[:, None], batch["words"], PAD)
+            words = F.pad(words, (0, self.code_delay), value=PAD)           # (B, T)
         z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
                                 batch["prompt"], batch["prompt_len"] * keep, words)
-        Z = z_audio = z_long[:, self.delay:]                                # (B, 1+T, C)
-        if cfg.short_layers:
-            heard = self.noise(x, cfg.short_noise) if cfg.short_noise else x
-            recent = torch.cat([self.short_bos.expand(B, 1, -1), self.short_latent(heard)], 1)
-            on = (self.has_short[batch["kind"]]
-                  & (torch.rand(B, device=x.device) >= no_short))
-            Z = Z + self.short(recent) * on[:, None, None]
+        z_audio = z_long[:, self.acoustic_delay:]                           # (B, 1+T, C)
 
-        s = torch.arange(1 + T, device=x.device)
-        real = s[:T] < frames[:, None] + self.lag                           # x^{s+1} exists
-        Z, kind = Z[:, :T], batch["kind"][:, None].expand(B, T)
-        if not x.is_cuda:               # CUDA: static shapes, padding is computed too and weighs 0
-            Z, x, kind, real = Z[real], x[real], kind[real], real[real]
-        per, metrics = self.head.loss(Z, x)
-        head = (per * real).sum() / real.sum().clamp(min=1)
-        if not self.training:
-            if not self.codes:
-                with torch.compiler.set_stance("force_eager"):     # the sampler is not compiled
-                    energy = energy_score(self.head, Z, x)
-            for i, name in enumerate(self.kinds):
-                mine = real & (kind == i)
-                if mine.any():
-                    metrics[f"head_{name}"] = (per * mine).sum() / mine.sum()
-                    if not self.codes:
-                        metrics[f"energy_{name}"] = (energy * mine).sum() / mine.sum()
-        over = (s == frames[:, None]) & batch["ended"][:, None]             # x^{s+1} does not exist
-        known = (s < frames[:, None]) | over
-        bce = F.binary_cross_entropy_with_logits(self.eos(z_audio).squeeze(-1).float(),
-                                                 over.float(), reduction="none")
-        eos = (bce * known).sum() / known.sum()
+        # Z = z_long + z_short (CALM 4.2)
+        Z = z_audio
+        if cfg.short_layers:
+            Z = Z + self.short_context(x, batch["kind"])
+
+        # the head, where the next latent exists
+        valid = torch.arange(T, device=x.device) < frames[:, None] + self.code_delay
+        head, metrics = self.head_loss(Z[:, :T], x, valid, batch["kind"])
+
+        # end of clip, and the monologue's text
+        eos = self.eos_loss(z_audio, frames, ended)
         loss = head + cfg.eos_weight * eos
+        metrics = {"head": head.detach(), "eos": eos.detach(), **metrics}
         if cfg.monologue:
-            s = torch.arange(T + self.delay, device=x.device)
-            told = (batch["aligned"] & keep)[:, None] & (
-                s < (frames + self.delay * batch["ended"])[:, None])        # after the end: PAD
-            target = F.pad(words, (0, self.delay), value=PAD)
-            text = F.cross_entropy(self.word(z_long[:, :-1]).float().mT, target, reduction="none")
-            text = (text * told).sum() / told.sum().clamp(min=1)
-            loss, metrics = loss + cfg.monologue_weight * text, metrics | {"text": text.detach()}
-        return loss, {"head": head.detach(), "eos": eos.detach(), **metrics}
+            text = self.text_loss(z_long, words, frames, ended, batch["aligned"] & keep)
+            loss = loss + cfg.monologue_weight * text
+            metrics["text"] = text.detach()
+        return loss, metrics
+
+    def target(self, batch):
+        """What the head predicts: the latents (B, T, D), or the codes (B, T + code_delay, K)."""
+        x = batch["x"]
+        if not self.codes:
+            return x
+        valid = torch.arange(x.shape[1], device=x.device) < batch["frames"][:, None]
+        codes = x.masked_fill(~valid[..., None], MISSING)
+        return delay_codes(codes) if self.code_delay else codes
+
+    def short_context(self, x, kind):
+        """z_short (B, 1 + T, C), zero in rows without the short branch (CALM 4.2)."""
+        B = x.shape[0]
+        recent = self.embed_noised(self.short_latent, x, self.cfg.short_noise)
+        recent = torch.cat([self.short_bos.expand(B, 1, -1), recent], 1)    # (B, 1+T, C)
+        dropout = self.cfg.short_dropout if self.training else 0
+        keep = self.has_short[kind] & (torch.rand(B, device=x.device) >= dropout)
+        return self.short(recent) * keep[:, None, None]
+
+    def head_loss(self, Z, x, valid, kind):
+        """Mean of the head's loss (CALM eq. 3) over the valid positions (B, T), and metrics."""
+        kind = kind[:, None].expand_as(valid)                               # (B, T)
+
+        # on CUDA shapes are static, so padding is computed too and weighs 0
+        if not x.is_cuda:
+            Z = Z[valid]                                                    # (N, C)
+            x = x[valid]                                                    # (N, D)
+            kind = kind[valid]                                              # (N,)
+            valid = valid[valid]
+
+        # head batch multiplier: several samples of noise and time for each Z (CALM 4.4)
+        per_position, metrics = self.head.loss(Z, x)
+        if not self.training:
+            metrics = metrics | self.validation_metrics(per_position, Z, x, valid, kind)
+        return masked_mean(per_position, valid), metrics
+
+    def validation_metrics(self, per_position, Z, x, valid, kind):
+        """Per kind in the batch: the head's loss, and of latents the energy score (heads.py).
+
+        The energy score compares objectives and numbers of steps, which losses cannot.
+        """
+        if not self.codes:
+            with torch.compiler.set_stance("force_eager"):      # the sampler is not compiled
+                energy = energy_score(self.head, Z, x)
+        metrics = {}
+        for index, name in enumerate(self.kinds):
+            of_kind = valid & (kind == index)
+            if not of_kind.any():
+                continue
+            metrics[f"head_{name}"] = masked_mean(per_position, of_kind)
+            if not self.codes:
+                metrics[f"energy_{name}"] = masked_mean(energy, of_kind)
+        return metrics
+
+    def eos_loss(self, z_audio, frames, ended):
+        """Binary cross-entropy of "x^{s+1} does not exist", over rows 0 ... frames of each clip."""
+        s = torch.arange(z_audio.shape[1], device=z_audio.device)
+        is_end = (s == frames[:, None]) & ended[:, None]                    # (B, 1+T)
+        valid = (s < frames[:, None]) | is_end
+        logits = self.eos(z_audio).squeeze(-1).float()
+        bce = F.binary_cross_entropy_with_logits(logits, is_end.float(), reduction="none")
+        return masked_mean(bce, valid)
+
+    def text_loss(self, z_long, words, frames, ended, aligned):
+        """Cross-entropy of the monologue (B, T): row s predicts the token of position s + 1.
+
+        Only aligned rows (B,) count, up to d positions behind the end of a clip, where PAD is due.
+        """
+        d = self.acoustic_delay
+        target = F.pad(words, (0, d), value=PAD)                            # (B, d+T)
+        s = torch.arange(target.shape[1], device=target.device)
+        valid = aligned[:, None] & (s < (frames + d * ended)[:, None])
+        logits = self.word(z_long[:, :-1]).float()                          # (B, d+T, vocab)
+        return masked_mean(F.cross_entropy(logits.mT, target, reduction="none"), valid)
 
     def regress(self, batch, teacher, guidance):
-        """Distillation into this model's backbone (third version of CALM; Pocket TTS):
+        """Distil a teacher into this model's backbone (third version of CALM; Pocket TTS).
 
             L = mean over positions of ||z - (z_null + a (z_cond - z_null))||² / C,  a = guidance
 
-        z of this model, the rest of the teacher; both read the same noised latents, with text and
-        prompt (z_null without). Guidance then costs nothing in sampling, and the teacher's head and
-        EOS, copied, fit as they are. Positions: every row that has a next latent, and the end.
-        batch as in loss. metrics: explained = 1 - L / variance of the target, 1 = the teacher.
+        z is this model's, the rest the teacher's; both read the same noised latents, with text and
+        prompt (z_null without). Sampling then needs no guidance, and the teacher's head and EOS
+        fit unchanged when copied. Positions: every row with a next latent, and the end of the clip.
+        batch as in loss. metrics: explained = 1 - L / variance of the target; 1 = the teacher.
         """
-        x, frames = batch["x"], batch["frames"]
-        noised = self.noise(x, self.cfg.noise)
+        x = batch["x"]
+        noised = self.add_noise(x, self.cfg.noise)                          # (CALM 4.3)
 
-        def z(net, share):
-            return net.condition(noised, batch["text"], batch["text_len"] * share, batch["prompt"],
-                                 batch["prompt_len"] * share).float()
+        def z(net, keep):
+            return net.condition(noised, batch["text"], batch["text_len"] * keep, batch["prompt"],
+                                 batch["prompt_len"] * keep).float()
+
+        # the teacher's guided z
         with torch.no_grad():
             null = z(teacher, 0)
             target = null + guidance * (z(teacher, 1) - null)               # (B, 1 + T, C)
-        real = torch.arange(1 + x.shape[1], device=x.device) <= frames[:, None]
-        weight = real / real.sum()
+
+        # squared error over the positions that count
+        valid = torch.arange(1 + x.shape[1], device=x.device) <= batch["frames"][:, None]
+        weight = valid / valid.sum()
         loss = ((z(self, 1) - target).square().mean(-1) * weight).sum()
+
+        # share of the target's variance that is explained
         mean = (target * weight[..., None]).sum((0, 1))
-        spread = ((target - mean).square().mean(-1) * weight).sum()
-        return loss, {"explained": 1 - loss.detach() / spread}
+        variance = ((target - mean).square().mean(-1) * weight).sum()
+        return loss, {"explained": 1 - loss.detach() / variance}
+
+    # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
                  temperature=1.0, guidance=1.0, noise=0.0, generator=None):
-        """Yields normalised latents (B, D), or codes (B, K), and which rows have ended (B,) until
-        all have, or max_frames.
+        """Yield latents (B, D), or codes (B, K), frame by frame, and the rows that have ended (B,).
 
-        text (B, L) tokens without padding; kind: index; prompt (B, P, D) voice prompt; history
-        (B, n, D): clean latents to continue, both as `listen` gives them. A row that has ended goes
-        on yielding: cut it there. noise: the share of the training's noise that the history and
-        what is drawn have when they are heard, 0 (the paper) to 1.
-        Monologue: the bytes of a speech's text run beside the latents, beside a history nothing
-        does; a row cannot end before all its words have been said.
+        Stops after max_frames or when all rows have ended. A row that has ended goes on yielding:
+        cut it there. text (B, L): tokens without padding; kind: an index; prompt (B, P, D): voice
+        prompt; history (B, n, D): clean latents to continue. All latents are normalised. noise:
+        share of the training noise that the latents get before they are read, 0 (the paper) to 1.
+        Monologue: the bytes of a speech's text run beside the latents, and nothing beside a
+        history; a row cannot end before its text is complete.
         """
-        B, device, d = text.shape[0], text.device, self.delay
+        B = text.shape[0]
+        history = self.no_frames(B) if history is None else history
+        line = DelayLine(history) if self.code_delay else NoDelay(history)
+        text, monologue = self.start_monologue(text, kind)
+        branches = Branches(self, kind, guidance, noise, generator)
 
-        def hear(embed, x, most):
-            return embed(self.noise(x, noise * most, generator) if noise * most else x)
+        # prefix and history; with an acoustic delay the first words run ahead of the audio
+        late = branches.start(self.embed_prefix(text, prompt), line.history, monologue.pad)
+        for audio in late.unbind(1):                                        # (B, C), d times
+            z_long, _ = branches.step()
+            branches.feed(audio, monologue.step(z_long, generator))
 
-        if self.codes:
-            noise = 0.0
-        if self.lag:
-            line = DelayLine(text.new_zeros(B, 0, self.lag + 1) if history is None else history)
-            history = line.past
-        n = 0 if history is None else history.shape[1]
-        bos, long, null, short = self.bos.expand(B, 1, -1), KVCache(), KVCache(), KVCache()
-        words, nothing = None, bos.new_zeros(B, bos.shape[-1])
-        if self.cfg.monologue:
-            nothing = self.text(torch.full((B,), PAD, device=device))
-            if self.kinds[kind] == "speech":         # captions stay before the audio
-                words = Monologue(text[:, 1:].tolist(), self.cfg.longest_pause)
-                text = text[:, :1]
-        # (B, d + n, C): what the backbone hears before anything is drawn, nothing for d positions
-        # (words come first), then the history. n of it stand behind the prefix, the last d follow
-        # one by one beside the first words
-        past = bos.new_zeros(B, d, bos.shape[-1])
-        if n:
-            past = torch.cat([past, hear(self.latent, history, self.cfg.noise)], 1)
-        silent = past[:, :n] + nothing[:, None]
-        prefix = [self.text(text)]
-        if prompt is not None and prompt.shape[1]:
-            prefix.insert(0, self.voice(prompt, torch.tensor(prompt.shape[1]))[0])
-        x_long, x_null = torch.cat([*prefix, bos, silent], 1), torch.cat([bos, silent], 1)
-        use_short = self.cfg.short_layers and bool(self.has_short[kind])
-        if use_short:
-            x_short = self.short_bos.expand(B, 1, -1)
-            if n:
-                x_short = torch.cat([x_short, hear(self.short_latent, history,
-                                                   self.cfg.short_noise)], 1)
-        ended, ends = torch.zeros(B, dtype=torch.bool, device=device), []
-        for i in range(d + max_frames + self.lag):
-            Z = self.backbone(x_long, long)[:, -1]                          # (B, C)
-            token = nothing
-            if words is not None:
-                token = self.text(words.step(self.word(Z), generator))
-            if i > d:                               # at least one latent
-                over = self.eos(Z).squeeze(-1) > 0
-                ended = ended | (over if words is None else over & words.said(device))
-            ends.append(ended)
-            if ends[max(0, i - self.lag)].all():
+        ended = torch.zeros(B, dtype=torch.bool, device=text.device)
+        for step in range(max_frames + self.code_delay):
+            # z_long: the next text token, and whether the clip is over
+            z_long, z = branches.step()                                     # (B, C)
+            token = monologue.step(z_long, generator)
+            if step > 0:                                                    # at least one latent
+                over = self.eos(z_long).squeeze(-1) > 0
+                ended = ended | (over & monologue.finished(over.device))
+            frame_ended = line.advance(ended)
+            if frame_ended.all():
                 return
-            if guidance != 1:
-                Z_null = self.backbone(x_null, null)[:, -1]
-                Z = Z_null + guidance * (Z - Z_null)
-            if i < d:
-                heard = past[:, n + i]
-            else:
-                if use_short:
-                    Z = Z + self.short(x_short, short)[:, -1]
-                x = self.head.sample(Z, steps=steps, temperature=temperature,
-                                     generator=generator)                   # (B, D)
-                if self.lag:
-                    x = line.put(x, ended)                                  # (B, K) of K frames
-                if i >= d + self.lag:
-                    yield line.frame() if self.lag else x, ends[i - self.lag]
-                heard = hear(self.latent, x, self.cfg.noise)
-                if use_short:
-                    x_short = hear(self.short_latent, x, self.cfg.short_noise)[:, None]
-            x_long, x_null = (heard + token)[:, None], (heard + nothing)[:, None]
+
+            # Z = z_long + z_short (CALM 4.2): the next latent
+            Z = branches.add_short(z)
+            x = self.head.sample(Z, steps=steps, temperature=temperature, generator=generator)
+            x = line.put(x, ended)                                          # (B, D or K)
+            if step >= self.code_delay:
+                yield line.frame(), frame_ended
+            branches.feed_latent(x, token)
+
+    def no_frames(self, B):
+        """An empty history."""
+        if self.codes:
+            return torch.zeros(B, 0, self.codes[0], dtype=torch.long, device=self.bos.device)
+        return self.bos.new_zeros(B, 0, self.latent_dim)
+
+    def start_monologue(self, text, kind):
+        """The tokens that stay before the audio, and the stream of those that run beside it."""
+        B = text.shape[0]
+        if not self.cfg.monologue:
+            return text, NoMonologue(self.bos.new_zeros(B, len(self.bos)))
+        pad = self.text(torch.full((B,), PAD, device=text.device))
+        if self.kinds[kind] != "speech":                        # captions stay before the audio
+            return text, NoMonologue(pad)
+        spoken = text[:, 1:].tolist()
+        return text[:, :1], Monologue(spoken, self.cfg.longest_pause, self.word, self.text, pad)
+
+    def embed_prefix(self, text, prompt):
+        """Voice prompt (B, P, D) or None and text (B, L), without padding -> (B, P + L, C)."""
+        text = self.text(text)
+        if prompt is None or prompt.shape[1] == 0:
+            return text
+        prompt, _ = self.embed_prompt(prompt, torch.tensor(prompt.shape[1]))
+        return torch.cat([prompt, text], 1)

@@ -386,9 +386,10 @@ def test_a_given_text_is_said_word_by_word_and_whole_before_the_clip_may_end():
 
 
 def test_a_word_is_not_waited_for_longer_than_the_longest_pause():
-    words = Monologue([list(b"hi you"), []], pause=3)
+    same = torch.nn.Identity()                       # logits in, tokens out
+    words = Monologue([list(b"hi you"), []], longest_pause=3, word=same, embed=same, pad=None)
     never = torch.zeros(2, 260)
-    never[:, 256] = 1e4                              # the model says PAD for ever
+    never[:, 256] = 1e4                              # the model always predicts PAD
     stream = [words.step(never, None).tolist() for _ in range(14)]
     assert [t for t, _ in stream] == [256] * 3 + list(b"hi ") + [256] * 3 + list(b"you ") + [256]
     assert all(t == 256 for _, t in stream)          # a row without a text writes its own

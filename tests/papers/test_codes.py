@@ -50,12 +50,13 @@ def batch(B=4, T=6):
 
 
 def recorded(net):
-    """What the backbone's embedding of codes and the head get, call by call."""
-    heard, asked = [], []
-    embed, draw = net.latent.forward, net.head.sample
-    net.latent.forward = lambda x: heard.append(x) or embed(x)
-    net.head.sample = lambda z, **options: asked.append(z) or draw(z, **options)
-    return heard, asked
+    """The inputs of the backbone's embedding of codes, of the text embedding and of the head."""
+    codes, tokens, conditions = [], [], []
+    embed, embed_text, sample_head = net.latent.forward, net.text.forward, net.head.sample
+    net.latent.forward = lambda x: codes.append(x) or embed(x)
+    net.text.forward = lambda ids: tokens.append(ids) or embed_text(ids)
+    net.head.sample = lambda z, **options: conditions.append(z) or sample_head(z, **options)
+    return codes, tokens, conditions
 
 
 @pytest.mark.parametrize("monologue", [False, True])
@@ -64,31 +65,23 @@ def test_generation_step_by_step_equals_the_training_pass_over_what_was_generate
         objective, monologue):
     net, text = model(objective, monologue=monologue), torch.tensor([[1, 97], [1, 98]])
     history, prompt = torch.randint(0, N, (2, 4, K)), torch.randint(0, N, (2, 3, K))
-    _, asked = recorded(net)
-    tokens, step = [], net.word if monologue else None
-    if monologue:
-        import calm
-        real = calm.Monologue.step
-        calm.Monologue.step = lambda self, *a: tokens.append(real(self, *a)) or tokens[-1]
-    try:
-        drawn = [x for x, _ in net.generate(
-            text, kind=0 if monologue else 1, max_frames=5, prompt=prompt, history=history,
-            generator=torch.Generator().manual_seed(0))]
-    finally:
-        if monologue:
-            calm.Monologue.step = real
-    frames = torch.cat([history, torch.stack(drawn, 1)], 1)                 # (2, 9, K)
+    _, tokens, conditions = recorded(net)
+    sampled = [x for x, _ in net.generate(
+        text, kind=0 if monologue else 1, max_frames=5, prompt=prompt, history=history,
+        generator=torch.Generator().manual_seed(0))]
+    frames = torch.cat([history, torch.stack(sampled, 1)], 1)               # (2, 9, K)
     assert frames.shape == (2, 9, K) and 0 <= frames.min() and frames.max() < N
     x = delay_codes(frames)[:, :9] if objective == "delay" else frames
     words = None
-    if monologue:                                    # nothing is said beside the history
-        words = torch.cat([torch.full((2, 4), 256), torch.stack(tokens, 1)], 1)[:, :9]
+    if monologue:                                    # PAD beside the history; embedded first
+        steps = [ids for ids in tokens if ids.shape == (2,)][1:]
+        words = torch.cat([torch.full((2, 4), 256), torch.stack(steps, 1)], 1)[:, :9]
         text = text[:, :1]
     length = torch.full((2,), text.shape[1])
-    z = net.condition(x, text, length, prompt, torch.tensor([3, 3]), words)[:, net.delay:]
+    z = net.condition(x, text, length, prompt, torch.tensor([3, 3]), words)[:, net.acoustic_delay:]
     if not monologue:                                # speech, which has no short branch
         z = z + net.short(torch.cat([net.short_bos.expand(2, 1, -1), net.short_latent(x)], 1))
-    torch.testing.assert_close(torch.stack(asked[:5], 1), z[:, 4:9], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(conditions[:5], 1), z[:, 4:9], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["rq", "delay"])
@@ -104,16 +97,16 @@ def test_history_continues_as_if_it_had_been_generated(objective):
 
 def test_with_delay_a_row_that_ends_is_fed_what_training_feeds_and_yields_its_last_frame_whole():
     net, text = model("delay"), torch.randint(0, VOCAB, (2, 4))
-    heard, _ = recorded(net)
-    eos = iter(range(1, 100))                        # asked before steps 1, 2, ...
+    codes, _, _ = recorded(net)
+    eos = iter(range(1, 100))                        # evaluated before steps 1, 2, ...
     net.eos.forward = lambda z: torch.tensor([[1.0 if next(eos) >= 3 else -1.0], [-1.0]])
-    drawn = list(net.generate(text, kind=0, max_frames=6,
-                              generator=torch.Generator().manual_seed(0)))
-    assert [ended.tolist() for _, ended in drawn] == [[i >= 3, False] for i in range(6)]
-    frames = torch.stack([x for x, _ in drawn], 1)[:1, :3]                  # row 0 has 3 frames
-    there = torch.cat([frames, torch.full((1, 3, K), MISSING)], 1)
-    fed = torch.stack(heard, 1)[:1]                  # one step after the other
-    assert torch.equal(fed[:, :6], delay_codes(there)[:, :6])
+    sampled = list(net.generate(text, kind=0, max_frames=6,
+                                generator=torch.Generator().manual_seed(0)))
+    assert [ended.tolist() for _, ended in sampled] == [[i >= 3, False] for i in range(6)]
+    frames = torch.stack([x for x, _ in sampled], 1)[:1, :3]                # row 0 has 3 frames
+    padded = torch.cat([frames, torch.full((1, 3, K), MISSING)], 1)
+    fed = torch.stack(codes[1:], 1)[:1]              # step by step, after an empty history
+    assert torch.equal(fed[:, :6], delay_codes(padded)[:, :6])
     net, text = model("delay"), text[:1]
     net.eos.forward = lambda z: torch.ones(1, 1)     # ends as soon as it may
     assert len(list(net.generate(text, kind=0, max_frames=6))) == 1
@@ -144,10 +137,10 @@ def test_the_loss_is_the_likelihood_of_the_valid_codes_and_noise_touches_nothing
     z = net.condition(x, b["text"], b["text_len"], b["prompt"], b["prompt_len"])
     z = z + (b["kind"] > 0)[:, None, None] * net.short(
         torch.cat([net.short_bos.expand(4, 1, -1), net.short_latent(x)], 1))
-    real = (x != MISSING).any(-1)
-    torch.testing.assert_close(loss, net.head.loss(z[:, :-1][real], x[real])[0].mean())
-    assert real.sum(1).tolist() == [n + (K - 1 if objective == "delay" else 0)
-                                    for n in b["frames"].tolist()]
+    valid = (x != MISSING).any(-1)
+    torch.testing.assert_close(loss, net.head.loss(z[:, :-1][valid], x[valid])[0].mean())
+    assert valid.sum(1).tolist() == [n + (K - 1 if objective == "delay" else 0)
+                                     for n in b["frames"].tolist()]
     behind = b["x"].clone()
     behind[torch.arange(6) >= b["frames"][:, None]] = 5
     torch.testing.assert_close(net.loss(b | {"x": behind})[0], loss)
