@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from cli import BadInput
-from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, rule
+from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, visible
 from report import draw_mask
 from backbone import BackboneConfig, Transformer
 from vae import VAE, VAEConfig
@@ -152,7 +152,7 @@ def test_blocks_of_one_are_a_causal_model_frame_by_frame():
     plain = Transformer(BackboneConfig(dim=32, layers=2, heads=2)).double()
     plain.load_state_dict(net.backbone.state_dict())
     r = 0                                            # five tokens of text, no prompt, no padding
-    known = torch.cat([z.known[r, :5], z.known[r, 8:]])
+    known = torch.cat([z.clean[r, :5], z.clean[r, 8:]])
     y = plain(known[None], experts=net.experts.per_layer([1, 0, 0]))[0]
     torch.testing.assert_close(torch.cat([z.hidden[r, :5], z.hidden[r, 8:]]), y, atol=1e-10, rtol=0)
 
@@ -170,7 +170,7 @@ def test_flex_attention_gives_the_pass_that_the_dense_mask_gives(window):
     valid = torch.cat([torch.arange(5) < b["text_len"][:, None],
                        torch.arange(3) < b["prompt_len"][:, None],
                        torch.ones(4, 24, dtype=torch.bool)], 1)
-    mask = create_block_mask(rule(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
+    mask = create_block_mask(visible(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
     z.masks = {S: mask}
     torch.testing.assert_close(net.head.net(x_t, t, z), dense, atol=1e-10, rtol=0)
 

@@ -143,7 +143,7 @@ def frame_parts(calm, rq, device, dtype):
     for levels in RQ_LEVELS:
         net = copy.copy(deepest)
         net.levels = levels
-        parts[f"rq {levels} levels"] = inference(net.draw, z, choose, precision=autocast)
+        parts[f"rq {levels} levels"] = inference(net.sample, z, choose, precision=autocast)
     return parts
 
 
