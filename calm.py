@@ -137,8 +137,8 @@ class Monologue:
     """The text stream during generation: one token per row and position, PAD between words.
 
     texts: B lists of byte tokens with spaces between words. The stream keeps to a given text: the
-    model's probability of anything but PAD is the probability that the next word begins (END stands
-    behind the last word), and the bytes of a word follow each other. A row with an empty text
+    model's probability of anything but PAD is the probability that the next word begins (END comes
+    after the last word), and the bytes of a word follow each other. A row with an empty text
     writes its own. longest_pause: see CALMConfig. word: z_long (B, C) -> logits (B, vocab); embed:
     tokens (B,) -> (B, C); pad (B, C): the embedding of PAD.
     """
@@ -161,23 +161,23 @@ class Monologue:
         """z_long (B, C) -> embedding of the next text token (B, C)."""
         p = self.word(z_long).float().softmax(-1)                           # (B, vocab)
         begins = torch.rand(len(p), generator=generator, device=p.device) < 1 - p[:, PAD]
-        sampled = torch.multinomial(p, 1, generator=generator)[:, 0]
+        predicted = torch.multinomial(p, 1, generator=generator)[:, 0]
         tokens = []
-        for row, (word_begins, own) in enumerate(zip(begins.tolist(), sampled.tolist())):
-            tokens.append(self.next_token(row, word_begins, own))
+        for row, (begin, token) in enumerate(zip(begins.tolist(), predicted.tolist())):
+            tokens.append(self.next_token(row, begin, token))
         return self.embed(torch.tensor(tokens, device=p.device))
 
-    def next_token(self, row, word_begins, own):
-        """The next token of a row; own: the model's, for a row without a given text."""
+    def next_token(self, row, begin, predicted):
+        """The next token of a row; predicted: the model's, for a row without a given text."""
         waited = self.pause[row] >= self.longest_pause
-        if not self.current[row] and self.remaining[row] and (word_begins or waited):
+        if not self.current[row] and self.remaining[row] and (begin or waited):
             self.current[row] = self.remaining[row].pop(0)
 
         if self.current[row]:
             self.pause[row] = 0
             return self.current[row].pop(0)
         self.pause[row] += 1
-        return own if self.writes_own[row] else PAD
+        return predicted if self.writes_own[row] else PAD
 
     def finished(self, device):
         """Rows (B,) whose given text is complete."""
@@ -210,15 +210,15 @@ class Branches:
     def start(self, prefix, history, pad):
         """Queue the prefix (B, P + L, C) and the history (B, n, D or K), each frame beside `pad`.
 
-        With an acoustic delay of d, the last d audio inputs stand beside the first new words: they
-        are returned (B, d, C).
+        With an acoustic delay of d, the last d audio inputs go beside the first new words: they are
+        returned (B, d, C).
         """
         net = self.net
         B, n = history.shape[:2]
         bos = net.bos.expand(B, 1, -1)
         self.pad = pad
 
-        # audio inputs: d positions without audio, then the history; the first n stand beside PAD
+        # audio inputs: d positions without audio, then the history; the first n go beside PAD
         delay = bos.new_zeros(B, net.acoustic_delay, bos.shape[2])
         audio = net.embed_noised(net.latent, history, self.noise, self.generator)
         audio = torch.cat([delay, audio], 1)                                # (B, d + n, C)
@@ -481,7 +481,7 @@ class CALM(nn.Module):
     def validation_metrics(self, per_position, Z, x, valid, kind):
         """Per kind in the batch: the head's loss, and of latents the energy score (heads.py).
 
-        The energy score compares objectives and numbers of steps, which losses cannot.
+        The energy score compares objectives and numbers of solver steps, which losses cannot.
         """
         if not self.codes:
             with torch.compiler.set_stance("force_eager"):      # the sampler is not compiled
@@ -570,8 +570,8 @@ class CALM(nn.Module):
         branches = Branches(self, kind, guidance, noise, generator)
 
         # prefix and history; with an acoustic delay the first words run ahead of the audio
-        late = branches.start(self.embed_prefix(text, prompt), line.history, monologue.pad)
-        for audio in late.unbind(1):                                        # (B, C), d times
+        delayed = branches.start(self.embed_prefix(text, prompt), line.history, monologue.pad)
+        for audio in delayed.unbind(1):                                     # (B, C), d times
             z_long, _ = branches.step()
             branches.feed(audio, monologue.step(z_long, generator))
 

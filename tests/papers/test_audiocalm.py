@@ -64,22 +64,22 @@ def test_the_training_pass_equals_cached_generation_block_by_block(block, window
     stop = net.stop(z.hidden[:, 5 + 3:])[..., 0]                            # (4, 24)
     read = net.stop.forward
     for r in range(4):
-        alone, drawn, logits = row(b, r), [], []
+        alone, velocities, logits = row(b, r), [], []
 
         def sample(z, **options):
-            j = len(drawn)
-            drawn.append(net.head.net(x_t[r:r + 1, j:j + 1], t[r:r + 1, j:j + 1], z))
+            j = len(velocities)
+            velocities.append(net.head.net(x_t[r:r + 1, j:j + 1], t[r:r + 1, j:j + 1], z))
             return alone["x"].view(1, n, -1)[:, j:j + 1]
 
         net.head.sample = sample
         net.stop.forward = lambda h: logits.append(read(h)) or torch.full_like(logits[-1], -1.0)
         list(net.generate(alone["text"], kind=int(alone["kind"]), max_frames=24,
                           prompt=alone["prompt"]))
-        torch.testing.assert_close(torch.cat(drawn, 1)[0], F[r], atol=1e-10, rtol=0)
+        torch.testing.assert_close(torch.cat(velocities, 1)[0], F[r], atol=1e-10, rtol=0)
         torch.testing.assert_close(torch.cat(logits, 1)[0, :, 0], stop[r], atol=1e-10, rtol=0)
 
 
-def test_several_noise_draws_in_one_pass_are_passes_of_one():
+def test_several_noise_samples_in_one_pass_equal_passes_of_one():
     net, b = model(4, 3), batch()
     x_t, t = torch.randn(3, 4, 2, 4 * D).double(), torch.rand(3, 4, 2).double()
     F = net.head.net(x_t, t, context(net, b))
@@ -121,13 +121,13 @@ def test_every_position_sees_what_is_clean_and_earlier_and_its_own_block_and_not
                                    (i - L - P) % T // block))
                 (at, i), (of, j) = part(q), part(k)
                 if of == "prefix":
-                    wanted = at != "prefix" or j <= i
+                    expected = at != "prefix" or j <= i
                 elif of == "clean" and at != "prefix":
                     near = not window or i - j <= window // block
-                    wanted = j < i and near or at == of and i == j
+                    expected = j < i and near or at == of and i == j
                 else:
-                    wanted = at == of and i == j
-                assert bool(seen[k]) == wanted, (block, window, at, i, of, j)
+                    expected = at == of and i == j
+                assert bool(seen[k]) == expected, (block, window, at, i, of, j)
 
 
 def test_two_layers_do_not_carry_the_future_or_another_noisy_block_around_a_corner():
@@ -152,8 +152,8 @@ def test_blocks_of_one_are_a_causal_model_frame_by_frame():
     plain = Transformer(BackboneConfig(dim=32, layers=2, heads=2)).double()
     plain.load_state_dict(net.backbone.state_dict())
     r = 0                                            # five tokens of text, no prompt, no padding
-    known = torch.cat([z.clean[r, :5], z.clean[r, 8:]])
-    y = plain(known[None], experts=net.experts.per_layer([1, 0, 0]))[0]
+    clean = torch.cat([z.clean[r, :5], z.clean[r, 8:]])
+    y = plain(clean[None], experts=net.experts.per_layer([1, 0, 0]))[0]
     torch.testing.assert_close(torch.cat([z.hidden[r, :5], z.hidden[r, 8:]]), y, atol=1e-10, rtol=0)
 
 
@@ -213,17 +213,17 @@ def test_stop_targets_are_on_from_the_last_frame_to_the_end_of_its_block():
     net.head.loss = lambda z, x: (flow(z, x)[0].detach() * 0, {})
     net.stop.forward = lambda h: logits
     net.loss(b)[0].backward()
-    # frames 8, ended | 5, ended | 7, goes on: one whole block known | 4, ended: on a block's edge
+    # frames 8, ended | 5, ended | 7, goes on: one whole block valid | 4, ended: on a block's edge
     over = [[0] * 7 + [1], [0] * 4 + [1] * 4, [0] * 4 + [None] * 4, [0, 0, 0, 1] + [None] * 4]
-    wanted = torch.tensor([[0.0 if v is None else 0.5 - v for v in line] for line in over])
-    torch.testing.assert_close(logits.grad[..., 0], wanted / (wanted != 0).sum())
+    expected = torch.tensor([[0.0 if v is None else 0.5 - v for v in line] for line in over])
+    torch.testing.assert_close(logits.grad[..., 0], expected / (expected != 0).sum())
 
 
-def test_noise_is_on_the_clean_half_and_the_prompt_by_their_own_knobs():
+def test_noise_on_the_clean_half_and_on_the_prompt_are_separate_settings():
     b = batch()
-    got = lambda **knobs: [v.detach() for v in inputs(model(text_dropout=0.0, **knobs), b)]
+    got = lambda **noise: [v.detach() for v in inputs(model(text_dropout=0.0, **noise), b)]
     x, prompt = got(history_noise=0.0, prompt_noise=0.0)
-    torch.testing.assert_close(x[0], b["x"][0])      # exact: nothing is drawn in
+    torch.testing.assert_close(x[0], b["x"][0])      # exact: nothing is added
     torch.testing.assert_close(prompt, b["prompt"])
     x, prompt = got(history_noise=0.5, prompt_noise=0.0)
     assert (x - b["x"])[0].abs().mean() > 0.05
@@ -290,7 +290,7 @@ def test_an_lsd_model_starts_as_the_flow_it_goes_on_from():
 
 
 def test_a_model_learns_what_its_text_says_and_how_long_it_is():
-    """Text k = latents of value ±1 by k and 3 + k frames: block 4 draws both."""
+    """Text k = latents of value ±1 by k and 3 + k frames: with blocks of 4."""
     torch.manual_seed(0)
     net = AudioCALM(AudioCALMConfig(backbone=BackboneConfig(dim=32, layers=2, heads=2),
                                     head=FlowConfig(width=32, multiplier=2), expert_dim=16,
@@ -313,8 +313,8 @@ def test_a_model_learns_what_its_text_says_and_how_long_it_is():
                                steps=8, generator=torch.Generator().manual_seed(k)))
         lengths = sum((~ended).long() for _, ended in xs)
         assert ((lengths - length[k]).abs() <= 1).float().mean() >= 0.75
-        drawn = torch.stack([x for x, _ in xs[:3]], 1)
-        assert (drawn.sign() == value[k]).float().mean() > 0.95
+        sampled = torch.stack([x for x, _ in xs[:3]], 1)
+        assert (sampled.sign() == value[k]).float().mean() > 0.95
 
 
 # ---------------------------------------------------------------- generation
@@ -368,15 +368,15 @@ def test_history_continues_as_if_it_had_been_generated():
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_blocks_are_heard_with_the_asked_share_of_the_trainings_noise(noise):
-    net, heard = endless(model(block=4)), []
+def test_blocks_are_read_with_the_given_share_of_the_training_noise(noise):
+    net, read = endless(model(block=4)), []
     net.cfg.history_noise = 0.5
     layer = net.head.net.latent
-    layer.forward = lambda x, f=layer.forward: heard.append(x) or f(x)
+    layer.forward = lambda x, f=layer.forward: read.append(x) or f(x)
     history = torch.randn(200, 8, D).double()
     next(net.generate(torch.zeros(200, 1, dtype=torch.long), kind=0, max_frames=4, history=history,
                       noise=noise, steps=1, generator=torch.Generator().manual_seed(0)))
-    first = heard[0]                                                        # (200, 4, D)
+    first = read[0]                                                         # (200, 4, D)
     share = (first * history[:, :4]).sum() / history[:, :4].square().sum()  # E (1 - s)
     assert share.item() == pytest.approx(0.75 if noise else 1.0, abs=0.03 * noise + 1e-12)
 

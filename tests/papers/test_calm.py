@@ -61,7 +61,7 @@ def test_no_branch_leaks_the_future():
     x = b["x"].clone().requires_grad_()
     z = net.condition(x, b["text"], b["text_len"], b["prompt"], b["prompt_len"])
     z = z + net.short(torch.cat([net.short_bos.expand(4, 1, -1), net.short_latent(x)], 1))
-    for s in range(7):                               # row s knows x¹ ... xˢ: indices below s
+    for s in range(7):                               # row s depends on x¹ ... xˢ: indices < s
         grad, = torch.autograd.grad(z[:, s].sum(), x, retain_graph=True)
         seen = grad.abs().sum((0, 2)) > 0
         assert seen[:s].all() and not seen[s:].any()
@@ -132,13 +132,13 @@ def test_the_end_of_clip_target_stands_right_behind_the_last_frame():
     logits = torch.zeros(4, 7, 1, requires_grad=True)
     net.eos.forward = lambda z: logits
     net.loss(b).__getitem__(0).backward()
-    wanted = torch.full((4, 7), 0.5)                 # sigmoid(0) - target, over the known positions
+    expected = torch.full((4, 7), 0.5)               # sigmoid(0) - target, over the valid positions
     for r, (n, ended) in enumerate(zip(b["frames"], b["ended"])):
         if ended:
-            wanted[r, n] -= 1.0
-        wanted[r, n + int(ended):] = 0
-    known = (wanted != 0).sum()
-    torch.testing.assert_close(logits.grad[..., 0], wanted / known)
+            expected[r, n] -= 1.0
+        expected[r, n + int(ended):] = 0
+    valid = (expected != 0).sum()
+    torch.testing.assert_close(logits.grad[..., 0], expected / valid)
 
 
 def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
@@ -152,17 +152,20 @@ def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
 
 
 @pytest.mark.parametrize("short_noise", [0.0, 1.0])
-def test_noise_reaches_the_backbone_and_the_short_context_if_asked_but_no_target(short_noise):
+def test_noise_reaches_the_backbone_and_if_set_the_short_context_but_no_target(short_noise):
     net, b = model(noise=1.0, short_noise=short_noise, prefix_dropout=0.0), batch()
-    got, clean, target = [], [], []
+    long_input, short_input, target = [], [], []
     long, short, head = net.latent.forward, net.short_latent.forward, net.head.loss
-    net.latent.forward = lambda x: got.append(x) or long(x)
-    net.short_latent.forward = lambda x: clean.append(x) or short(x)
+    net.latent.forward = lambda x: long_input.append(x) or long(x)
+    net.short_latent.forward = lambda x: short_input.append(x) or short(x)
     net.head.loss = lambda z, x: target.append(x) or head(z, x)
     net.loss(b)
-    assert (got[0] - b["x"]).abs().mean() > 0.2
-    heard = (clean[0] - b["x"]).abs().mean()
-    assert heard > 0.2 and not torch.equal(clean[0], got[0]) if short_noise else heard == 0
+    assert (long_input[0] - b["x"]).abs().mean() > 0.2
+    error = (short_input[0] - b["x"]).abs().mean()
+    if short_noise:
+        assert error > 0.2 and not torch.equal(short_input[0], long_input[0])
+    else:
+        assert error == 0
     torch.testing.assert_close(target[0], b["x"][torch.arange(6) < b["frames"][:, None]])
 
 
@@ -185,14 +188,14 @@ def test_noised_latents_keep_unit_variance_for_every_k():
 
 @torch.no_grad()
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
-def test_generation_hears_its_past_with_the_asked_share_of_the_trainings_noise(noise):
-    """Bug: what had only heard noised latents took its own clean ones for loud ones and grew."""
+def test_generation_reads_its_past_with_the_given_share_of_the_training_noise(noise):
+    """Guards a bug: trained on noised latents only, a model took clean ones for louder ones."""
     net, B = model(noise=1.0, short_noise=0.5), 64
     net.eos.bias.data.fill_(-100.0)
-    heard = {}
+    inputs = {}
     for name in ("latent", "short_latent"):
-        layer, heard[name] = getattr(net, name), []
-        layer.forward = lambda x, f=layer.forward, to=heard[name]: (
+        layer, inputs[name] = getattr(net, name), []
+        layer.forward = lambda x, f=layer.forward, to=inputs[name]: (
             to.append(x if x.dim() == 3 else x[:, None]) or f(x))
     history = torch.randn(B, 60, D)
     state = torch.get_rng_state()
@@ -204,8 +207,8 @@ def test_generation_hears_its_past_with_the_asked_share_of_the_trainings_noise(n
     assert torch.equal(torch.get_rng_state(), state)
     for name, most in (("latent", noise), ("short_latent", 0.5 * noise)):
         share = 2 / 3 * (1 - (1 - most)**1.5) / most if most else 1.0       # E sqrt(1 - k)
-        for part in (slice(0, 60), slice(60, 80)):                          # history, own latents
-            h = torch.cat(heard[name], 1)[:, part]
+        for part in (slice(0, 60), slice(60, 80)):                          # history, generated
+            h = torch.cat(inputs[name], 1)[:, part]
             got = (h * x[:, part]).sum() / x[:, part].square().sum()
             assert got.item() == pytest.approx(share, abs=0.03 if noise else 1e-6), name
     assert torch.equal(run(), x[:, 60:])
@@ -325,20 +328,20 @@ def test_row_s_has_seen_the_words_up_to_s_and_the_latents_two_frames_behind_them
 
 
 def test_generation_with_a_monologue_equals_the_training_pass_over_what_was_generated():
-    net, seen, said = talker(), [], []
+    net, seen, tokens = talker(), [], []
     text = torch.tensor([[257, *b"ab c"], [257, *b"d efg"[:4]]])
     sample, embed = net.head.sample, net.text.forward
     net.head.sample = lambda z, **options: seen.append(z) or sample(z, **options)
-    net.text.forward = lambda ids: said.append(ids) or embed(ids)
+    net.text.forward = lambda ids: tokens.append(ids) or embed(ids)
     net.eos.bias.data.fill_(-100.0)
     prompt, history = torch.randn(2, 3, D), torch.randn(2, 4, D)
     for past in (None, history):
-        seen.clear(), said.clear()
+        seen.clear(), tokens.clear()
         xs = [x for x, _ in net.generate(text, kind=0, max_frames=7, prompt=prompt, steps=2,
                                          history=past, generator=torch.Generator().manual_seed(0))]
         n = 0 if past is None else 4
         x = torch.stack(xs, 1) if past is None else torch.cat([past, torch.stack(xs, 1)], 1)
-        steps = [ids for ids in said if ids.shape == (2,)][1:]       # the first is PAD's embedding
+        steps = [ids for ids in tokens if ids.shape == (2,)][1:]     # the first is PAD's embedding
         words = torch.cat([torch.full((2, n), 256), torch.stack(steps, 1)], 1)[:, :n + 9]
         audio = torch.nn.functional.pad(net.latent(x), (0, 0, 2, 0)) + embed(words)
         z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]),
@@ -370,7 +373,7 @@ def test_held_out_losses_drop_no_prefix():
     assert kept[1].tolist() == [0, 0, 0, 0]
 
 
-def test_a_given_text_is_said_word_by_word_and_whole_before_the_clip_may_end():
+def test_a_given_text_is_spoken_word_by_word_and_whole_before_the_clip_may_end():
     net = talker()
     net.eos.bias.data.fill_(100.0)                   # would end at once
     text, tokens = torch.tensor([[257, *b"hi  you"]]), []
@@ -392,10 +395,10 @@ def test_a_word_is_not_waited_for_longer_than_the_longest_pause():
     never[:, 256] = 1e4                              # the model always predicts PAD
     stream = [words.step(never, None).tolist() for _ in range(14)]
     assert [t for t, _ in stream] == [256] * 3 + list(b"hi ") + [256] * 3 + list(b"you ") + [256]
-    assert all(t == 256 for _, t in stream)          # a row without a text writes its own
+    assert all(t == 256 for _, t in stream)          # a row without a text: the model's
 
 
-def test_the_text_loss_knows_words_up_to_the_delay_behind_an_end_and_no_unaligned_rows():
+def test_the_text_loss_counts_words_up_to_the_delay_behind_an_end_and_no_unaligned_rows():
     net = talker(delay=3, prefix_dropout=0.0)
     b = spoken_batch(torch.randint(0, 256, (4, 6)))
     logits = torch.zeros(4, 9, 260, requires_grad=True)

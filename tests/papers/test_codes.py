@@ -129,7 +129,8 @@ def test_no_code_of_the_future_reaches_the_condition_of_a_step(objective):
 
 @pytest.mark.parametrize("objective", ["rq", "delay"])
 def test_the_loss_is_the_likelihood_of_the_valid_codes_and_noise_touches_nothing(objective):
-    net, b = model(objective, prefix_dropout=0.0, eos_weight=0.0, noise=1.0), batch()
+    net = model(objective, prefix_dropout=0.0, eos_weight=0.0, noise=1.0, short_noise=1.0)
+    b = batch()
     loss, metrics = net.loss(b)
     assert torch.equal(loss, net.loss(b)[0])         # nothing random is left
     x = b["x"].masked_fill(torch.arange(6)[:, None] >= b["frames"][:, None, None], MISSING)

@@ -1,4 +1,4 @@
-"""The discrete heads: likelihoods are exact, draws follow them, the delay pattern loses nothing."""
+"""Discrete heads: likelihoods are exact, samples follow them, the delay pattern loses nothing."""
 import itertools
 import math
 import os
@@ -21,7 +21,7 @@ def one_thread_one_seed():
 
 
 def tiny(name="rq", levels=4, codes=7, cond=6, perturb=True, **kw):
-    """A small head; perturb: as after some training, for a fresh one knows nothing."""
+    """A small head; perturb: as after some training; a fresh head is uniform."""
     cfg = HeadConfig(objective=name, **(dict(width=16, blocks=2, depth_heads=2) | kw))
     head = DISCRETE[name](levels, codes, cond, cfg)
     if perturb:
@@ -52,7 +52,7 @@ def test_parameter_counts_lie_within_7_percent_of_table_9(levels, channels, sets
 
 
 @pytest.mark.parametrize("sets", [0, 1, 3])
-def test_drawing_level_by_level_with_a_cache_has_the_teacher_forced_probabilities(sets):
+def test_sampling_level_by_level_with_a_cache_has_the_teacher_forced_probabilities(sets):
     head, z, seen = tiny(sets=sets).double(), torch.randn(9, 6, dtype=torch.float64), []
 
     def choose(logits):
@@ -91,7 +91,7 @@ def test_each_level_has_weights_of_its_own_and_those_beyond_the_sets_share_the_l
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_have_the_joint_distribution_of_the_network(temperature):
+def test_samples_have_the_joint_distribution_of_the_network(temperature):
     head, z, n = tiny(levels=2, codes=3), torch.randn(1, 6), 20000
     frames, logp = joint(head, z, 2, 3, temperature)
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -102,10 +102,10 @@ def test_draws_have_the_joint_distribution_of_the_network(temperature):
 
 
 def test_rq_learns_a_joint_distribution_that_independent_heads_cannot():
-    """z says one of 3 shifts; q1 is uniform over 4, q2 = q1 + shift with probability .9.
+    """z says one of 3 shifts; q1 is uniform over 4, q2 = q1 + shift with probability 0.9.
 
-    Entropies given z: q1 ln 4 = 1.386, q2 given q1 .9 ln (1/.9) + .1 ln (3/.1) = .435. Without
-    delay, linear heads see q1 nowhere: ln 4 for both.
+    Entropies given z: q1 ln 4 = 1.386, q2 given q1 0.9 ln (1/0.9) + 0.1 ln (3/0.1) = 0.435.
+    Without delay, linear heads see q1 nowhere: ln 4 for both.
     """
     def batch():
         shift, q1 = torch.randint(0, 3, (256,)), torch.randint(0, 4, (256,))
@@ -139,24 +139,24 @@ def test_shapes_follow_z_and_every_parameter_learns(name):
         z, x = torch.randn(*lead, 6, requires_grad=True), torch.randint(0, 7, (*lead, 4))
         loss, metrics = head.loss(z, x)
         assert loss.shape == lead and all(m.isfinite() and m.ndim == 0 for m in metrics.values())
-        drawn = head.sample(z)
-        assert drawn.shape == (*lead, 4) and drawn.dtype == torch.int64
-        assert 0 <= drawn.min() and drawn.max() < 7
+        sampled = head.sample(z)
+        assert sampled.shape == (*lead, 4) and sampled.dtype == torch.int64
+        assert 0 <= sampled.min() and sampled.max() < 7
     loss.sum().backward()
     assert z.grad.abs().amax(-1).min() > 0
     assert all(p.grad.abs().max() > 0 for p in head.parameters())
 
 
 @pytest.mark.parametrize("name", list(DISCRETE))
-def test_a_generator_makes_draws_repeatable_and_leaves_the_global_state_alone(name):
+def test_a_generator_makes_samples_repeatable_and_leaves_the_global_state_alone(name):
     head, z = tiny(name), torch.randn(20, 6)
-    draw = lambda seed, **kw: head.sample(z, generator=torch.Generator().manual_seed(seed), **kw)
+    run = lambda seed, **kw: head.sample(z, generator=torch.Generator().manual_seed(seed), **kw)
     before = torch.get_rng_state()
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    assert torch.equal(draw(1, temperature=0), draw(2, temperature=0))
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    assert torch.equal(run(1, temperature=0), run(2, temperature=0))
     assert torch.equal(torch.get_rng_state(), before)
     head.cfg.top_k = 1                                                  # one choice: the likeliest
-    assert torch.equal(draw(1), draw(1, temperature=0))
+    assert torch.equal(run(1), run(1, temperature=0))
 
 
 def test_top_k_keeps_the_k_likeliest_in_their_proportion_and_temperature_sharpens():
@@ -201,15 +201,15 @@ def test_delaying_shifts_each_level_by_its_number_and_comes_back():
 
 
 def test_a_step_holds_no_code_of_a_later_frame_and_of_its_first_levels_frame_no_other_level():
-    """Predicting step s from the steps before it, level k knows levels 0 .. k-1 of its frame."""
+    """Predicting step s from the steps before it, level k has seen levels 0 .. k-1 of its frame."""
     frame = torch.arange(10)[None, :, None].expand(1, 10, 4)
     steps = delay_codes(frame)
     for s in range(13):
         before = steps[0, :s]
         for k in range(4):
             if steps[0, s, k] != MISSING:
-                known = (before == steps[0, s, k]).any(0)               # levels of the same frame
-                assert known.tolist() == [level < k for level in range(4)]
+                seen = (before == steps[0, s, k]).any(0)                # levels of the same frame
+                assert seen.tolist() == [level < k for level in range(4)]
 
 
 def test_the_embedding_of_a_frame_is_the_sum_of_its_codes_and_missing_ones_add_nothing():
