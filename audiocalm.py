@@ -105,7 +105,7 @@ class AudioCALMConfig:
     block: Annotated[int, Range(1)] = 4
     # largest share s of noise in the history during training (generation: sample.noise)
     history_noise: Annotated[float, Range(0, 1)] = 0.3
-    # the same for the voice prompt; less, because a prompt is a recording, without the model's errors
+    # the same for the voice prompt; less, because a recording has none of the model's errors
     prompt_noise: Annotated[float, Range(0, 1)] = 0.1
     # share of training rows that go without text and prompt; guidance needs some
     text_dropout: Annotated[float, Range(0, 1)] = 0.1
