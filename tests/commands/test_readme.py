@@ -154,6 +154,14 @@ def test_files_that_the_pages_show_exist():
     assert not missing
 
 
+def test_tags_that_the_readme_tells_to_search_for_are_found():
+    rows = re.findall(r"^\| (`[^|]+`) \| `([\w/.]+)` \|", read("README.md"), re.MULTILINE)
+    tags = [(tag, name) for cell, name in rows for tag in re.findall(r"`([^`]+)`", cell)]
+    assert len(tags) >= 10
+    missing = [(tag, name) for tag, name in tags if tag not in read(name)]
+    assert not missing
+
+
 def anchors(text):
     """GitHub's anchors of a page's headings."""
     found = []
