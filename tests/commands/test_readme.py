@@ -1,4 +1,4 @@
-"""What README.md and RESULTS.md tell a newcomer to type works, on a tiny run in place of a trained one.
+"""What README.md and RESULTS.md tell a newcomer to type works, on a tiny run.
 
 A command in a block of sh is run. One whose comment begins with "takes" (long) or "needs" (data,
 packages), and one inside a sentence, is only parsed: its config loads, its options exist.
