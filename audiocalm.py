@@ -69,7 +69,6 @@ from einops import rearrange, repeat
 from torch.nn.attention.flex_attention import create_block_mask
 
 from backbone import BackboneConfig, KVCache, Transformer
-from calm import masked_mean
 from heads import LSD, AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
 from moe import Experts
 from schema import Range
@@ -160,6 +159,11 @@ def add_noise(x, s_max, block):
     s = s_max * torch.rand(*x.shape[:2], 1, device=x.device)[:, ::block]        # (B, blocks, 1)
     s = s.repeat_interleave(block, 1)[:, :x.shape[1]]                           # (B, T, 1)
     return (1 - s) * x + s * torch.randn_like(x)
+
+
+def masked_mean(values, mask):
+    """Mean of the values where the mask is true; 0 where it is true nowhere."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 @dataclass

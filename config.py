@@ -78,14 +78,14 @@ class StageConfig:
     # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
     freeze: list[str] = field(default_factory=list)
     # rows per optimizer step, over all processes
-    batch: Annotated[int, Range(1)] = 16
+    batch: Annotated[int, Range(1)] = 8
     # rows per forward pass; 0 = batch / processes; fewer need less memory. Losses are means over
     # the positions of a forward pass, so rows of unequal length weigh a little differently
     micro_batch: Annotated[int, Range(0)] = 0
     # adamw (the papers), or muon for matrices with AdamW for the rest (optim.py; torch >= 2.9)
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     # peak learning rate (Table 9: 1e-4 music, 2e-4 speech; Table 10: 8e-4 VAE)
-    lr: Annotated[float, Range(above=0)] = 1e-3
+    lr: Annotated[float, Range(above=0)] = 1e-2
     # final learning rate as a share of lr; cosine in between
     lr_end: Annotated[float, Range(0)] = 0.1
     # steps of linear warm-up
@@ -97,7 +97,7 @@ class StageConfig:
     # largest gradient norm; a larger gradient is scaled down to it
     grad_clip: Annotated[float, Range(above=0)] = 1.0
     # decay of the averaged weights that are sampled from; 0 = none
-    ema: Annotated[float, Range(0, below=1)] = 0.0
+    ema: Annotated[float, Range(0, below=1)] = 0.998
     # discriminators' learning rate; 0 = lr
     disc_lr: Annotated[float, Range(0)] = 0.0
     # steps between two lines of the log
@@ -117,10 +117,13 @@ class StageConfig:
 
 @dataclass
 class ConsistencyConfig(StageConfig):
-    """[train.consistency]: from lm.pt's weights."""
+    """[train.consistency]: from lm.pt's weights. Small steps: at higher rates the loss spikes."""
+    lr: Annotated[float, Range(above=0)] = 2e-3
+    grad_clip: Annotated[float, Range(above=0)] = 0.1
+    ema: Annotated[float, Range(0, below=1)] = 0.99
     # TrigFlow: true = consistency distillation, dx/dt is the flow's, and the head alone learns;
     # false = consistency training (the paper), dx/dt is the pair's, and everything learns
-    teacher: bool = False
+    teacher: bool = True
 
 
 @dataclass

@@ -101,7 +101,7 @@ class DataConfig:
     # dB, loudness augmentation of the VAE: uniform in +- gain_db, never above full scale
     gain_db: Annotated[float, Range(0)] = 0.0
     # GB of decoded int16 audio that each process keeps (2 GB hold 17 h at 16 kHz)
-    ram_gb: Annotated[float, Range(0)] = 2.0
+    ram_gb: Annotated[float, Range(0)] = 3.0
     # threads that decode audio; the batches do not depend on it
     workers: Annotated[int, Range(1)] = 4
     # random seed of order, crops, gains, windows, prompts and the held-out split

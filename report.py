@@ -1,6 +1,7 @@
 """Every picture: spectrograms, losses, curves of tools/studies.py, and the mask of AudioCALM.
 
     python report.py losses out/quickstart       draw the run's loss.png anew from its log.jsonl
+                     [--panels vae:mel,lm:head,lm:valid_energy] [--out losses.png]
     python report.py mask mask.png               who sees whom in AudioCALM's training pass
 
 matplotlib is imported when the first picture is drawn, always without a screen.
@@ -55,35 +56,54 @@ def draw_spectrograms(path, pictures, sample_rate, columns=1):
     save_picture(fig, path)
 
 
-def draw_losses(run):
-    """run/loss.png: every logged figure of every stage against the step; held-out ones are dots."""
-    # (stage, name) -> [(step, value), ...]
+def draw_losses(run, path=None, panels=None):
+    """The curves of a run's log.jsonl against the step -> a png at path (run/loss.png).
+
+    panels: ["vae:mel", "lm:valid_energy", ...], a stage and how the names of its figures begin;
+    default: one panel per figure of training. Held-out values of a figure are dots beside it.
+    """
+    curves, default = read_curves(run)
+    panels = panels or default
+    if not panels:
+        return
+
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    fig, axes = pyplot().subplots(lines, columns, squeeze=False, layout="constrained",
+                                  figsize=(3 * columns, 2 * lines))
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    for ax, panel in zip(axes.flat, panels):
+        stage, _, prefix = panel.partition(":")
+        names = [name for of_stage, name in curves if of_stage == stage and name == prefix]
+        names = names or [name for of_stage, name in curves
+                          if of_stage == stage and name.startswith(prefix)]
+        for name in names:
+            ax.plot(*zip(*curves[stage, name]), lw=0.9, marker="o" if "valid" in name else "", ms=3,
+                    label=name.removeprefix(prefix + "_"))
+            if (stage, f"valid_{name}") in curves:
+                ax.plot(*zip(*curves[stage, f"valid_{name}"]), "o", ms=4)
+        if len(names) > 1:
+            ax.legend(fontsize=6)
+        ax.set_title(f"{stage}: {prefix}", fontsize=8)
+        ax.tick_params(labelsize=6)
+    save_picture(fig, path or f"{run}/loss.png")
+
+
+def read_curves(run):
+    """log.jsonl -> {(stage, name): [(step, value), ...]}, and a panel per figure of training, in the
+    order of the stages.
+    """
     rows = [json.loads(line) for line in read_log(run)]
     curves = {}
     for row in rows:
-        for name in row.keys() - {"stage", "step", "rate"}:
+        for name in row.keys() - {"stage", "step", "rate", "steps_per_second"}:
             curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
 
-    # one panel per figure of training, in the order of the stages
     order = [row["stage"] for row in rows]
     trained = [key for key in curves if not key[1].startswith("valid_")]
     trained.sort(key=lambda key: (order.index(key[0]), key[1]))
-    if not trained:
-        return
-
-    columns = 4
-    lines = -(-len(trained) // columns)
-    fig, axes = pyplot().subplots(lines, columns, squeeze=False, layout="constrained",
-                                  figsize=(3 * columns, 2 * lines))
-    for ax in axes.flat[len(trained):]:
-        ax.set_axis_off()
-    for ax, (stage, name) in zip(axes.flat, trained):
-        ax.plot(*zip(*curves[stage, name]), lw=0.9)
-        if (stage, f"valid_{name}") in curves:
-            ax.plot(*zip(*curves[stage, f"valid_{name}"]), "o", ms=4)
-        ax.set_title(f"{stage}: {name}", fontsize=8)
-        ax.tick_params(labelsize=6)
-    save_picture(fig, f"{run}/loss.png")
+    return curves, [f"{stage}:{name}" for stage, name in trained]
 
 
 def draw_sweep(path, setting, rows):
@@ -192,13 +212,16 @@ def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["losses", "mask"])
     p.add_argument("path", help="losses: a run folder; mask: the png to write")
+    p.add_argument("--panels", help="losses: only these, stage:name, separated by commas; a name "
+                                    "may be the beginning of several")
+    p.add_argument("--out", help="losses: the png to write; default: loss.png in the run folder")
     a = p.parse_args()
     if a.what == "mask":
         draw_mask(a.path)
         return
     if not os.path.exists(f"{a.path}/log.jsonl"):
         raise BadInput(f"{a.path}: no log.jsonl in it; give a run folder")
-    draw_losses(a.path)
+    draw_losses(a.path, a.out, a.panels and a.panels.split(","))
 
 
 if __name__ == "__main__":

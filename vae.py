@@ -29,7 +29,7 @@ Where this differs from the paper:
 - AudioCALM names the parts of its autoencoder (appendix A.1: residual convolutions, self-attention
   on both sides, a patch-[CLS] aggregator, an iSTFT head), not their sizes or order. Here the [CLS]
   stands after its patch and goes through the encoder's transformer with it, so that everything
-  stays causal; configs/paper/vae_audiocalm.toml lists our choices.
+  stays causal; configs/paper/audiocalm.toml lists our choices.
 - encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours. It discards the
   phase at the input, and trains in minutes on a CPU. For a codec that is faithful to the waveform
   use encoder = "conv".
@@ -64,19 +64,19 @@ class VAEConfig:
     Table 10: music 32 kHz, ratios 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
     """
     # Hz (Table 10, speech)
-    sample_rate: Annotated[int, Range(1)] = 24000
+    sample_rate: Annotated[int, Range(1)] = 16000
     # audio channels
     channels: Annotated[int, Range(1)] = 1
     # channels D of a latent (Table 10, speech)
     latent_dim: Annotated[int, Range(1)] = 32
     # upsampling factors in decoder order; hop = their product · inner (Table 10, speech)
-    ratios: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [6, 5, 4, 4, 4])
+    ratios: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [4, 10, 4, 4])
     # stft: log-magnitudes replace the outermost ratios
-    encoder: Literal["conv", "stft"] = "conv"
+    encoder: Literal["conv", "stft"] = "stft"
     # istft: magnitude and phase replace the outermost ratios
-    decoder: Literal["conv", "istft"] = "conv"
+    decoder: Literal["conv", "istft"] = "istft"
     # stft, istft: hop in samples, the product of the last ratios, which the STFT replaces
-    stft_hop: Annotated[int, Range(0)] = 0
+    stft_hop: Annotated[int, Range(0)] = 160
     # istft: direct (Vocos), or locked (keeps tones steady; for encoder = "stft")
     phase: Literal["direct", "locked"] = "direct"
     # stft, istft: n_fft in samples; 0 = 4 · stft_hop
@@ -85,7 +85,7 @@ class VAEConfig:
     # resolves the harmonics of a tone, a short one its onset
     encoder_windows: list[Annotated[int, Range(1)]] = field(default_factory=list)
     # seanet (ELU, no norm: both papers) or convnext (LayerNorm, GELU, as in Vocos: learns faster)
-    block: Literal["seanet", "convnext"] = "seanet"
+    block: Literal["seanet", "convnext"] = "convnext"
     # transformer positions per latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling
     # comes after the encoder's transformer, the first upsampling before the decoder's
     inner: Annotated[int, Range(1)] = 1
@@ -102,19 +102,19 @@ class VAEConfig:
     # rvq: entries per codebook (Mimi: 2048)
     codebook_size: Annotated[int, Range(1)] = 2048
     # channels next to the waveform, doubled at each ratio
-    width: Annotated[int, Range(1)] = 64
+    width: Annotated[int, Range(1)] = 32
     # upper limit of that doubling
-    width_max: Annotated[int, Range(1)] = 512
+    width_max: Annotated[int, Range(1)] = 256
     # residual units per ratio; seanet: dilated 1, 2, 4, ...
-    res_layers: Annotated[int, Range(0)] = 1
+    res_layers: Annotated[int, Range(0)] = 2
     # transformer width C
-    dim: Annotated[int, Range(1)] = 512
-    heads: Annotated[int, Range(1)] = 8
+    dim: Annotated[int, Range(1)] = 256
+    heads: Annotated[int, Range(1)] = 4
     # transformer layers of each side (Table 10: 8 + 8 speech, 4 + 4 music)
-    encoder_layers: Annotated[int, Range(0)] = 8
-    decoder_layers: Annotated[int, Range(0)] = 8
+    encoder_layers: Annotated[int, Range(0)] = 1
+    decoder_layers: Annotated[int, Range(0)] = 1
     # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
-    context: Annotated[float, Range(0)] = 10.0
+    context: Annotated[float, Range(0)] = 1.0
 
     def __post_init__(self):
         if not self.ratios:

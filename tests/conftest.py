@@ -19,7 +19,9 @@ device = "cpu"
 clips = 24
 valid_clips = 8
 voices = 1
+digits_min = 1
 digits_max = 2
+words = true
 [data]
 crop_seconds = 0.4
 frames = 16
@@ -32,6 +34,9 @@ ratios = [4, 10, 4, 4]
 encoder = "stft"
 decoder = "istft"
 stft_hop = 160
+block = "seanet"
+res_layers = 1
+context = 10.0
 width = 2
 width_max = 16
 dim = 16
@@ -41,6 +46,7 @@ decoder_layers = 1
 [gan]
 loss_windows = [512, 256]
 loss_scales = 1
+loss_floor = 1e-5
 disc_windows = [256]
 disc_width = 4
 disc_start = 3
@@ -68,7 +74,7 @@ heads = 2
 [audiocalm.head]
 width = 16
 [train.vae]
-optimizer = "muon"
+lr = 1e-3
 steps = 12
 batch = 4
 warmup = 2
@@ -76,16 +82,26 @@ save_every = 4
 log_every = 1
 ema = 0.9
 [train.lm]
+optimizer = "adamw"
+lr = 1e-3
 steps = 12
 batch = 4
 save_every = 4
 log_every = 1
 ema = 0.9
 [train.consistency]
+teacher = false
+optimizer = "adamw"
+lr = 1e-3
+grad_clip = 1.0
+ema = 0.0
 steps = 4
 batch = 4
 log_every = 1
 [train.audiocalm]
+optimizer = "adamw"
+lr = 1e-3
+ema = 0.0
 steps = 2
 batch = 4
 log_every = 1

@@ -58,7 +58,8 @@ class Nothing(torch.nn.Module):
 def published(pocket):
     """A small VAE in Mimi's layout, and its tensors under the names of moshi or pocket-tts."""
     torch.manual_seed(0)
-    cfg = VAEConfig(sample_rate=24000, latent_dim=6 if pocket else 16, ratios=[5, 4, 3], inner=4,
+    cfg = VAEConfig(encoder="conv", decoder="conv", block="seanet", stft_hop=0, res_layers=1,
+                    sample_rate=24000, latent_dim=6 if pocket else 16, ratios=[5, 4, 3], inner=4,
                     width=4, width_max=32, dim=16, heads=2, encoder_layers=2, decoder_layers=1,
                     transformer_style="pocket" if pocket else "mimi", context=10 * 60 / 24000)
     net = VAE(cfg).eval()

@@ -383,6 +383,7 @@ def test_blocks_are_read_with_the_given_share_of_the_training_noise(noise):
 
 def test_rows_end_at_the_first_positive_stop_logit_also_inside_a_block():
     net, vae = model(block=4), VAE(VAEConfig(
+        encoder="conv", decoder="conv", block="seanet",
         sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1, encoder_layers=0,
         decoder_layers=0, latent_dim=D)).double().eval()
     ends = iter([[[-1, -1, 1, 1], [-1, -1, -1, -1], [-1, -1, -1, -1]],

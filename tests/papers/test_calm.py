@@ -10,6 +10,7 @@ from sample import render
 from vae import VAE, VAEConfig
 
 KINDS = ("speech", "sound", "music")
+CONV = dict(sample_rate=800, ratios=[4, 2], encoder="conv", decoder="conv", block="seanet", dim=16)
 D, VOCAB = 5, 20
 
 
@@ -215,8 +216,8 @@ def test_generation_reads_its_past_with_the_given_share_of_the_training_noise(no
 
 
 def test_rendered_clips_are_cut_where_their_row_ended():
-    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1,
-                                      encoder_layers=0, decoder_layers=0, latent_dim=D)).eval()
+    net, vae = model(), VAE(VAEConfig(**CONV, width=4, heads=1, encoder_layers=0,
+                                      decoder_layers=0, latent_dim=D)).eval()
     ends = iter([torch.tensor([[-1.0], [-1.0]])] * 2 + [torch.tensor([[1.0], [-1.0]])] * 3
                 + [torch.tensor([[1.0], [1.0]])])
     net.eos.forward = lambda z: next(ends)
@@ -227,8 +228,8 @@ def test_rendered_clips_are_cut_where_their_row_ended():
 @pytest.mark.parametrize("parallel", [False, True])
 @torch.no_grad()
 def test_streamed_pieces_joined_are_the_decoded_latents(parallel):
-    net, vae = model(), VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1,
-                                      encoder_layers=0, decoder_layers=1, latent_dim=D)).eval()
+    net, vae = model(), VAE(VAEConfig(**CONV, width=4, heads=1, encoder_layers=0,
+                                      decoder_layers=1, latent_dim=D)).eval()
     net.eos.bias.data.fill_(-100.0)
     vae.latent_mean.normal_()
     text = torch.zeros(1, 2, dtype=torch.long)
@@ -257,7 +258,7 @@ def test_int8_keeps_latents_close_and_touches_only_the_big_matrices():
 @torch.no_grad()
 def test_on_cpus_with_amx_the_decoders_convolutions_run_in_bf16_and_stream(monkeypatch):
     net, state = model(), {}
-    vae = VAE(VAEConfig(ratios=[4, 2], latent_dim=4, dim=16, width=8, heads=2, encoder_layers=1,
+    vae = VAE(VAEConfig(**CONV, latent_dim=4, width=8, heads=2, encoder_layers=1,
                         decoder_layers=1))
     z = torch.randn(1, 9, 4)
     exact = vae.decode(z)

@@ -161,7 +161,8 @@ def test_every_part_learns(objective, monologue):
 
 def test_codes_decode_to_what_the_vae_encodes_to():
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1, latent_dim=6,
+    vae = VAE(VAEConfig(encoder="conv", decoder="conv", block="seanet",
+                        sample_rate=800, ratios=[4, 2], width=4, dim=16, heads=1, latent_dim=6,
                         encoder_layers=1, decoder_layers=1, bottleneck="rvq", codebooks=K,
                         codebook_size=N)).eval()
     wav = torch.randn(2, 1, 101)

@@ -11,7 +11,8 @@ from schema import build
 from vae import VAEConfig
 
 SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
-             heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
+             heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2,
+             encoder="conv", decoder="conv", block="seanet")
 
 
 def small_gan(balance=0.0, **weights):
@@ -208,7 +209,8 @@ def test_discriminators_hear_the_same_part_of_the_original_and_of_the_reconstruc
 
 def test_the_config_reaches_discriminators_and_balancer():
     model = VAEGAN(VAEConfig(**SMALL),
-                   GANConfig(disc_width=4, disc_power=0.4, balance=0.7))
+                   GANConfig(loss_weights={"mel": 1.0, "adv": 1.0}, disc_width=4,
+                             disc_power=0.4, balance=0.7))
     assert {d.power for d in model.disc.each} == {0.4} and model.balancer.decay == 0.7
 
 

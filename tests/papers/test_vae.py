@@ -14,7 +14,8 @@ from schema import build
 from vae import VAE, VAEConfig, kl_loss
 
 SMALL = dict(sample_rate=16000, ratios=[4, 5, 4, 2], stft_hop=40, width=8, width_max=32, dim=32,
-             heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2)
+             heads=2, encoder_layers=1, decoder_layers=1, context=0.05, latent_dim=6, res_layers=2,
+             encoder="conv", decoder="conv", block="seanet")
 KINDS = [("conv", "conv", "seanet"), ("stft", "istft", "seanet"), ("conv", "istft", "convnext"),
          ("stft", "conv", "convnext"), ("stft", "istft", "convnext")]
 
@@ -125,14 +126,14 @@ def test_every_layout_is_causal_and_streams_exactly(changes):
     assert_close(decode_in_pieces(net, z.split([1, 3, 2], 1)), decoded)
 
 
-PAPER = {"speech": (12.5, 130.1, 0), "music": (25.0, 53.8, 0),
+PAPER = {"calm_speech": (12.5, 130.1, 0), "calm_music": (25.0, 53.8, 0),
          "audiocalm": (44100 / 4096, 87.5, 768)}
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_autoencoders_have_their_frame_rates_and_our_sizes(name):
     frame_rate, millions, latency = PAPER[name]
-    cfg = load(f"configs/paper/vae_{name}.toml").vae
+    cfg = load(f"configs/paper/{name}.toml").vae
     with torch.device("meta"):
         net = VAE(cfg)
     assert cfg.frame_rate == frame_rate and net.latency == latency
@@ -143,7 +144,7 @@ def test_the_papers_autoencoders_have_their_frame_rates_and_our_sizes(name):
 @pytest.mark.parametrize("decoder", ["conv", "istft"])
 @torch.no_grad()
 def test_the_papers_autoencoders_stream_exactly_at_reduced_width(name, decoder):
-    cfg = load(f"configs/paper/vae_{name}.toml").vae
+    cfg = load(f"configs/paper/{name}.toml").vae
     stft_hop = math.prod(cfg.ratios[-2:])
     cfg = dataclasses.replace(cfg, width=4, width_max=16, dim=32, heads=2, encoder_layers=2,
                               decoder_layers=2, context=0.5, decoder=decoder,
@@ -223,7 +224,7 @@ def test_a_level_that_no_row_uses_stays_as_it_is():
     q = quantizer()
     x = torch.randn(6, 3)
     before = [b.clone() for b in (q.codebooks, q.counts, q.sums)]
-    q.learn(1, x, q.nearest(x, 1), torch.zeros(6, dtype=torch.bool))
+    q.update(1, x, q.nearest(x, 1), torch.zeros(6, dtype=torch.bool))
     assert all(torch.equal(a, b) for a, b in zip(before, (q.codebooks, q.counts, q.sums)))
     for _ in range(40):
         z, commit = q.train()(torch.randn(1, 5, 3))

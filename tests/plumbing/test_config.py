@@ -16,9 +16,9 @@ def write(path, text):
 def test_overrides_reach_nested_tables_with_their_types(tmp_path):
     path = write(tmp_path / "a.toml", "[lm.backbone]\nlayers = 2\n")
     cfg = load(path, ["--lm.backbone.layers", "6", "--train.vae.lr=0.5", "--out", "runs/x",
-                      "--vae.ratios", "[4, 2]", "--data.weights.speech", "1"])
+                      "--vae.ratios", "[2, 160]", "--data.weights.speech", "1"])
     assert ((cfg.lm.backbone.layers, cfg.train.vae.lr, cfg.out, cfg.vae.ratios)
-            == (6, 0.5, "runs/x", [4, 2]))
+            == (6, 0.5, "runs/x", [2, 160]))
     assert cfg.data.weights == {"speech": 1.0}
 
 

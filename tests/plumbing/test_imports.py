@@ -55,6 +55,11 @@ def test_nobody_imports_the_programs():
                         or other.split(".")[0] in NOBODY_IMPORTS}, name
 
 
+def test_each_paper_can_be_read_without_the_other():
+    assert "calm" not in imports(modules()["audiocalm"])
+    assert "audiocalm" not in imports(modules()["calm"])
+
+
 def test_the_ground_floor_stands_alone():
     """backbone and heads can be read, and copied, without the rest of the house."""
     assert imports(modules()["backbone"]) == imports(modules()["heads"]) == {"schema"}

@@ -1,6 +1,6 @@
 """Speed of the VAE: encoding, decoding, streaming and training.
 
-    python -m tools.bench vae [--config configs/paper/vae_music.toml | --peer moshi|pocket-tts]
+    python -m tools.bench vae [--config configs/paper/calm_music.toml | --peer moshi|pocket-tts]
                               [--seconds 10] [--repeats 7] [--threads 1] [--json figures.json]
 
     part            what is timed                                    compared

@@ -134,6 +134,7 @@ def read_config(tensors, heads, context, sample_rate):
               for part in ("encoder", "decoder")}
     projected = "quantizer.output_proj.weight" in tensors
     return VAEConfig(
+        encoder="conv", decoder="conv", block="seanet", stft_hop=0,
         sample_rate=sample_rate, channels=first[1], latent_dim=latent_dim, ratios=ratios,
         inner=inner, width=first[0], width_max=strided[-1][0], res_layers=units, dim=last[0],
         heads=heads, encoder_layers=layers["encoder"], decoder_layers=layers["decoder"],
