@@ -11,8 +11,8 @@ Tables and the file that owns their dataclass:
     [audiocalm] audiocalm.py         ([audiocalm.backbone], [audiocalm.head])
     [train.STAGE] for each of STAGES, [sample] here
 
-A field's type says what it may hold (schema.py). An unknown key, a wrong type or an impossible value
-stops with one line that names the key and what is valid.
+A field's type says what it may hold (schema.py). An unknown key, a wrong type or an impossible
+value stops with one line that names the key and what is valid.
 """
 import copy
 import dataclasses
@@ -39,9 +39,11 @@ from vae import VAE, VAEConfig
 # ---------------------------------------------------------------- stages
 
 @dataclass(frozen=True)
-class Stage:
-    """One row of STAGES."""
-    # what is trained
+class StageInfo:
+    """One row of STAGES. In the code, `name` is a stage's name and `trainer` the object that trains
+    it.
+    """
+    # the model that a run folder is opened as; stages.py wraps the VAE in VAEGAN to train it
     model: type
     # the table of the config that describes it
     table: str
@@ -54,14 +56,14 @@ class Stage:
 
 
 STAGES = {
-    "vae": Stage(VAE, "vae", "VAEStage"),
-    "lm": Stage(CALM, "lm"),
-    "consistency": Stage(CALM, "lm", "ConsistencyStage", after="lm", objectives={
+    "vae": StageInfo(VAE, "vae", "VAEStage"),
+    "lm": StageInfo(CALM, "lm"),
+    "consistency": StageInfo(CALM, "lm", "ConsistencyStage", after="lm", objectives={
         "trigflow": "consistency", "consistency": "consistency", "rectified_flow": "lsd"}),
-    "distill": Stage(CALM, "lm", "DistillStage"),
-    "audiocalm": Stage(AudioCALM, "audiocalm"),
-    "audiocalm_lsd": Stage(AudioCALM, "audiocalm", after="audiocalm",
-                           objectives={"rectified_flow": "lsd"}),
+    "distill": StageInfo(CALM, "lm", "DistillStage"),
+    "audiocalm": StageInfo(AudioCALM, "audiocalm"),
+    "audiocalm_lsd": StageInfo(AudioCALM, "audiocalm", after="audiocalm",
+                               objectives={"rectified_flow": "lsd"}),
 }
 LM_STAGES = tuple(name for name in STAGES if name != "vae")
 StageName = Literal[*STAGES]
@@ -72,7 +74,7 @@ class StageConfig:
     """[train.vae], [train.lm], [train.audiocalm] ...: one stage of training."""
     # optimizer steps
     steps: Annotated[int, Range(1)] = 1000
-    # checkpoint of the same sizes to start from (vae.pt of a run or of tools/convert.py); "" = none
+    # checkpoint of the same sizes to start from (vae.pt of a run or of tools/convert); "" = none
     init: str = ""
     # parts of the model that keep their weights, e.g. ["encoder"] of a VAE: latents, and with them
     # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
@@ -132,7 +134,8 @@ class DistillConfig(StageConfig):
     # checkpoint of a trained CALM (lm.pt or consistency.pt of another run) on the same latents, of
     # the same width, text and head, with more layers
     teacher: str = ""
-    # a in Z_null + a (Z_cond - Z_null), learned with (v3: 1.5)
+    # a of the teacher's Z_null + a (Z_cond - Z_null), which the student learns (third version of
+    # CALM, Pocket TTS: 1.5)
     guidance: float = 1.5
 
 
@@ -152,19 +155,19 @@ class TrainConfig:
 @dataclass
 class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
-    # head steps per latent; 0 = the objective's own (1 consistency and lsd, 20 flow)
+    # head steps per latent; 0 = the objective's default (1 for consistency and lsd, 20 for a flow)
     steps: Annotated[int, Range(0)] = 0
-    # variance of the noise (CALM 4.5; 0.8 continuation, 0.7 text to speech); of the softmax for
-    # codes
+    # variance of the noise (CALM 4.5: 0.8 for continuation, 0.7 for text to speech); for codes, the
+    # temperature of the softmax
     temperature: Annotated[float, Range(0)] = 0.8
-    # share of the training's noise (lm.noise, lm.short_noise, audiocalm.history_noise) on what a
-    # model hears of its own past, 0 (the papers) .. 1; for long continuations
+    # noise on a model's generated past, as a share of the noise in training (lm.noise,
+    # lm.short_noise, audiocalm.history_noise): 0 (the papers) .. 1; for long continuations
     noise: Annotated[float, Range(0, 1)] = 0.0
-    # latent guidance a in Z = Z_null + a (Z_cond - Z_null); 1 = off
+    # classifier-free guidance: a in Z = Z_null + a (Z_cond - Z_null); 1 = off
     cfg: float = 1.0
-    # longest clip
+    # longest clip that is generated, in seconds
     seconds: Annotated[float, Range(above=0)] = 5.0
-    # audio continued where there is no text (CALM section 5)
+    # seconds of audio that are continued where there is no text (CALM section 5)
     prompt_seconds: Annotated[float, Range(above=0)] = 3.0
     # kind -> texts; {} = from the validation manifest
     texts: dict[Kind, list[str]] = field(default_factory=dict)
@@ -177,7 +180,7 @@ class Config:
     """A whole experiment."""
     # run folder
     out: str = "out/run"
-    # in order; finished ones are skipped
+    # names of the stages, in order; finished ones are skipped
     stages: list[StageName] = field(default_factory=lambda: ["vae", "lm"])
     seed: Annotated[int, Range(0, below=2 ** 63)] = 0
     # auto = cuda > mps > cpu
@@ -204,22 +207,22 @@ class Config:
         if not self.stages:
             raise ValueError(f"stages: is empty; valid: {', '.join(STAGES)}")
         for name in self.stages:
-            stage = STAGES[name]
-            objective = getattr(self, stage.table).head.objective if name in LM_STAGES else ""
-            if stage.objectives and objective not in stage.objectives:
+            info = STAGES[name]
+            objective = getattr(self, info.table).head.objective if name in LM_STAGES else ""
+            if info.objectives and objective not in info.objectives:
                 raise ValueError(
-                    f"stages: {name} goes on from the weights of {' or '.join(stage.objectives)}, "
-                    f"not from {stage.table}.head.objective = \"{objective}\"; leave it out")
+                    f"stages: {name} goes on from the weights of {' or '.join(info.objectives)}, "
+                    f"not from {info.table}.head.objective = \"{objective}\"; leave it out")
         self.check_teachers()
 
         if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
-            raise ValueError(f"lm.head.objective: {self.lm.head.objective} draws codes; "
+            raise ValueError(f"lm.head.objective: {self.lm.head.objective} generates codes; "
                              "set vae.bottleneck = \"rvq\"")
         if self.lm.monologue and (self.data.tokenizer or not self.data.kind_token):
             raise ValueError("lm.monologue: is made of bytes behind the kind's token; it needs "
                              "data.tokenizer = \"\" and data.kind_token = true")
-        heard = self.gan.disc_seconds * self.vae.sample_rate
-        if heard and heard < max(self.gan.disc_windows):
+        samples = self.gan.disc_seconds * self.vae.sample_rate
+        if samples and samples < max(self.gan.disc_windows):
             longest = max(self.gan.disc_windows) / self.vae.sample_rate
             raise ValueError(f"gan.disc_seconds: must hold the longest of disc_windows, "
                              f"{longest:.3f} s, got {self.gan.disc_seconds}")
@@ -258,9 +261,9 @@ def migrate(table):
             gan[name] = gan[name] | value if merge else value
 
     train = table.get("train")
-    for stage in train.values() if isinstance(train, dict) else ():
-        if isinstance(stage, dict) and "clip" in stage:
-            stage["grad_clip"] = stage.pop("clip")
+    for stage_table in train.values() if isinstance(train, dict) else ():
+        if isinstance(stage_table, dict) and "clip" in stage_table:
+            stage_table["grad_clip"] = stage_table.pop("clip")
     return table
 
 
@@ -270,6 +273,8 @@ def load(path, overrides=()):
     """
     try:
         with open(path, "rb") as f:
+            # before overrides, so that they land in today's tables; resolve migrates old names
+            # among the overrides
             table = migrate(tomllib.load(f))
     except FileNotFoundError:
         raise BadInput(f"config {path}: no such file; see configs/") from None
@@ -296,7 +301,7 @@ def parse_value(name, text):
     try:
         return tomllib.loads(f"v = {number}")["v"]
     except tomllib.TOMLDecodeError:
-        return text if name != "stages" else [stage.strip() for stage in text.split(",")]
+        return text if name != "stages" else [part.strip() for part in text.split(",")]
 
 
 def set_value(table, name, value):

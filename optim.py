@@ -1,6 +1,6 @@
-"""Optimizers and learning rate: AdamW (the papers), or Muon for the matrices and AdamW for the rest.
+"""Optimizers and learning rate: AdamW (the papers), or Muon for matrices and AdamW for the rest.
 
-    stage.optimized {"vae": module, "disc": module} ─► make_optimizers ─► {"vae": Muon, "disc": AdamW}
+    trainer.optimized {"vae": .., "disc": ..} ─► make_optimizers ─► {"vae": Muon, "disc": AdamW}
     step ─► schedule ─► factor of the learning rate: linear warm-up, then a cosine to lr_end
 
 Sources: AdamW (Loshchilov & Hutter 2019), CALM Table 9; Muon (Jordan et al. 2024), with steps of
@@ -22,13 +22,14 @@ def schedule(cfg, step):
     return cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def make_optimizers(stage, cfg, device):
-    """{name: optimizer} for stage.optimized {name: module}; cfg: StageConfig.
+def make_optimizers(trainer, cfg, device, key="optimizer"):
+    """{name: optimizer} for trainer.optimized {name: module}; cfg: StageConfig.
 
-    Discriminators (2-d convolutions with weight norm) stay with AdamW.
-    Errors: BadInput where this torch has no Muon."""
+    Discriminators (2-d convolutions with weight norm) stay with AdamW. key: of the choice in the
+    config, for the message. Errors: BadInput where this torch has no Muon.
+    """
     if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise BadInput(f"optimizer: muon needs torch 2.9 or newer, this is {torch.__version__}; "
+        raise BadInput(f"{key}: muon needs torch 2.9 or newer, this is {torch.__version__}; "
                        "use adamw")
 
     def adamw(parameters):
@@ -40,7 +41,7 @@ def make_optimizers(stage, cfg, device):
                                  fused=not device.startswith("mps"))
 
     optimizers = {}
-    for name, module in stage.optimized.items():
+    for name, module in trainer.optimized.items():
         if cfg.optimizer == "muon" and name != "disc":
             optimizers[name] = Muon(module, adamw, cfg.lr, cfg.weight_decay)
         else:
@@ -88,7 +89,7 @@ class Muon:
 
 
 def is_matrix(module):
-    """Whether Muon takes this layer's weight: a linear layer or a convolution that is not grouped."""
+    """Whether Muon takes this layer's weight: it is linear, or a convolution that is not grouped."""
     if isinstance(module, nn.Linear):
         return True
     return isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and module.groups == 1

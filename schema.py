@@ -8,8 +8,8 @@
 
     {"lr": -1} ─► build(StageConfig, table, "train.lm") ─► "train.lm.lr: must be above 0, got -1.0"
 
-A rule between two fields stands in the dataclass's __post_init__, as a ValueError. Every file with a
-config imports this one: it imports none of ours but cli.py.
+A rule between two fields stands in the dataclass's __post_init__, as a ValueError. Every file with
+a config imports this one: it imports none of ours but cli.py.
 """
 import dataclasses
 import math
@@ -49,12 +49,12 @@ class Range:
         return "be " + " and ".join(parts)
 
 
-def check(value, kind, key):
-    """`value` as the annotated type `kind`, or BadInput naming the key."""
-    origin = get_origin(kind)
-    args = get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, key)
+def check(value, annotation, key):
+    """`value` as the type that the annotation names, or BadInput naming the key."""
+    origin = get_origin(annotation)
+    args = get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return build(annotation, value, key)
 
     if origin is Annotated:
         value = check(value, args[0], key)
@@ -72,11 +72,12 @@ def check(value, kind, key):
     if origin is dict and isinstance(value, dict):
         return {check(k, args[0], key): check(v, args[1], f"{key}.{k}") for k, v in value.items()}
 
-    if kind is float and type(value) is int:
+    if annotation is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise BadInput(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
-    if kind is float and not math.isfinite(value):
+    if type(value) is not annotation:
+        expected = getattr(annotation, "__name__", annotation)
+        raise BadInput(f"{key}: expected {expected}, got {value!r}")
+    if annotation is float and not math.isfinite(value):
         raise BadInput(f"{key}: must be a finite number, got {value}")
     return value
 
@@ -86,12 +87,12 @@ def build(cls, table, key=""):
     if not isinstance(table, dict):
         raise BadInput(f"{key}: expected a table, got {table!r}")
     prefix = key + "." if key else ""
-    kinds = get_type_hints(cls, include_extras=True)
+    annotations = get_type_hints(cls, include_extras=True)
     for name in table:
-        if name not in kinds:
-            raise BadInput(f"{prefix}{name}: unknown key; valid: {', '.join(sorted(kinds))}")
+        if name not in annotations:
+            raise BadInput(f"{prefix}{name}: unknown key; valid: {', '.join(sorted(annotations))}")
 
-    values = {name: check(value, kinds[name], prefix + name) for name, value in table.items()}
+    values = {name: check(value, annotations[name], prefix + name) for name, value in table.items()}
     try:
         return cls(**values)
     except ValueError as e:

@@ -1,25 +1,25 @@
-"""Train: python train.py --config configs/quickstart.toml [--section.key value ...] [--fresh]
-[--print]
+"""Train: python train.py --config FILE [--section.key value ...] [--fresh] [--print]
 
 One loop for all stages. A config names its stages in order; finished ones are skipped, an
 interrupted one resumes where its last checkpoint was, with the same numbers as if it had never
-stopped: a step is a pure function of (weights, optimizer, step number), because data and noise are
-drawn from (seed, step, row).
+stopped: a step is a pure function of (weights, optimizer, step number), because data are drawn from
+(seed, step, row), and noise from (seed, step, first row of the micro-batch).
 
     clips ─► [vae]  waveform crops ─► VAE-GAN ─► vae.pt
                                                    │ encode all clips once ─► latents/
              [lm]   latents + text ─► CALM with a flow head ─► lm.pt
-    [consistency]   the same weights, one-step objective ─► consistency.pt   (of TrigFlow, also
-                                            as its teacher; LSD, if the flow was rectified_flow)
+    [consistency]   the same weights, one-step objective ─► consistency.pt   (consistency if lm
+                    was TrigFlow, which can also be the teacher; LSD if it was rectified_flow)
         [distill]   another run's model with guidance ─► a smaller backbone, distill.pt
       [audiocalm]   latents + text ─► AudioCALM, all kinds, block by block ─► audiocalm.pt
   [audiocalm_lsd]   the same weights, a block in 1 to 4 passes ─► audiocalm_lsd.pt
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
 `batch` is the global batch: every process takes its share of the same rows, gradients are summed
-once per step, the result is the same for any number of processes that share the micro-batches evenly
-(8 rows in micro-batches of 2: 1, 2 or 4 processes; tests/test_train.py). Close to the same only:
-gan.balance and an RVQ, whose running means go on once per micro-batch.
+once per step, the result is the same for any number of processes that share the micro-batches
+evenly (8 rows in micro-batches of 2: 1, 2 or 4 processes; tests/plumbing/test_train.py).
+Exceptions: gan.balance and the RVQ update running means once per micro-batch, so their results
+differ a little.
 
     --out DIR               run folder (else the config's)
     --data.manifest M       train on your own audio: a manifest.jsonl or a folder
@@ -50,7 +50,7 @@ import torch.distributed as dist
 import stages
 from cli import BadInput, Parser, cli
 from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
-                    save_checkpoint)
+                    save_checkpoint, vae_weights)
 from corpora import toy
 from data import Prefetch, load_clips, load_manifest
 from optim import make_optimizers, schedule
@@ -58,7 +58,7 @@ from report import draw_losses
 
 
 class Runtime:
-    """Device, precision, compilation and processes, chosen once and said aloud."""
+    """Device, precision, compilation and processes, chosen once and printed."""
 
     def __init__(self, cfg):
         self.rank = int(os.environ.get("RANK", 0))
@@ -163,37 +163,41 @@ def weights_of(module, state):
 class Run:
     """One stage's training as the run folder sees it: its checkpoint, its rows of log.jsonl, its
     validation; and which rows of the global batch are this process's.
+
+    trainer: an object of stages.py; name: the stage's, a key of config.STAGES.
     """
 
-    def __init__(self, stage, name, cfg, runtime):
-        self.stage = stage
+    def __init__(self, trainer, name, cfg, runtime):
+        self.trainer = trainer
         self.name = name
         self.cfg = cfg
         self.runtime = runtime
-        self.c = getattr(cfg.train, name)
+        self.stage_cfg = getattr(cfg.train, name)
         self.path = f"{cfg.out}/{name}.pt"
         self.split_batch()
 
-        stage.model.to(runtime.device).train()
+        trainer.model.to(runtime.device).train()
         self.freeze()
-        self.optimizers = make_optimizers(stage, self.c, runtime.device)
-        self.ema = EMA(stage.averaged, self.c.ema) if self.c.ema else None
+        self.optimizers = make_optimizers(trainer, self.stage_cfg, runtime.device,
+                                          key=f"train.{name}.optimizer")
+        self.ema = EMA(trainer.averaged, self.stage_cfg.ema) if self.stage_cfg.ema else None
 
     def split_batch(self):
         """Rows of a step that are this process's, and rows of one forward pass."""
-        c, world = self.c, self.runtime.world
-        if c.batch % world:
-            raise BadInput(f"train.{self.name}.batch: {c.batch} rows cannot be shared by "
+        batch = self.stage_cfg.batch
+        world = self.runtime.world
+        if batch % world:
+            raise BadInput(f"train.{self.name}.batch: {batch} rows cannot be shared by "
                            f"{world} processes")
-        self.rows = c.batch // world
-        self.micro = c.micro_batch or self.rows
+        self.rows = batch // world
+        self.micro = self.stage_cfg.micro_batch or self.rows
         if self.rows % self.micro:
             raise BadInput(f"train.{self.name}.micro_batch: {self.micro} does not divide the "
                            f"{self.rows} rows of a process")
 
     def freeze(self):
-        parts = dict(self.stage.averaged.named_children())
-        for part in self.c.freeze:
+        parts = dict(self.trainer.averaged.named_children())
+        for part in self.stage_cfg.freeze:
             if part not in parts:
                 raise BadInput(f"train.{self.name}.freeze: unknown '{part}'; "
                                f"valid: {', '.join(parts)}")
@@ -204,15 +208,16 @@ class Run:
         first = 0
         if os.path.exists(self.path):
             first = self.load(self.path)
-        elif self.c.init:
-            self.start_from(self.c.init)
+        elif self.stage_cfg.init:
+            self.load_init(self.stage_cfg.init)
         if self.runtime.compile:
-            self.stage.compile()
+            self.trainer.compile()
 
-        size = sum(p.numel() for p in self.stage.model.parameters())
+        size = sum(p.numel() for p in self.trainer.model.parameters())
         self.runtime.say(
-            f"{self.name}: {size / 1e6:.2f}M parameters, {self.c.steps} steps of {self.c.batch} "
-            f"rows = {self.runtime.world} process(es) x {self.rows // self.micro} micro-batch(es) "
+            f"{self.name}: {size / 1e6:.2f}M parameters, "
+            f"{self.stage_cfg.steps} steps of {self.stage_cfg.batch} rows = "
+            f"{self.runtime.world} process(es) x {self.rows // self.micro} micro-batch(es) "
             f"x {self.micro}" + (f"; resuming at step {first}" if first else ""))
 
         # what was logged after the checkpoint will come again
@@ -227,31 +232,29 @@ class Run:
     def load(self, path):
         """Go on from this stage's own checkpoint -> its step."""
         state = load_checkpoint(path, self.runtime.device)
-        load_weights(self.stage.model, state["model"], path)
-        self.stage.check_loaded(path)
+        load_weights(self.trainer.model, state["model"], path)
+        self.trainer.check_loaded(path)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
         if self.ema:
-            self.ema.state = state["ema"] or EMA(self.stage.averaged, self.c.ema).state
+            self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         return state["step"]
 
-    def start_from(self, path):
+    def load_init(self, path):
         """Begin with the weights of another checkpoint (train.STAGE.init)."""
         state = load_checkpoint(path, self.runtime.device)
-        of_a_vae = self.name == "vae"                      # there the VAE is a part of the model
-        weights = state["ema"] or {k.removeprefix("vae."): v for k, v in state["model"].items()
-                                   if not of_a_vae or k.startswith("vae.")}
-        load_weights(self.stage.averaged, weights, path)
-        self.stage.check_loaded(path)
+        weights = vae_weights(state) if self.name == "vae" else state["ema"] or state["model"]
+        load_weights(self.trainer.averaged, weights, path)
+        self.trainer.check_loaded(path)
         if self.ema:
-            self.ema = EMA(self.stage.averaged, self.c.ema)
+            self.ema = EMA(self.trainer.averaged, self.stage_cfg.ema)
         self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
 
     def batches(self, step):
         """This process's micro-batches of a step: [(rows of the global batch, batch), ...]."""
         first = self.runtime.rank * self.rows
         parts = [range(s, s + self.micro) for s in range(first, first + self.rows, self.micro)]
-        return [(rows, self.stage.batch(step, rows)) for rows in parts]
+        return [(rows, self.trainer.batch(step, rows)) for rows in parts]
 
     def log(self, step, figures):
         """One row of log.jsonl and one line on the screen."""
@@ -264,9 +267,9 @@ class Run:
         self.write(step, {**figures, "steps_per_second": round(speed, 2)})
         shown = " ".join(f"{k} {v:.3f}" for k, v in figures.items()
                          if "loss_" not in k and "grad" not in k)
-        left = (self.c.steps - step) / speed
-        self.runtime.say(f"{self.name} {step}/{self.c.steps} | {shown} | {speed:.1f} steps/s | "
-                         f"eta {int(left // 60)}:{int(left % 60):02d}")
+        left = (self.stage_cfg.steps - step) / speed
+        self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | {shown} | "
+                         f"{speed:.1f} steps/s | eta {int(left // 60)}:{int(left % 60):02d}")
 
     def write(self, step, figures):
         if self.runtime.rank == 0:
@@ -277,10 +280,10 @@ class Run:
         """Held-out figures with the averaged weights; the stage renders samples too."""
         if self.runtime.rank != 0:
             return
-        with weights_of(self.stage.averaged, self.ema and self.ema.state) as module:
-            found = self.stage.validate(module, step)
+        with weights_of(self.trainer.averaged, self.ema and self.ema.state) as module:
+            found = self.trainer.validate(module, step)
         self.write(step, {k: round(v, 5) for k, v in found.items()})
-        self.runtime.say(f"{self.name} {step}/{self.c.steps} | "
+        self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | "
                          + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     def save(self, step, done=False):
@@ -288,18 +291,18 @@ class Run:
             optimizers = {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()}
             save_checkpoint(self.path, {"stage": self.name, "step": step, "done": done,
                                         "config": dataclasses.asdict(self.cfg),
-                                        "model": self.stage.model.state_dict(),
+                                        "model": self.trainer.model.state_dict(),
                                         "ema": self.ema.state if self.ema else None,
                                         "optimizers": optimizers})
 
     def finish(self):
         """The stage's last measurements, validation, checkpoint and picture."""
-        with weights_of(self.stage.averaged, self.ema and self.ema.state) as module:
-            self.stage.finish(module)
+        with weights_of(self.trainer.averaged, self.ema and self.ema.state) as module:
+            self.trainer.finish(module)
             if self.ema:
                 self.ema.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        self.validate(self.c.steps)
-        self.save(self.c.steps, done=True)
+        self.validate(self.stage_cfg.steps)
+        self.save(self.stage_cfg.steps, done=True)
         if self.runtime.rank == 0:
             draw_losses(self.cfg.out)
         self.runtime.wait()
@@ -312,25 +315,27 @@ def write_log(out, rows):
 
 # ---------------------------------------------------------------- the loop
 
-def train(stage, name, cfg, runtime):
+def train(trainer, name, cfg, runtime):
     """Run one stage to its end; resume from cfg.out/<name>.pt if it is there."""
-    run = Run(stage, name, cfg, runtime)
-    c = run.c
+    run = Run(trainer, name, cfg, runtime)
+    stage_cfg = run.stage_cfg
     first = run.resume()
     skipped = 0                                        # steps in a row that were not finite
 
     with contextlib.closing(Prefetch(run.batches, first)) as prefetch, stop_signals() as stop:
-        for step in range(first, c.steps):
+        for step in range(first, stage_cfg.steps):
             # learning rate: linear warm-up, cosine decay
             for key, optimizer in run.optimizers.items():
-                peak = c.disc_lr if key == "disc" and c.disc_lr else c.lr
+                peak = stage_cfg.lr
+                if key == "disc" and stage_cfg.disc_lr:
+                    peak = stage_cfg.disc_lr
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * schedule(c, step)
+                    group["lr"] = peak * schedule(stage_cfg, step)
                 optimizer.zero_grad(set_to_none=True)
 
             # forward and backward over this process's micro-batches, summed over processes
-            figures = gradients(stage, next(prefetch), step, runtime, cfg.seed, c.batch)
-            figures |= clip_gradients(stage, run.optimizers, c.grad_clip)
+            figures = gradients(trainer, next(prefetch), step, runtime, cfg.seed, stage_cfg.batch)
+            figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
 
             # a step that is not finite is skipped, ten in a row stop the run
             if all_finite(figures, runtime.device):
@@ -345,12 +350,12 @@ def train(stage, name, cfg, runtime):
 
             # once in a while: log, validate, save
             done = step + 1
-            last = done == c.steps
-            if last or done % c.log_every == 0:
+            last = done == stage_cfg.steps
+            if last or done % stage_cfg.log_every == 0:
                 run.log(done, figures)
-            if c.valid_every and done % c.valid_every == 0 and not last:
+            if stage_cfg.valid_every and done % stage_cfg.valid_every == 0 and not last:
                 run.validate(done)
-            if stop or done % c.save_every == 0 and not last:
+            if stop or done % stage_cfg.save_every == 0 and not last:
                 run.save(done)
             if stop:
                 runtime.say(f"{name}: interrupted, {run.path} holds step {done}; "
@@ -378,10 +383,10 @@ def stop_signals():
 
 def seed_for(seed, step, row):
     """Noise of a micro-batch: a function of the global step and its first global row."""
-    return (seed * 1_000_003 + step) * 1_000_003 + row & 0x7FFF_FFFF_FFFF_FFFF
+    return ((seed * 1_000_003 + step) * 1_000_003 + row) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def gradients(stage, batches, step, runtime, seed, total):
+def gradients(trainer, batches, step, runtime, seed, total):
     """Fill .grad with the gradient of the mean loss over the global batch; return the mean metrics.
 
     The loss of a micro-batch is a mean over its positions and weighs as its rows do: where rows are
@@ -393,7 +398,7 @@ def gradients(stage, batches, step, runtime, seed, total):
         torch.manual_seed(seed_for(seed, step, rows.start))
         share = len(rows) / total
         with runtime.autocast():
-            for name, loss, metrics in stage.losses(runtime.to(batch), step):
+            for name, loss, metrics in trainer.losses(runtime.to(batch), step):
                 # what is fp32 in the forward pass stays so in the backward pass
                 with torch.autocast(runtime.device.split(":")[0], enabled=False):
                     (loss * share).backward()
@@ -402,7 +407,7 @@ def gradients(stage, batches, step, runtime, seed, total):
 
     # one sum over processes for all gradients and metrics
     if runtime.world > 1:
-        grads = [p.grad for p in stage.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         metrics = torch.stack([sums[k].float() for k in sums])
         flat = torch.cat([g.flatten() for g in grads] + [metrics])
         dist.all_reduce(flat)
@@ -413,11 +418,11 @@ def gradients(stage, batches, step, runtime, seed, total):
     return sums
 
 
-def clip_gradients(stage, optimizers, largest):
+def clip_gradients(trainer, optimizers, largest):
     """Scale each optimizer's gradient down to the norm `largest` -> {"grad_NAME": norm before}."""
     norms = {}
     for key in optimizers:
-        parameters = [p for p in stage.optimized[key].parameters() if p.grad is not None]
+        parameters = [p for p in trainer.optimized[key].parameters() if p.grad is not None]
         norms[f"grad_{key}"] = (torch.nn.utils.clip_grad_norm_(parameters, largest)
                                 if parameters else torch.zeros(()))
     return norms
@@ -473,14 +478,9 @@ def refuse_missing_init(cfg, fresh):
             raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
 
 
-def refuse_changed_model(cfg, path, stage, say):
-    """Refuse to go on with a checkpoint whose model tables differ from the config's.
-
-    -> whether it is finished; says so if its [train] table was another one.
-    """
-    state = load_checkpoint(path, "cpu")
-    saved = resolve(state["config"])
-    for table in ("vae", "gan") if stage == "vae" else ("vae", STAGES[stage].table):
+def check_same_model(cfg, path, name, saved):
+    """BadInput where a checkpoint's config `saved` has other model tables than the run's."""
+    for table in ("vae", "gan") if name == "vae" else ("vae", STAGES[name].table):
         old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
         different = next(((a, b) for a, b in zip(old, new) if a != b), None)
         if different:
@@ -488,12 +488,14 @@ def refuse_changed_model(cfg, path, stage, say):
                            f"the config now says {different[1]}; "
                            "use --fresh to start over or --out for another run folder")
 
-    old, new = (dataclasses.asdict(getattr(c.train, stage)) for c in (saved, cfg))
+
+def note_changed_training(cfg, path, name, saved, say):
+    """Print what differs in [train.NAME] of a finished stage, which will not be trained again."""
+    old, new = (dataclasses.asdict(getattr(c.train, name)) for c in (saved, cfg))
     for key in old:
-        if state["done"] and old[key] != new[key] and not key.endswith("_every"):
-            say(f"{stage}: was trained with {key} = {old[key]}, not {new[key]}, and is finished; "
-                f"to train on, use --out with --train.{stage}.init {path}")
-    return state["done"]
+        if old[key] != new[key] and not key.endswith("_every"):
+            say(f"{name}: was trained with {key} = {old[key]}, not {new[key]}, and is finished; "
+                f"to train on, use --out with --train.{name}.init {path}")
 
 
 def announce_data(cfg, clips, valid, runtime):
@@ -538,7 +540,14 @@ def main():
     done = {}
     for name in cfg.stages:
         path = f"{cfg.out}/{name}.pt"
-        done[name] = os.path.exists(path) and refuse_changed_model(cfg, path, name, runtime.say)
+        done[name] = False
+        if os.path.exists(path):
+            state = load_checkpoint(path, "cpu")
+            saved = resolve(state["config"])
+            check_same_model(cfg, path, name, saved)
+            done[name] = state["done"]
+            if done[name]:
+                note_changed_training(cfg, path, name, saved, runtime.say)
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:
             f.write(dump(cfg))
@@ -549,8 +558,8 @@ def main():
             runtime.say(f"{name}: finished before, skipped")
             continue
         torch.manual_seed(cfg.seed)
-        trainer = getattr(stages, STAGES[name].trainer)
-        train(trainer(cfg, runtime, clips, valid, name), name, cfg, runtime)
+        trainer_class = getattr(stages, STAGES[name].trainer)
+        train(trainer_class(cfg, runtime, clips, valid, name), name, cfg, runtime)
 
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
     if runtime.world > 1:

@@ -1,21 +1,22 @@
-"""Two checkouts of this project train the same numbers? Bitwise: every figure of log.jsonl, every byte
-of a wav.
+"""Do two checkouts of this project train the same numbers? Bitwise: every figure of log.jsonl and
+every byte of a wav.
 
     python -m tools.compare OLD NEW [--configs quickstart rq_quick] [--steps 20] [--work DIR]
                             [--manifest train.jsonl]
 
-    OLD ─► train.py, 20 steps a stage ─► log.jsonl ─┐            ┌─► sample.py ─► wav ─┐
-                                                    ├─ equal? ───┤                     ├─ equal?
-    NEW ─► train.py, 20 steps a stage ─► log.jsonl ─┘            └─► sample.py ─► wav ─┘
+    OLD ─► train.py, 20 steps per stage ─► log.jsonl ─┐            ┌─► sample.py ─► wav ─┐
+                                                      ├─ equal? ───┤                     ├─ equal?
+    NEW ─► train.py, 20 steps per stage ─► log.jsonl ─┘            └─► sample.py ─► wav ─┘
 
-Each checkout reads its own configs/NAME.toml, with seed 0 and one thread; the rate of steps is not
-compared. Configs of recordings (real_*) need --manifest and start from nothing; discriminators are
-heard after a quarter of the steps. What a checkout has already trained under --work is not trained
-again, so that one old checkout serves many comparisons.
+Each checkout reads its own configs/NAME.toml, with seed 0 and one thread; steps per second are not
+compared. Configs of recordings (real_*) need --manifest and start from nothing; discriminators act
+after a quarter of the steps. What a checkout has already trained under --work is not trained again
+while its files stay as they are: one old checkout serves many comparisons.
 
 Exit status: 0 equal, 1 different, 2 your mistake (one line says which).
 """
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -25,12 +26,22 @@ from pathlib import Path
 
 from cli import BadInput, Parser, cli
 
-CONFIGS = ("quickstart", "audiocalm_quick", "rq_quick", "real_gan")
+CONFIGS = ("quickstart", "audiocalm_quick", "rq_quick")
+
+
+def run_folder_of(work, checkout, name, steps):
+    """Where a checkout trains a config, as it stands: a digest of its path and files in the name."""
+    path = Path(checkout).resolve()
+    digest = hashlib.sha256(os.fsencode(path) + str(steps).encode())
+    files = [f for part in ("*.py", "corpora/*.py", "configs/*.toml") for f in path.glob(part)]
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return f"{work}/{path.name}_{digest.hexdigest()[:8]}_{name}"
 
 
 def train_and_sample(checkout, name, a):
     """Train one config for a few steps and generate from it -> (rows of log.jsonl, wav or None)."""
-    run_folder = f"{a.work}/{Path(checkout).resolve().name}_{name}"
+    run_folder = run_folder_of(a.work, checkout, name, a.steps)
     config = f"{checkout}/configs/{name}.toml"
     with open(config, "rb") as f:
         table = tomllib.load(f)
@@ -40,7 +51,9 @@ def train_and_sample(checkout, name, a):
         options += [f"--train.{stage}.steps", str(a.steps), f"--train.{stage}.log_every", "1",
                     f"--train.{stage}.init", '""', f"--train.{stage}.freeze", "[]"]
     if "vae" in table["stages"]:
-        options += ["--vae.disc_warmup", str(a.steps // 4)]          # the generator hears them soon
+        # the generator's adversarial loss begins soon; the old name, which every layout reads
+        # (config.migrate)
+        options += ["--vae.disc_warmup", str(a.steps // 4)]
     if name.startswith("real"):
         options += ["--data.manifest", a.manifest]
     run(checkout, "train.py", "--config", config, *options)
@@ -48,8 +61,8 @@ def train_and_sample(checkout, name, a):
     with open(f"{run_folder}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
     for row in rows:
-        for name in ("rate", "steps_per_second"):      # wall-clock
-            row.pop(name, None)
+        for key in ("rate", "steps_per_second"):       # wall-clock; "rate" in older checkouts
+            row.pop(key, None)
 
     if table["stages"] == ["vae"]:
         return rows, None

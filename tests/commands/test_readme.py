@@ -162,6 +162,15 @@ def test_tags_that_the_readme_tells_to_search_for_are_found():
     assert not missing
 
 
+def test_a_tag_stands_in_one_comment_of_its_file():
+    """At the line that computes it: a search must not lead to five places."""
+    rows = re.findall(r"^\| (`[^|]+`) \| `([\w/.]+)` \|", read("README.md"), re.MULTILINE)
+    tags = [(tag, name) for cell, name in rows for tag in re.findall(r"`([^`]+)`", cell)]
+    hits = {tag: len(re.findall(rf"^.*#.*{re.escape(tag)}\b", read(name), re.MULTILINE))
+            for tag, name in tags if name != "discrete.py"}           # there a class has the tag
+    assert set(hits.values()) == {1}, hits
+
+
 def anchors(text):
     """GitHub's anchors of a page's headings."""
     found = []
