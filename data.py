@@ -43,10 +43,11 @@ from cli import BadInput, atomic
 from schema import Kind, Range
 
 KINDS = get_args(Kind)                              # speech, sound, music
-PAD, SPEECH, SOUND, MUSIC = 256, 257, 258, 259      # ids 0..255 are UTF-8 bytes
+PAD = 256                                           # ids 0..255 are UTF-8 bytes
 END = 10                                            # line feed: all words of the clip are over
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-LONG = 60.0     # seconds; a longer file is never kept in memory, only the crop is read from it
+# up to this length a file is decoded whole and kept; of a longer one only the crop is read
+WHOLE_FILE_SECONDS = 60.0
 
 
 @dataclass
@@ -91,8 +92,8 @@ class DataConfig:
     # bytes (or tokens) of text per row; a longer transcript is left out, since it would not match
     # the audio, and a longer caption is cut
     text_len: Annotated[int, Range(1)] = 64
-    # latent frames per row, 5.1 s at 12.5 Hz; speech with text should fit whole, since only then
-    # is its end seen together with its text
+    # latent frames per row, 2.6 s at the default 25 Hz; speech with text should fit whole, since
+    # only then is its end seen together with its text
     frames: Annotated[int, Range(1)] = 64
     # latent frames kept for the voice prompt; 0 = no voice prompts
     prompt_frames: Annotated[int, Range(0)] = 0
@@ -118,8 +119,9 @@ class DataConfig:
 # ---------------------------------------------------------------------------- audio in and out
 
 def open_audio(path):
-    """Opens an audio file -> sf.SoundFile. Errors: BadInput when it is missing, unreadable or
-    empty."""
+    """Open an audio file -> sf.SoundFile. Errors: BadInput when it is missing, unreadable or
+    empty.
+    """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such audio file; correct the path")
     try:
@@ -147,12 +149,13 @@ def seconds_of(clip):
 
 
 def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_silence=False):
-    """Reads `seconds` (None: all) from `start`, any format and rate -> float32 (channels, S).
+    """Read `seconds` (None: all) from `start`, any format and rate -> float32 (channels, S).
 
     A file with another number of channels is averaged to mono and repeated. At most
     round(seconds * sample_rate) samples come back, fewer at the end of the file.
     Errors: BadInput naming the file when it is missing, unreadable, empty, silent (peak < 1e-4;
-    unless allow_silence) or holds NaN or infinity."""
+    unless allow_silence) or holds NaN or infinity.
+    """
     with open_audio(path) as f:
         file_rate = f.samplerate
         samples = -1 if seconds is None else math.ceil(seconds * file_rate)
@@ -182,10 +185,11 @@ def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_
 
 
 def save_audio(path, wav, sample_rate):
-    """Writes wav, a tensor or array (channels, S) or (S,), as 16-bit .wav, limited to +-1.
+    """Write wav, a tensor or array (channels, S) or (S,), as 16-bit .wav, limited to +-1.
 
     Atomic (temporary file, then rename); makes parent folders. Errors: BadInput when `path` is
-    not a .wav or cannot be written, ValueError when wav is not finite."""
+    not a .wav or cannot be written, ValueError when wav is not finite.
+    """
     path = Path(path)
     if path.suffix.lower() != ".wav":
         raise BadInput(f"{path}: only .wav is written; name the file {path.stem}.wav")
@@ -201,11 +205,12 @@ def save_audio(path, wav, sample_rate):
 # ---------------------------------------------------------------------------- manifests
 
 def load_manifest(path, must_exist=True):
-    """Reads a .jsonl manifest, or a folder of audio (same-stem .txt is the text) -> list[Clip].
+    """Read a .jsonl manifest, or a folder of audio (same-stem .txt is the text) -> list[Clip].
 
     Each line is a JSON object. `audio` is required, relative to the manifest; the other fields are
     Clip's; further keys are ignored. Errors: BadInput naming file and line; with must_exist also
-    when audio files are missing, naming the first and how many."""
+    when audio files are missing, naming the first and how many.
+    """
     path = Path(path)
     if path.is_dir():
         return clips_in_folder(path)
@@ -245,12 +250,13 @@ def parse_row(line, where):
         raise BadInput(f"{where}: not JSON ({e.msg} at column {e.colno}); correct it") from e
     if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
         raise BadInput(f'{where}: needs {{"audio": "path", ...}}; it is {line.strip()[:60]}')
-    row.setdefault("transcript", row.get("said"))       # the field's name until commit 8841065
+    # manifests written before 2026-11-27 call it said
+    row.setdefault("transcript", row.get("said"))
     return {f.name: row[f.name] for f in fields(Clip) if row.get(f.name) is not None}
 
 
 def check_row(row, where):
-    """Raises BadInput where a field's type or value is impossible."""
+    """Raise BadInput where a field's type or value is impossible."""
     for name in ("text", "transcript", "kind", "speaker", "id"):
         if not isinstance(row.get(name, ""), str):
             raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
@@ -263,7 +269,7 @@ def check_row(row, where):
 
 
 def check_words(words, where):
-    """Raises BadInput unless words is [[word, start, end], ...] in order of time."""
+    """Raise BadInput unless words is [[word, start, end], ...] in order of time."""
     form = f"{where}: words must be [[word, start, end], ...]"
     if not isinstance(words, list):
         raise BadInput(f"{form}; it is {words!r}")
@@ -279,7 +285,7 @@ def check_words(words, where):
 
 
 def write_manifest(path, clips):
-    """Writes Clips as .jsonl, atomically. Audio below the manifest's folder becomes relative."""
+    """Write Clips as .jsonl, atomically. Audio below the manifest's folder becomes relative."""
     folder = os.path.dirname(os.path.abspath(path)) + os.sep
     with atomic(path) as temp, open(temp, "w", encoding="utf-8") as out:
         for clip in clips:
@@ -290,11 +296,12 @@ def write_manifest(path, clips):
 
 
 def load_clips(cfg):
-    """Reads cfg.manifest and cfg.valid -> (train, valid), two list[Clip].
+    """Read cfg.manifest and cfg.valid -> (train, valid), two list[Clip].
 
     Without cfg.valid, the last max(2 %, 8) clips of a seeded shuffle are held out: at most half of
     the clips; a speaker may be on both sides; a single clip is on both. Errors: BadInput, also when
-    the training manifest has none of the kinds that cfg.weights asks for."""
+    the training manifest has none of the kinds that cfg.weights asks for.
+    """
     clips = load_manifest(cfg.manifest)
     wanted = {kind for kind, weight in cfg.weights.items() if weight > 0}
     present = {clip.kind for clip in clips}
@@ -321,7 +328,8 @@ def audio_files(folder):
 def clips_in_folder(folder, kind="speech"):
     """Every audio file below `folder` as a Clip, with the text of its same-stem .txt -> list[Clip].
 
-    Errors: BadInput when there is no audio file."""
+    Errors: BadInput when there is no audio file.
+    """
     clips = []
     for path in audio_files(os.path.abspath(folder)):
         text_file = path.with_suffix(".txt")
@@ -363,14 +371,14 @@ def load_tokenizer(name):
                        f"nor found on the hub ({' '.join(str(e).split())[:100]})") from None
 
 
-def first_special(cfg=None):
-    """The id of PAD; the kinds follow it. 256 for bytes, else the size of the vocabulary."""
+def pad_id(cfg=None):
+    """The id of PAD; the kinds' ids follow it. 256 for bytes, else the size of the vocabulary."""
     return load_tokenizer(cfg.tokenizer).get_vocab_size() if cfg and cfg.tokenizer else PAD
 
 
 def vocabulary(cfg=None):
     """Number of ids that the text embedding needs: text, PAD and the kinds."""
-    return first_special(cfg) + 1 + len(KINDS)
+    return pad_id(cfg) + 1 + len(KINDS)
 
 
 def encode_text(text, kind, cfg=None):
@@ -378,7 +386,8 @@ def encode_text(text, kind, cfg=None):
     single spaces).
 
     cfg: DataConfig, whose tokenizer gives the ids (with the specials that it adds by itself, e.g.
-    Llama's begin-of-text) and whose kind_token may leave out the kind; None = UTF-8 bytes."""
+    Llama's begin-of-text) and whose kind_token may leave out the kind; None = UTF-8 bytes.
+    """
     text = " ".join(unicodedata.normalize("NFKC", text).split())
     if cfg and cfg.tokenizer:
         ids = load_tokenizer(cfg.tokenizer).encode(text).ids
@@ -386,15 +395,12 @@ def encode_text(text, kind, cfg=None):
         ids = text.encode("utf-8")
     if cfg and not cfg.kind_token:
         return [*ids]
-    return [first_special(cfg) + 1 + KINDS.index(kind), *ids]
+    return [pad_id(cfg) + 1 + KINDS.index(kind), *ids]
 
 
-def decode_text(ids, cfg=None):
-    """Token ids (list or tensor) -> text; specials are dropped, broken bytes become U+FFFD."""
-    ids = [i for i in map(int, ids) if i < first_special(cfg)]
-    if cfg and cfg.tokenizer:
-        return load_tokenizer(cfg.tokenizer).decode(ids)
-    return bytes(ids).decode("utf-8", "replace")
+def fits(text, kind, cfg):
+    """Whether a text has at most cfg.text_len tokens, without the one that names the kind."""
+    return len(encode_text(text, kind, cfg)) <= int(cfg.kind_token) + cfg.text_len
 
 
 def word_stream(words, frames, frame_rate):
@@ -406,7 +412,8 @@ def word_stream(words, frames, frame_rate):
     the last frame are cut. frame_rate: frames per second.
 
     The line feed marks that no word follows. Without it "no word yet" and "no more words" would be
-    the same, and generation could pause for seconds in the middle of a text."""
+    the same, and generation could pause for seconds in the middle of a text.
+    """
     texts = [[*word.encode("utf-8"), 32] for word, _, _ in words] + [[END]]
     starts = [start for _, start, _ in words] + [words[-1][2]]
 
@@ -424,27 +431,33 @@ def word_stream(words, frames, frame_rate):
 def rng(purpose, *numbers):
     """A random generator for one purpose ("crop", "row", ...) and numbers, e.g. (seed, row).
 
-    Generators of different purposes or numbers are independent."""
+    Generators of different purposes or numbers are independent.
+    """
     return np.random.default_rng([int.from_bytes(purpose.encode(), "little"), *numbers])
 
 
 class Order:
     """The endless order of clips: .index(row) -> clip number, row = step * global batch + i.
 
-    clips: a number of clips, or one kind name per clip. weights: {kind: share}; {} keeps the
-    natural shares, and an epoch is then a permutation. Each kind is walked in shuffled cycles that
+        speech   2 0 1 | 1 2 0 | ...     shuffled cycles of each kind
+        music    4 3 | 3 4 | 4 3 | ...
+        epoch    2 4 0 1 3, ...          counts[k] clips of each kind, interleaved evenly
+
+    kinds: the kind of each clip. weights: {kind: share}; {} keeps the natural shares, and an epoch
+    is then a permutation. Each kind is walked in shuffled cycles that
     run on across epochs, so that no clip is repeated before all clips of its kind have been seen.
     Within an epoch the kinds are spread evenly, so that every batch holds its share (within a row
-    or two). Weights of kinds without clips are ignored. A pure function of (seed, row)."""
+    or two). Weights of kinds without clips are ignored. A pure function of (seed, row).
+    """
 
-    def __init__(self, clips, weights=None, seed=0):
-        kinds = np.zeros(clips, int) if isinstance(clips, int) else np.array(clips)
+    def __init__(self, kinds, weights=None, seed=0):
+        kinds = np.array(kinds)
         if len(kinds) == 0:
             raise ValueError("Order: no clips")
         names = sorted(set(kinds.tolist()))
         total = sum(weights.get(k, 0) for k in names) if weights else 0
         if weights and not total > 0:
-            raise ValueError(f"weights: no share for {', '.join(map(str, names))}; add one")
+            raise ValueError(f"weights: no share for {', '.join(names)}; add one")
 
         # per kind with a share: the numbers of its clips, and its rows per epoch
         self.members = []
@@ -490,11 +503,7 @@ class Order:
 
 
 def global_rows(step, rows, batch):
-    """Rows (range, slice or None = all) of a step's global batch -> their numbers in the run."""
-    if rows is None:
-        rows = range(batch)
-    elif isinstance(rows, slice):
-        rows = range(batch)[rows]
+    """Rows of a step's global batch -> their numbers in the run."""
     return [step * batch + r for r in rows]
 
 
@@ -502,7 +511,8 @@ class Prefetch:
     """for batch in Prefetch(fn, first_step): a thread calls fn(step) `ahead` steps early.
 
     Steps are consecutive, in order, until `stop` (exclusive; None: endless). An error of fn is
-    raised where its batch would have come. close() waits for the thread."""
+    raised where its batch would have come. close() waits for the thread.
+    """
 
     def __init__(self, fn, first_step=0, ahead=2, stop=None):
         self.fn = fn
@@ -514,7 +524,7 @@ class Prefetch:
             self.submit()
 
     def submit(self):
-        """Starts the call for the next step, if there is one."""
+        """Start the call for the next step, if there is one."""
         if self.pool and (self.stop is None or self.step < self.stop):
             self.queue.append(self.pool.submit(self.fn, self.step))
             self.step += 1
@@ -541,10 +551,11 @@ class Prefetch:
 class AudioBatches:
     """(step, rows) -> {"audio": float32 (b, channels, S)}, S = crop_seconds, a multiple of hop.
 
-    `batch` is the size of the global batch; rows (range, slice, None = all) selects rows of it. A
-    row is a random crop of its clip; a shorter clip is zero-padded at the end. The gain is uniform
-    in +- gain_db, and lower where the peak would exceed 1.
-    Errors: BadInput naming an unreadable file."""
+    `batch` is the size of the global batch; `rows`, a range, selects rows of it. A row is a random
+    crop of its clip; a shorter clip is zero-padded at the end. The gain is uniform in +- gain_db,
+    and lower where the peak would exceed 1.
+    Errors: BadInput naming an unreadable file.
+    """
 
     def __init__(self, clips, cfg, sample_rate, channels, batch, hop=1):
         self.clips = clips
@@ -559,7 +570,7 @@ class AudioBatches:
         self.bytes_left = cfg.ram_gb * 1e9
         self.pool = ThreadPoolExecutor(cfg.workers, "decode")
 
-    def __call__(self, step, rows=None):
+    def __call__(self, step, rows):
         results = list(self.pool.map(self.row, global_rows(step, rows, self.batch)))
 
         # keep decoded clips while there is room
@@ -581,7 +592,7 @@ class AudioBatches:
         pcm = self.decoded.get(i)
         if pcm is None:
             seconds = seconds_in_file(path)
-            if seconds > LONG:
+            if seconds > WHOLE_FILE_SECONDS:
                 crop_seconds = self.S / self.sample_rate
                 start = position * max(0, seconds - crop_seconds)
                 crop = load_audio(path, self.sample_rate, self.channels, start=start,

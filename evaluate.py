@@ -41,7 +41,8 @@ from tqdm import tqdm
 from cli import BadInput, Parser, atomic, check_writable, cli, threads
 from config import LM_STAGES, load_checkpoint, open_run
 from corpora import oracle
-from data import KINDS, encode_text, load_audio, load_clips, load_manifest, save_audio, seconds_of
+from data import (KINDS, encode_text, fits, load_audio, load_clips, load_manifest, save_audio,
+                  seconds_of)
 from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from judges import METRICS, Judges
@@ -235,7 +236,7 @@ def choose_targets(clips, kind, cfg, limit):
     cfg: DataConfig; texts longer than its text_len are left out.
     """
     targets = {clip.text: clip for clip in clips if clip.kind == kind and clip.text
-               and len(encode_text(clip.text, kind, cfg)) <= 1 + cfg.text_len}
+               and fits(clip.text, kind, cfg)}
     return {text: targets[text] for text in evenly_spaced(sorted(targets), limit)}
 
 

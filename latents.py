@@ -4,7 +4,7 @@
 
     out/RUN/latents/
       KEY/                    16 hex digits: one state of the VAE and one list of audio files
-        index.json            {"names": digest of the files, "n": clips, "dim": D, "levels": 0 or K,
+        index.json            {"names": files_digest, "n": clips, "dim": D, "levels": 0 or K,
                                "shards": [{"clips": [7, 2, ...], "frames": [63, 61, ...]}, ...]}
         shard_00000.npy       (sum of T, 2D) float16   [mean | log-variance]
           clip 7  f f f f f   one clip after the other, in the order of the index
@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from cli import BadInput, atomic
-from data import (KINDS, PAD, Order, Prefetch, encode_text, first_special, global_rows, load_audio,
+from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, load_audio, pad_id,
                   rng, seconds_of, word_stream)
 
 
@@ -84,10 +84,11 @@ class LatentCache:
     cache.frames[i]      T of clip i
     cache.get(i)         np.memmap (T, 2D) float16, [mean | log-variance], or codes (T, K) int16
     cache.dim            D
-    cache.levels         K, 0 for latents"""
+    cache.levels         K, 0 for latents
+    """
 
     def __init__(self, path):
-        """Opens a complete cache, folder/key. Errors: BadInput when it is missing or unfinished."""
+        """Open a complete cache, folder/key. Errors: BadInput when it is missing or unfinished."""
         path = Path(path)
         index = read_index(path)
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
@@ -119,14 +120,15 @@ class LatentCache:
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
               levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
-        """Encodes every clip once -> LatentCache. After an interruption it continues.
+        """Encode every clip once -> LatentCache. After an interruption it continues.
 
         encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
         with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
         key names the encoder and the data (see digest). Another list of files, or a file of another
         size, under the same key starts over. Every shard that is written is kept.
         Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
-        than dim says or are not finite in float16."""
+        than dim says or are not finite in float16.
+        """
         # an unfinished cache of the same files, or a new one
         path = Path(folder) / key
         files = [[c.audio, os.path.getsize(c.audio)] for c in clips]
@@ -144,6 +146,8 @@ class LatentCache:
         plan = plan_shards(seconds, missing, batch_seconds, shard_seconds)
         batches = [batch for shard in plan for batch in shard]
 
+        pool = ThreadPoolExecutor(workers)
+
         def load(b):
             return load_batch([clips[i] for i in batches[b]], pool, sample_rate, channels, hop)
 
@@ -151,7 +155,6 @@ class LatentCache:
         seconds_done = sum(seconds[i] for i in done)
         bar = tqdm(total=round(sum(seconds)), initial=round(seconds_done), desc="latents",
                    unit=" s of audio", disable=not (show and missing))
-        pool = ThreadPoolExecutor(workers)
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
             for shard in plan:
                 latents = []
@@ -170,7 +173,8 @@ def plan_shards(seconds, missing, batch_seconds, shard_seconds):
 
     seconds: length of every clip. Clips of similar length share a batch of about batch_seconds of
     audio, longest first; a clip that is longer than that is a batch by itself. A shard is complete
-    when its batches hold shard_seconds."""
+    when its batches hold shard_seconds.
+    """
     batches = []
     for i in sorted(missing, key=lambda i: (-seconds[i], i)):
         if batches and (len(batches[-1]) + 1) * seconds[batches[-1][0]] <= batch_seconds:
@@ -179,7 +183,7 @@ def plan_shards(seconds, missing, batch_seconds, shard_seconds):
             batches.append([i])
 
     shards = []
-    length = shard_seconds                                # of the last shard; none is open yet
+    length = math.inf                        # no shard is open: the first batch opens one
     for batch in batches:
         if length >= shard_seconds:
             shards.append([])
@@ -190,9 +194,10 @@ def plan_shards(seconds, missing, batch_seconds, shard_seconds):
 
 
 def load_batch(clips, pool, sample_rate, channels, hop):
-    """Reads clips in the threads of pool -> audio (B, channels, S), frames per clip.
+    """Read clips in the threads of pool -> audio (B, channels, S), frames per clip.
 
-    Clips are padded with zeros at the end; S is a multiple of hop; frames = ceil(samples / hop)."""
+    Clips are padded with zeros at the end; S is a multiple of hop; frames = ceil(samples / hop).
+    """
     wavs = list(pool.map(lambda clip: load_audio(clip.audio, sample_rate, channels,
                                                  allow_silence=True), clips))
     frames = [math.ceil(wav.shape[1] / hop) for wav in wavs]
@@ -202,9 +207,10 @@ def load_batch(clips, pool, sample_rate, channels, hop):
 
 
 def encode_batch(encode, audio, frames, hop, dim, levels, paths):
-    """Encodes audio (B, channels, S) -> B arrays (frames[i], 2D) float16, or (frames[i], K) int16.
+    """Encode audio (B, channels, S) -> B arrays (frames[i], 2D) float16, or (frames[i], K) int16.
 
-    paths: of the audio files, for the error message. Errors: ValueError, see LatentCache.build."""
+    paths: of the audio files, for the error message. Errors: ValueError, see LatentCache.build.
+    """
     latents = encode(audio).detach().cpu()                                  # (B, T, 2D or K)
     width = levels or 2 * dim
     if latents.shape != (len(frames), audio.shape[-1] // hop, width):
@@ -222,7 +228,7 @@ def encode_batch(encode, audio, frames, hop, dim, levels, paths):
 
 
 def write_shard(path, index, clips, latents):
-    """Writes the latents of clips (numbers) as the next shard, then the index that names it."""
+    """Write the latents of clips (numbers) as the next shard, then the index that names it."""
     with atomic(shard_file(path, len(index["shards"]))) as temp, open(temp, "wb") as out:
         np.save(out, np.concatenate(latents))
     index["shards"].append({"clips": clips, "frames": [len(x) for x in latents]})
@@ -265,7 +271,8 @@ class LatentBatches:
     text_len. Captions describe any part of their clip: they stay, cut at a whole character.
     Voice prompt, for a share prompt_prob of the speech rows: n frames, n uniform in
     prompt_frames / 2 .. prompt_frames, from another clip of the speaker; else from the same clip
-    outside the row; else none."""
+    outside the row; else none.
+    """
 
     def __init__(self, clips, cache, cfg, batch, dim, word_frame_rate=0.0):
         if cache.dim != dim or len(cache) != len(clips):
@@ -287,7 +294,7 @@ class LatentBatches:
             if clip.kind == "speech" and clip.speaker and cache.frames[i] >= self.prompt_min:
                 self.voices.setdefault(clip.speaker, []).append(i)
 
-    def __call__(self, step, rows=None):
+    def __call__(self, step, rows):
         made = [self.row(number) for number in global_rows(step, rows, self.batch)]
         return {name: torch.stack([row[name] for row in made]) for name in made[0]}
 
@@ -317,7 +324,7 @@ class LatentBatches:
 
         prompt = self.prompt(i, start, end, g)
         return {"x": padded(latents[start:end], cfg.frames, self.dtype),
-                "text": padded(ids, 1 + cfg.text_len, np.int64, first_special(cfg)),
+                "text": padded(ids, 1 + cfg.text_len, np.int64, pad_id(cfg)),
                 "words": padded(words, cfg.frames, np.int64, PAD),
                 "prompt": padded(prompt, cfg.prompt_frames, self.dtype),
                 "frames": torch.tensor(n),
@@ -333,7 +340,7 @@ class LatentBatches:
         longest = specials + self.cfg.text_len
         ids = encode_text(clip.text, clip.kind, self.cfg)
         if clip.kind == "speech":
-            return ids if start == 0 and len(ids) <= longest else ids[:specials]
+            return ids if start == 0 and fits(clip.text, clip.kind, self.cfg) else ids[:specials]
 
         # a caption: cut, without the half of a character
         ids = ids[:longest]
@@ -364,7 +371,8 @@ class LatentBatches:
     def prompt_source(self, i, start, end, choice):
         """Latents with the voice of clip i but none of its frames [start, end), or None.
 
-        choice: a random number in 0..1."""
+        choice: a random number in 0..1.
+        """
         # another recording of the speaker: the first, from a random place in the list on
         same = self.voices.get(self.clips[i].speaker, [])
         first = int(choice * len(same))

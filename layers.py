@@ -1,8 +1,8 @@
 """The causal layers that the autoencoder is built of, and how they stream.
 
 Each layer takes (x, state) and maps (B, Cin, L) to (B, Cout, L'). Without a state, x is the whole
-signal, and zeros precede it. With one, x is the next chunk (whole strides: VAE.encode and
-VAE.decode see to that), and `state` is a dict, empty before the first chunk, in which each layer
+signal, and zeros precede it. With one, x is the next chunk (whole strides: VAE.encode sees to
+that), and `state` is a dict, empty before the first chunk, in which each layer
 keeps one entry under itself:
 
     inputs kept (Conv, Spectrum)             outputs kept (ConvTranspose, InverseSpectrum)
@@ -60,8 +60,8 @@ class Conv(nn.Module):
         self.conv = nn.Conv1d(cin, cout, kernel, stride, dilation=dilation, groups=groups)
 
     def forward(self, x, state=None):
-        # nothing to keep, zeros to pad: conv1d pads both ends, and the excess at the end is cut off
-        if self.padding == 0 or state is None and not self.replicate:
+        # offline, or kernel = stride: let conv1d pad both ends, drop the excess
+        if self.padding == 0 or (state is None and not self.replicate):
             conv = self.conv
             length = x.shape[-1] // conv.stride[0]
             y = F.conv1d(x, conv.weight, conv.bias, conv.stride, self.padding, conv.dilation,
@@ -75,7 +75,7 @@ class ConvTranspose(nn.Module):
 
     (B, Cin, L) -> (B, Cout, L · stride). Each input contributes to the `stride` outputs at its
     position and to the next `stride`. That is a matrix product and an overlap-add, which we use
-    where no gradient is needed (decoding is 1.3 times as fast on a CPU: LOG.md).
+    where no gradient is needed (decoding is 1.1 times as fast on a CPU: LOG.md).
     """
 
     def __init__(self, cin, cout, stride, groups=1):
@@ -96,6 +96,7 @@ class ConvTranspose(nn.Module):
         return y[..., :n]
 
     def overlap_add(self, x):
+        """What self.conv computes, (B, Cin, L) -> (B, Cout, (L + 1) stride); groups = 1 or Cin."""
         B, _, L = x.shape
         weight = self.conv.weight                            # (Cin, Cout / groups, 2 · stride)
         if self.conv.groups == 1:
@@ -226,9 +227,11 @@ class InverseSpectrum(nn.Module):
         self.hop = hop
         self.channels = channels
         self.latency = n_fft - hop
-        self.maps = 3 if phase == "locked" else 2
+        self.locked = phase == "locked"
+        self.maps = 3 if self.locked else 2
 
-        # divided by the sum of overlapping squared windows, which has period hop
+        # divided by the sum of overlapping squared windows, which has period hop: squared, since
+        # the frames to be learned, those of an STFT, are windowed once already
         window = torch.hann_window(n_fft)
         energy = F.pad(window.pow(2), (0, -n_fft % hop)).view(-1, hop).sum(0)
         energy = energy.repeat(n_fft // hop + 1)[:n_fft]
@@ -245,10 +248,11 @@ class InverseSpectrum(nn.Module):
 
         # magnitude and phase of each bin                           (B, ch, bins, L) each
         maps = x.view(B, self.channels, self.maps, self.n_fft // 2 + 1, L)
-        log_magnitude, phase, *offset = maps.unbind(2)
+        log_magnitude = maps[:, :, 0]
+        phase = maps[:, :, 1]
         magnitude = log_magnitude.clamp(max=7.0).exp()              # e^7: louder than any clip
-        if self.maps == 3:
-            theta, accumulated = self.accumulate(log_magnitude, *offset, accumulated)
+        if self.locked:
+            theta, accumulated = self.accumulate(log_magnitude, maps[:, :, 2], accumulated)
             phase = phase + theta
 
         # frames, windowed and overlapped

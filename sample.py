@@ -189,7 +189,7 @@ def texts_to_generate(a, cfg, lm):
 
     def tokens(text):
         """Text tokens, without the one that names the kind."""
-        return len(encode_text(text, a.kind, cfg.data)) - 1
+        return len(encode_text(text, a.kind, cfg.data)) - int(cfg.data.kind_token)
 
     if a.kind != "speech" and tokens(a.text or "") > limit:
         unit = "tokens" if cfg.data.tokenizer else "bytes"

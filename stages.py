@@ -1,14 +1,16 @@
 """What train.py's one loop asks of each stage: the model, its batches, its losses, its validation.
 
-                         model           optimized            batch(step, rows)   losses(batch, step)
-    VAEStage             VAEGAN          "vae", "disc"        waveform crops      gan.py, eq. 2
-    LMStage              CALM, AudioCALM the stage's name     cached latents      model.loss
-    ConsistencyStage     CALM            "consistency"        cached latents      model.loss
-    DistillStage         CALM            "distill"            cached latents      model.regress
+                         model           optimized            batch(step, rows)  losses(batch, step)
+    VAEStage             VAEGAN          "vae", "disc"        waveform crops     gan.py, eq. 2
+    LMStage              CALM, AudioCALM the stage's name     cached latents     model.loss
+    ConsistencyStage     CALM            "consistency"        cached latents     model.loss
+    DistillStage         CALM            "distill"            cached latents     model.regress
 
 A stage has:
     model        what is saved and resumed
-    optimized    {optimizer's name: module}; losses() yields (optimizer's name, loss, metrics)
+    batch(step, rows) -> {name: tensor}: the rows `rows` of a step's global batch
+    losses(batch, step) -> iterator of (optimizer's name, loss, metrics), one per optimizer
+    optimized    {optimizer's name: module}
     averaged     the module whose average (EMA) is kept
     validate(module, step) -> {figure: number}: held-out figures; renders samples
     finish(module): after the last step, with the averaged weights
@@ -28,7 +30,7 @@ from calm import CALM
 from cli import BadInput
 from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model, resolve,
                     stage_table, vae_weights)
-from data import KINDS, AudioBatches, encode_text, load_audio, save_audio, seconds_of
+from data import KINDS, AudioBatches, encode_text, fits, load_audio, save_audio, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
 from latents import LatentBatches, LatentCache, digest
@@ -80,6 +82,10 @@ class VAEStage:
     def validate(self, vae, step):
         """Mean log10-mel distance on up to 16 held-out clips of each kind; two of each are rendered
         beside their original.
+
+        valid_mel has one window, of 1024 samples, whatever gan.loss_windows says: it compares runs
+        with each other, and is not comparable with the training loss of the same name. Clips of
+        less than two windows are not measured.
         """
         distances = []
         for kind in KINDS:
@@ -92,10 +98,10 @@ class VAEStage:
                                                self.cfg.gan.loss_floor)
                     distances.append(distance["mel"].item())
                 if i < 2:
-                    self.render(f"step{step:08d}_vae_{kind}{i + 1}", wav[0], rec[0])
+                    self.save_reconstruction(f"step{step:08d}_vae_{kind}{i + 1}", wav[0], rec[0])
         return {"valid_mel": sum(distances) / max(len(distances), 1)}
 
-    def render(self, name, wav, rec):
+    def save_reconstruction(self, name, wav, rec):
         """Original and reconstruction (ch, S) -> two wavs and a picture in samples/."""
         path = f"{self.cfg.out}/samples/{name}"
         sample_rate = self.cfg.vae.sample_rate
@@ -104,8 +110,8 @@ class VAEStage:
         draw_spectrograms(f"{path}.png", [("original", wav), ("reconstruction", rec)], sample_rate)
 
     def finish(self, vae):
-        """Mean and std over posterior samples of some 400 clips (all, if there are fewer than 800)
-        -> buffers.
+        """The first 10 s of every n-th clip (400 to 799 of them, or all) -> latent_mean and
+        latent_std of the VAE.
         """
         some = self.clips[:: max(1, len(self.clips) // 400)]
         vae.set_latent_statistics(self.load_clip(clip, 10.0) for clip in some)
@@ -127,14 +133,15 @@ class LMStage:
         # the trained VAE, and the latents of every clip
         weights = self.load_vae()
         table = stage_table(cfg, name)
-        self.levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0    # of codes
+        # K, 0 for latents
+        self.code_levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0
         train_latents = self.cache_latents(clips, weights)
         valid_latents = self.cache_latents(valid, weights)
 
         # the model; some stages start from another's weights
         self.model = make_model(cfg, name)
         if STAGES[name].after:
-            self.start_from(STAGES[name].after)
+            self.load_stage_before(STAGES[name].after)
         self.averaged = self.model
         self.optimized = {name: self.model}
 
@@ -168,21 +175,21 @@ class LMStage:
         """The LatentCache of clips; its key names the VAE's weights, the files and the levels."""
         cfg = self.cfg
         names = [clip.audio for clip in clips]
-        key = digest(weights, names, *([self.levels] if self.levels else []))
+        key = digest(weights, names, *([self.code_levels] if self.code_levels else []))
 
         @torch.no_grad()
         def encode(wav):
             wav = wav.to(self.runtime.device)
             with self.runtime.autocast():
-                if self.levels:
+                if self.code_levels:
                     return self.vae.encode_codes(wav).cpu()
                 return torch.cat(self.vae.encode(wav), -1).cpu()
 
         def build(show):
             return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                                      sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
-                                     hop=cfg.vae.hop, dim=cfg.vae.latent_dim, levels=self.levels,
-                                     batch_seconds=60.0, show=show)
+                                     hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
+                                     levels=self.code_levels, batch_seconds=60.0, show=show)
 
         # the first process encodes, the others wait and then only read
         if self.runtime.rank == 0:
@@ -191,11 +198,14 @@ class LMStage:
             dist.barrier()
         return build(show=False)
 
-    def start_from(self, before):
+    def load_stage_before(self, before):
         """Load the weights of the stage `before`, whose objective was another one."""
         path = f"{self.cfg.out}/{before}.pt"
         state = self.finished(path, before)
         weights = state["ema"] or state["model"]
+
+        # first the head: load_flow also fills what the old objective lacks (LSD's second time);
+        # then all shared weights, strictly
         head = {k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")}
         try:
             self.model.head.load_flow(head)
@@ -214,12 +224,14 @@ class LMStage:
 
         Codes (B, T, K) stay as they are.
         """
-        if self.levels:
+        if self.code_levels:
             return batch
         for name in ("x", "prompt"):
             mean, logvar = batch[name].chunk(2, -1)
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             batch[name] = self.vae.normalize(z)
+
+        # behind the clip's end: 0, the mean latent; prompt is cut by prompt_len
         s = torch.arange(batch["x"].shape[1], device=batch["x"].device)
         batch["x"] = batch["x"] * (s < batch["frames"][:, None])[..., None]
         return batch
@@ -249,10 +261,10 @@ class LMStage:
         cfg = self.cfg
         texts = cfg.sample.texts.get(kind)
         if not texts:
-            texts = sorted({c.text for c in clips if c.text
-                            and len(encode_text(c.text, kind, cfg.data)) <= 1 + cfg.data.text_len})
+            texts = sorted({c.text for c in clips if c.text and fits(c.text, kind, cfg.data)})
         for i, text in enumerate(some_of(texts, cfg.sample.count)):
-            self.render(model, f"step{step:08d}_{self.name}_{kind}{i + 1}", kind, text, i)
+            name = f"step{step:08d}_{self.name}_{kind}{i + 1}"
+            self.save_generation(model, name, kind, text, i)
 
     def render_continuations(self, model, step, kind, clips):
         """The first seconds of some held-out clips, continued without text."""
@@ -262,10 +274,11 @@ class LMStage:
             wav = load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
                              seconds=cfg.sample.prompt_seconds)
             wav = torch.tensor(wav)[None].to(self.runtime.device)
-            self.render(model, f"step{step:08d}_{self.name}_{kind}_continued{i + 1}", kind, "", i,
-                        history=encode_prompt(model, self.vae, wav))
+            name = f"step{step:08d}_{self.name}_{kind}_continued{i + 1}"
+            self.save_generation(model, name, kind, "", i,
+                                 history=encode_prompt(model, self.vae, wav))
 
-    def render(self, model, name, kind, text, seed, **options):
+    def save_generation(self, model, name, kind, text, seed, **options):
         """One generation -> samples/NAME.wav and .png."""
         cfg, device = self.cfg, self.runtime.device
         tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
@@ -326,10 +339,10 @@ class DistillStage(LMStage):
         self.copy_vae(cfg, runtime, f"{os.path.dirname(path)}/vae.pt")
         super().__init__(cfg, runtime, clips, valid, name)
 
-        # the teacher: in a list, so that it is not ours to save
+        # the teacher
         weights = state["ema"] or state["model"]
         teacher = self.load_teacher(state, weights, path)
-        self.teacher = [teacher.to(runtime.device).eval().requires_grad_(False)]
+        self.teacher = teacher.to(runtime.device).eval().requires_grad_(False)
 
         # everything but the backbone is copied; head and EOS stay as they are
         own = {k: v for k, v in self.model.state_dict().items() if k.startswith("backbone.")}
@@ -365,10 +378,10 @@ class DistillStage(LMStage):
         return teacher
 
     def losses(self, batch, step):
-        loss, metrics = self.model.regress(self.prepare(batch), self.teacher[0],
+        loss, metrics = self.model.regress(self.prepare(batch), self.teacher,
                                            self.cfg.train.distill.guidance)
         yield self.name, loss, metrics
 
     def compile(self):
         super().compile()
-        self.teacher[0].backbone.compile()
+        self.teacher.backbone.compile()

@@ -18,7 +18,7 @@
 T = ceil(S / hop), where hop is the product of `ratios` times `inner`. Everything is causal: latent
 i depends only on samples before (i + 1) · hop. The conv decoder computes samples i · hop to
 (i + 1) · hop from the latents up to i. The iSTFT decoder lags by `latency` = n_fft - stft_hop
-samples: they are complete only when the next frames have been overlapped.
+samples: a sample is complete once all frames (n_fft samples long) that cover it have been added.
 
 gan.py trains it (CALM eq. 2).
 
@@ -63,13 +63,13 @@ class VAEConfig:
 
     Table 10: music 32 kHz, ratios 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
     """
-    # Hz (Table 10, speech)
+    # Hz
     sample_rate: Annotated[int, Range(1)] = 16000
     # audio channels
     channels: Annotated[int, Range(1)] = 1
     # channels D of a latent (Table 10, speech)
     latent_dim: Annotated[int, Range(1)] = 32
-    # upsampling factors in decoder order; hop = their product · inner (Table 10, speech)
+    # upsampling factors in decoder order; hop = their product · inner
     ratios: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [4, 10, 4, 4])
     # stft: log-magnitudes replace the outermost ratios
     encoder: Literal["conv", "stft"] = "stft"
@@ -124,7 +124,7 @@ class VAEConfig:
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")
         if self.encoder_windows and self.encoder != "stft":
             raise ValueError("encoder_windows: needs encoder = \"stft\"")
-        if "stft" in self.encoder + self.decoder:
+        if self.encoder == "stft" or self.decoder == "istft":
             self.check_stft()
 
     def check_stft(self):
@@ -180,8 +180,10 @@ def residual_units(cfg, width):
     return [Residual(width, 2 ** i) for i in range(cfg.res_layers)]
 
 
-def activation(cfg, width):
-    """The layer between residual units and a convolution that changes the sample rate."""
+def before_resampling(cfg, width):
+    """The layer between residual units and a convolution that changes the sample rate: LayerNorm in
+    ConvNeXt, ELU in SEANet.
+    """
     return Norm(width) if cfg.block == "convnext" else Elu()
 
 
@@ -217,7 +219,7 @@ def encoder_convolutions(cfg):
         stride = ratios[level]
         kernel = stride if convnext else 2 * stride
         wider = cfg.dim if convnext and level == 0 else min(2 * width, cfg.width_max)
-        layers += [*residual_units(cfg, width), activation(cfg, width),
+        layers += [*residual_units(cfg, width), before_resampling(cfg, width),
                    Conv(width, wider, kernel, stride)]
         width = wider
 
@@ -283,9 +285,9 @@ def decoder_convolutions(cfg):
 
     # levels: the length times the ratio, the width halved
     for ratio, width, narrower in zip(ratios, widths, widths[1:]):
-        layers += [activation(cfg, width), ConvTranspose(width, narrower, ratio),
+        layers += [before_resampling(cfg, width), ConvTranspose(width, narrower, ratio),
                    *residual_units(cfg, narrower)]
-    layers.append(activation(cfg, narrowest))
+    layers.append(before_resampling(cfg, narrowest))
 
     # head: the waveform, or spectra and their inverse
     if cfg.decoder == "conv":
@@ -385,7 +387,8 @@ class VAE(nn.Module):
     def flush(self, state):
         """The last samples of a signal decoded with `state`, (B, ch, latency).
 
-        Empty for the conv decoder and before the first latent.
+        For the conv decoder, which does not lag, and before the first latent there are none: the
+        result is then (1, ch, 0) on the CPU, whatever B and the device.
         """
         last = self.decoder.conv[-1]
         if not self.latency or last not in state:

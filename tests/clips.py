@@ -3,7 +3,7 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from data import Clip
+from data import Clip, load_tokenizer, pad_id
 
 RATE = 8000
 
@@ -22,6 +22,14 @@ def corpus(folder, n=12, kind="speech", longest=2.0):
     return [Clip(tone(folder / f"{kind}{i}.wav", 0.3 + (longest - 0.3) * i / n, hz=200 + 50 * i),
                  f"text {i}", kind, speaker=f"voice{i % 2}" if kind == "speech" else "",
                  id=f"{kind}{i}") for i in range(n)]
+
+
+def decode_text(ids, cfg=None):
+    """Token ids (list or tensor) -> text; specials are dropped, broken bytes become U+FFFD."""
+    ids = [i for i in map(int, ids) if i < pad_id(cfg)]
+    if cfg and cfg.tokenizer:
+        return load_tokenizer(cfg.tokenizer).decode(ids)
+    return bytes(ids).decode("utf-8", "replace")
 
 
 def same(a, b):

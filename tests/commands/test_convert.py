@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 from backbone import BackboneConfig, Transformer
 from calm import CALM
+from clips import decode_text
 from config import load, load_checkpoint, load_weights, make_model, open_run
 from cli import BadInput
-from data import KINDS, DataConfig, decode_text, encode_text, first_special, vocabulary
+from data import KINDS, DataConfig, encode_text, pad_id, vocabulary
 from layers import ConvTranspose
 from tools.convert import __main__ as convert
 from tools.convert import mimi, pocket_tts, text_model
@@ -455,7 +456,7 @@ def test_a_tokenizer_gives_ids_and_puts_the_kinds_behind_its_vocabulary(tmp_path
     words(tmp_path / "tokenizer.json", 9)
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         cfg = DataConfig(tokenizer=str(where))
-        assert (first_special(cfg), vocabulary(cfg)) == (9, 13)
+        assert (pad_id(cfg), vocabulary(cfg)) == (9, 13)
         assert encode_text(" w3\n w8", "sound", cfg) == [11, 3, 8]
         assert decode_text([11, 3, 8, 9], cfg) == "w3 w8"
     plain = DataConfig(tokenizer=str(tmp_path), kind_token=False)

@@ -31,7 +31,7 @@ from backbone import BackboneConfig
 from calm import CALM, CALMConfig
 from cli import BadInput
 from config import Config, SampleConfig
-from data import KINDS, DataConfig, first_special, vocabulary
+from data import KINDS, DataConfig, pad_id, vocabulary
 from heads import HeadConfig
 from tools.convert import mimi
 from tools.convert.runs import keep_tokenizer, save_run, vae_checkpoint
@@ -76,7 +76,7 @@ def run(args):
     data = DataConfig(tokenizer=tokenizer, kind_token=False, text_len=50, prompt_frames=375)
     rows = len(lm_state["text.weight"])
     if vocabulary(data) != rows:
-        raise BadInput(f"{tokenizer}: has {first_special(data)} tokens, the text table is for "
+        raise BadInput(f"{tokenizer}: has {pad_id(data)} tokens, the text table is for "
                        f"{rows - 1 - len(KINDS)}")
 
     cfg = Config(out=args.out, vae=vae_cfg, lm=lm_cfg, data=data,

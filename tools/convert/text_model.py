@@ -18,7 +18,7 @@ import torch
 from backbone import BackboneConfig
 from cli import BadInput
 from config import Config, load, make_model
-from data import first_special
+from data import pad_id
 from tools.convert.runs import keep_tokenizer, save_run
 from tools.convert.tensors import read_folder
 
@@ -42,7 +42,7 @@ def run(args):
 
     torch.manual_seed(cfg.seed)
     lm = make_model(cfg, args.stage)
-    tokens = first_special(cfg.data)
+    tokens = pad_id(cfg.data)
     if tokens > len(table):
         raise BadInput(f"{args.weights}: its tokenizer has {tokens} tokens, its embedding has only "
                        f"{len(table)} rows")
