@@ -13,6 +13,7 @@ Exit status of every command: 0 done, 2 the user's mistake (one line says which)
 1 anything else.
 """
 import argparse
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -47,6 +48,23 @@ def threads(text):
     if not text.isdecimal() or int(text) > 1024:
         raise argparse.ArgumentTypeError(f"{text} is no number of CPU threads, use 0 to 1024")
     return int(text)
+
+
+def number(type_, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite number (type_: int or float) in low .. high and above `above`."""
+    noun = "a whole number" if type_ is int else "a number"
+    valid = f"above {above}" if above > -math.inf else f"in {low} .. {high}"
+
+    def parse_number(text):
+        try:
+            value = type_(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value > above and abs(value) < math.inf):
+            raise argparse.ArgumentTypeError(f"must be {noun} {valid}, got {text}")
+        return value
+
+    return parse_number
 
 
 @contextmanager

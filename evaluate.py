@@ -12,10 +12,12 @@ match their text.
 Figures of the VAE
   log-mel distance: mean |log10 mel(x) - log10 mel(x̂)|, 80 bands, n_fft 1024, divided by the same
     distance between a clip and another one of its kind: 0 = perfect, 1 = as far as two clips are.
-  STFT distance: spectral convergence + log magnitudes at 2048, 1024, 512, 256 (gan.py).
+  STFT distance: spectral convergence + log magnitudes at 2048, 1024, 512, 256 (gan.py). Magnitudes
+    have the run's gan.loss_floor: compare only runs with the same floor.
   SI-SDR: 10 log10(‖αx‖² / ‖αx - x̂‖²) dB, α = <x, x̂> / ‖x‖² (Le Roux et al. 2019); above 0
     only for codecs that keep the waveform.
-  rate: information in the latents: KL in nats per second, or K log2(entries) bits per second.
+  rate: information in the latents: frame rate · D · mean KL, in nats per second; of RVQ codes
+    frame rate · K · log2(entries), in bits per second.
 
 Figures of the language models, over every held-out text, in the voice of another held-out clip of
 its speaker where the run was trained with voice prompts
@@ -38,7 +40,7 @@ import os
 import torch
 from tqdm import tqdm
 
-from cli import BadInput, Parser, atomic, check_writable, cli, threads
+from cli import BadInput, Parser, atomic, check_writable, cli, number, threads
 from config import LM_STAGES, load_checkpoint, open_run
 from corpora import oracle
 from data import (KINDS, encode_text, fits, load_audio, load_clips, load_manifest, save_audio,
@@ -47,7 +49,7 @@ from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from judges import METRICS, Judges
 from report import draw_spectrograms
-from sample import encode_prompt, render
+from sample import encode_prompt, render, sampling_options
 from vae import kl_loss
 
 BATCH = 32                          # texts generated at once
@@ -354,22 +356,6 @@ def draw_overview(path, vae, models, cfg, clips):
 # ---------------------------------------------------------------------------- command line
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number (kind: int or float) in low .. high."""
-    noun = "a whole number" if kind is int else "a number"
-
-    def parse_number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and abs(value) < math.inf):
-            raise argparse.ArgumentTypeError(f"must be {noun} in {low} .. {high}, got {text}")
-        return value
-
-    return parse_number
-
-
 def metric_names(text):
     """The argparse type of --metrics: "pesq,wer" -> ["pesq", "wer"]."""
     names = [name for name in text.split(",") if name]
@@ -379,8 +365,9 @@ def metric_names(text):
     return names
 
 
-def run_options():
-    """A parent parser: which run, which clips, where the figures go."""
+def run_arguments(no_steps="0 = the objective's own"):
+    """A parent parser: which run, which clips, where the figures go. no_steps: what --steps 0 means.
+    """
     p = Parser(add_help=False)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
     p.add_argument("--manifest", help="held-out clips; default: the run's own")
@@ -388,18 +375,18 @@ def run_options():
     p.add_argument("--limit", type=number(int, 1), default=40,
                    help="clips and texts per kind (default 40)")
     p.add_argument("--steps", type=number(int, 0), default=0,
-                   help="solver steps of the head; 0 = the objective's own")
+                   help=f"solver steps of the head; {no_steps} (default)")
     p.add_argument("--json", help="write the figures here")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     return p
 
 
-def sampling_options():
+def sampling_arguments():
     """A parent parser: how generations are sampled, and where the wavs go."""
     p = Parser(add_help=False)
     p.add_argument("--temperature", type=number(float, 0),
                    help="variance of the sampling noise; default: the config's")
-    p.add_argument("--cfg", type=number(float, -math.inf),
+    p.add_argument("--cfg", type=number(float),
                    help="latent guidance, 1 = off; default: the config's")
     p.add_argument("--noise", type=number(float, 0, 1),
                    help="noise on the generated history, as a share of the training noise, "
@@ -408,7 +395,7 @@ def sampling_options():
     return p
 
 
-def judging_options():
+def judging_arguments():
     """A parent parser: how often texts are generated, and which metrics judge them."""
     p = Parser(add_help=False)
     p.add_argument("--repeats", type=number(int, 1), default=6,
@@ -460,11 +447,11 @@ def held_out_clips(run, manifest, cfg):
 
 
 def chosen_sampling(a, cfg, lm):
-    """The sampling options of a model: the command line's, else the config's."""
-    return {"steps": a.steps or lm.cfg.head.sample_steps,
-            "temperature": cfg.sample.temperature if a.temperature is None else a.temperature,
-            "guidance": cfg.sample.cfg if a.cfg is None else a.cfg,
-            "noise": cfg.sample.noise if a.noise is None else a.noise}
+    """The sampling options of a model: the command line's, else the config's; steps: the command
+    line's, else the objective's own.
+    """
+    options = sampling_options(cfg.sample, a.steps, a.temperature, a.cfg, a.noise)
+    return options | {"steps": a.steps or lm.cfg.head.sample_steps}
 
 
 def vae_rows(figures, speech, unit):
@@ -520,7 +507,7 @@ def write_json(path, figures):
 
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               parents=[run_options(), sampling_options(), judging_options()])
+               parents=[run_arguments(), sampling_arguments(), judging_arguments()])
     p.add_argument("--what", default="all", choices=["all", "vae", "lm"],
                    help="judge the VAE, the language models, or all (default)")
     return p.parse_args()

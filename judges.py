@@ -55,41 +55,43 @@ class Judges:
         """metrics: some of METRICS. whisper: name or folder of a faster-whisper model."""
         self.metrics = metrics
         self.sums = {}                               # figure -> (sum, weight)
-        try:
-            self.load(metrics, whisper)
-        except ImportError as e:
-            raise BadInput(
-                f"--metrics: {e.name} is not installed: pip install -e .[eval]") from None
-        except (RuntimeError, OSError, ValueError) as e:
-            raise BadInput(f"--whisper {whisper}: cannot be loaded "
-                           f"({str(e).splitlines()[0]})") from None
+        for metric in metrics:
+            try:
+                self.load(metric, whisper)
+            except ImportError as e:
+                raise BadInput(f"--metrics {metric}: {e.name} is not installed: "
+                               "pip install -e .[eval]") from None
+            except (RuntimeError, OSError, ValueError) as e:
+                model = f"--whisper {whisper}" if metric == "wer" else f"--metrics {metric}"
+                reason = (str(e).splitlines() or [type(e).__name__])[0]
+                raise BadInput(f"{model}: cannot be loaded ({reason})") from None
 
-    def load(self, metrics, whisper):
-        """Import what the metrics need, and nothing else."""
+    def load(self, metric, whisper):
+        """Import the package of one metric, and load its model."""
         # reconstruction against original
-        if "pesq" in metrics:
+        if metric == "pesq":
             import pesq
             self.pesq = pesq.pesq
             self.no_speech = (pesq.NoUtterancesError, pesq.BufferTooShortError)
-        if "stoi" in metrics:
+        if metric == "stoi":
             from pystoi import stoi
             self.stoi = stoi
-        if "visqol" in metrics:
+        if metric == "visqol":
             import ai_edge_litert.interpreter        # without it visqol uses a laxer mapping
             from visqol import VisqolApi
             self.visqol = VisqolApi()
             self.visqol.create(mode="speech")
 
         # one clip by itself
-        if "dnsmos" in metrics:
+        if metric == "dnsmos":
             from speechmos import dnsmos
             self.dnsmos = dnsmos
-        if "wer" in metrics:
+        if metric == "wer":
             from faster_whisper import WhisperModel
             self.whisper = WhisperModel(whisper, device="cpu", compute_type="int8")
 
         # one clip and its voice prompt
-        if "sim" in metrics:
+        if metric == "sim":
             from resemblyzer import VoiceEncoder
             self.embed_voice = VoiceEncoder("cpu", verbose=False).embed_utterance
 
@@ -108,7 +110,7 @@ class Judges:
             try:
                 self.add("pesq", self.pesq(RATE, x, y, "wb"))
             except self.no_speech:
-                self.add("pesq", 0.0, 0)
+                pass
         if "stoi" in self.metrics:
             self.add("stoi", self.stoi(x, y, RATE))
 

@@ -15,6 +15,10 @@ import torch
 from audiocalm import make_mask, visible
 from cli import BadInput, Parser, atomic, cli
 from config import read_log
+from data import KINDS
+
+# figures whose value at validation is another measure than in training: no dots on their panel
+OWN_SCALE = {"mel"}
 
 
 def pyplot():
@@ -60,7 +64,8 @@ def draw_losses(run, path=None, panels=None):
     """The curves of a run's log.jsonl against the step -> a png at path (run/loss.png).
 
     panels: ["vae:mel", "lm:valid_energy", ...], a stage and how the names of its figures begin;
-    default: one panel per figure of training. Held-out values of a figure are dots beside it.
+    default: one per figure of training, whose held-out values are dots beside it, then one per
+    figure that is logged only at validation (valid_energy, valid_head: one curve per kind).
     """
     curves, default = read_curves(run)
     panels = panels or default
@@ -80,30 +85,44 @@ def draw_losses(run, path=None, panels=None):
                           if of_stage == stage and name.startswith(prefix)]
         for name in names:
             ax.plot(*zip(*curves[stage, name]), lw=0.9, marker="o" if "valid" in name else "", ms=3,
-                    label=name.removeprefix(prefix + "_"))
-            if (stage, f"valid_{name}") in curves:
+                    label=name.removeprefix(prefix).strip("_"))
+            if (stage, f"valid_{name}") in curves and name not in OWN_SCALE:
                 ax.plot(*zip(*curves[stage, f"valid_{name}"]), "o", ms=4)
         if len(names) > 1:
             ax.legend(fontsize=6)
-        ax.set_title(f"{stage}: {prefix}", fontsize=8)
+        ax.set_title(f"{stage}: {prefix.rstrip('_')}", fontsize=8)
         ax.tick_params(labelsize=6)
     save_picture(fig, path or f"{run}/loss.png")
 
 
 def read_curves(run):
-    """log.jsonl -> {(stage, name): [(step, value), ...]}, and a panel per figure of training, in the
-    order of the stages.
+    """log.jsonl -> {(stage, name): [(step, value), ...]}, and the default panels of draw_losses, in
+    the order of the stages.
     """
+    # everything but the speed ("rate" in runs before it was renamed)
     rows = [json.loads(line) for line in read_log(run)]
     curves = {}
     for row in rows:
-        for name in row.keys() - {"stage", "step", "rate", "steps_per_second"}:
-            curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
+        for name in row:
+            if name not in ("stage", "step", "steps_per_second", "rate"):
+                curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
 
-    order = [row["stage"] for row in rows]
-    trained = [key for key in curves if not key[1].startswith("valid_")]
-    trained.sort(key=lambda key: (order.index(key[0]), key[1]))
-    return curves, [f"{stage}:{name}" for stage, name in trained]
+    # per stage: figures of training, then those of validation alone
+    panels = []
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        names = sorted(name for of_stage, name in curves if of_stage == stage)
+        trained = [name for name in names if not name.startswith("valid_")]
+        twins = {f"valid_{name}" for name in trained if name not in OWN_SCALE}
+        panels += [f"{stage}:{name}" for name in trained]
+        panels += dict.fromkeys(f"{stage}:{without_kind(name)}" for name in names
+                                if name not in trained and name not in twins)
+    return curves, panels
+
+
+def without_kind(name):
+    """"valid_energy_speech" -> "valid_energy_", how the figures of all kinds begin."""
+    kind = name.rpartition("_")[2]
+    return name.removesuffix(kind) if kind in KINDS else name
 
 
 def draw_sweep(path, setting, rows):

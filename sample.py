@@ -3,9 +3,9 @@
     python sample.py --run out/quickstart --text "three seven"              speech from text
     python sample.py --run out/quickstart --text "two low beeps" --kind sound
     python sample.py --run out/real_small --prompt ref.wav --kind music     continue a recording
-    python sample.py --run out/real_small --prompt ref.wav --text "hello"   text in the voice of
+    python sample.py --run out/flite_tts --prompt ref.wav --text "hello"    text in the voice of
                                                                             ref.wav
-    python sample.py --run out/real_small --prompt ref.wav --prompt-text "what ref says" \\
+    python sample.py --run out/flite_tts --prompt ref.wav --prompt-text "what ref says" \\
                      --text "hello"
 
        text ─► tokens ──────────────┐
@@ -20,7 +20,6 @@ voice. With --prompt-text as well, the clip is continued with the new words, and
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
-import math
 import re
 import time
 import warnings
@@ -29,9 +28,11 @@ import soundfile as sf
 import torch
 import torch.nn as nn
 
-from cli import BadInput, Parser, cli, threads
+from cli import BadInput, Parser, cli, number, threads
 from config import LM_STAGES, open_run
 from data import KINDS, encode_text, load_audio, save_audio
+
+PROGRESS_FRAMES = 24                # latents between two lines of progress
 
 
 @torch.no_grad()
@@ -97,23 +98,25 @@ def parse():
     p.add_argument("--kind", default="speech", choices=KINDS)
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
     p.add_argument("--prompt-text", help="the words of the prompt")
-    p.add_argument("--seconds", type=float,
+    p.add_argument("--seconds", type=number(float, above=0),
                    help="most seconds of new audio, per sentence of a long text; "
                         "default: the config's")
-    p.add_argument("--prompt-seconds", type=float,
+    p.add_argument("--prompt-seconds", type=number(float, above=0),
                    help="of a prompt to continue, use its last so many seconds")
 
     # how it is sampled
-    p.add_argument("--steps", type=int,
+    p.add_argument("--steps", type=number(int, 1),
                    help="steps per latent (audiocalm: per block); default: 1 for consistency and "
                         "lsd, 20 for flows")
-    p.add_argument("--temperature", type=float,
-                   help="variance of the noise, 0 .. 1; default: the config's")
-    p.add_argument("--cfg", type=float, help="latent guidance, 1 = off; default: the config's")
-    p.add_argument("--noise", type=float,
+    p.add_argument("--temperature", type=number(float, 0),
+                   help="variance of the noise, 0 or more; default: the config's")
+    p.add_argument("--cfg", type=number(float),
+                   help="classifier-free guidance of the latents, 1 = off; default: the config's")
+    p.add_argument("--noise", type=number(float, 0, 1),
                    help="share of the training's noise on the past that the model conditions on, "
                         "0 .. 1; default: the config's")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
+                   help="of the random numbers; default 0")
 
     # where and how fast
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
@@ -142,18 +145,6 @@ def check_arguments(a):
         raise BadInput("give --text, --prompt or both (see -h)")
     if a.int8 and a.device != "cpu":
         raise BadInput("--int8: is for --device cpu")
-
-    # numbers
-    if not 0 <= a.seed < 2 ** 63:
-        raise BadInput(f"--seed: {a.seed} does not lie in 0 .. 2^63 - 1")
-    if not 0 <= (a.noise or 0) <= 1:
-        raise BadInput(f"--noise: {a.noise} does not lie in 0 .. 1")
-    above = {"seconds": 0, "prompt_seconds": 0, "steps": 0, "cfg": -math.inf, "temperature": -1e-9}
-    for name, low in above.items():
-        value = getattr(a, name)
-        if value is not None and not low < value < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')}: {value} is not possible; "
-                           "use a larger, finite number")
     try:
         torch.zeros(1, device=a.device)
     except (RuntimeError, AssertionError) as e:
@@ -263,21 +254,21 @@ class Output:
             save_audio(self.path, wav.numpy(), self.sample_rate)
 
 
-def recorded(generated, latents):
+def keep_latents(generated, latents):
     """The same (latent, ended) pairs; the latents are also appended to the list as they pass."""
     for x, ended in generated:
         latents.append(x)
         yield x, ended
 
 
-def sampling_options(a, sample):
-    """The options of lm.generate: the command line's, else the config's [sample]."""
-    return {"kind": KINDS.index(a.kind),
-            "steps": a.steps or sample.steps or None,
-            "temperature": sample.temperature if a.temperature is None else a.temperature,
-            "guidance": sample.cfg if a.cfg is None else a.cfg,
-            "noise": sample.noise if a.noise is None else a.noise,
-            "generator": torch.Generator(a.device).manual_seed(a.seed)}
+def sampling_options(cfg, steps=None, temperature=None, guidance=None, noise=None):
+    """Options of lm.generate: those given, else the config's (cfg: SampleConfig). Steps None: the
+    objective's own number.
+    """
+    return {"steps": steps or cfg.steps or None,
+            "temperature": cfg.temperature if temperature is None else temperature,
+            "guidance": cfg.cfg if guidance is None else guidance,
+            "noise": cfg.noise if noise is None else noise}
 
 
 @torch.no_grad()
@@ -286,18 +277,19 @@ def generate(a, cfg, vae, lm, texts):
 
     -> (seconds of new audio, seconds of work until the first of it, seconds of work).
     """
-    options = sampling_options(a, cfg.sample)
+    options = sampling_options(cfg.sample, a.steps, a.temperature, a.cfg, a.noise)
+    generator = torch.Generator(a.device).manual_seed(a.seed)
     seconds = a.seconds or cfg.sample.seconds
     max_frames = max(1, round(seconds * cfg.vae.frame_rate))
     voice, history = load_prompt(a, cfg, vae, lm)
 
     # the history is decoded first: the new audio then joins it without a seam
     start = time.perf_counter()
-    state = {}
+    decoder_state = {}
     keep_history = history is not None and a.text is None
     output = Output(a, vae, skip=vae.latency if history is not None and not keep_history else 0)
     if history is not None:
-        lead = vae.decode(vae.denormalize(history), state)
+        lead = vae.decode(vae.denormalize(history), decoder_state)
         if keep_history:
             output.write(lead)
 
@@ -307,13 +299,14 @@ def generate(a, cfg, vae, lm, texts):
         tokens = torch.tensor([encode_text(text, a.kind, cfg.data)], dtype=torch.long,
                               device=a.device)
         latents = []
-        generated = lm.generate(tokens, max_frames=max_frames, prompt=voice, history=history,
-                                **options)
-        for wav, n, _ in vae.decode_stream(recorded(generated, latents), state, a.parallel):
+        generated = lm.generate(tokens, kind=KINDS.index(a.kind), max_frames=max_frames,
+                                prompt=voice, history=history, generator=generator, **options)
+        generated = keep_latents(generated, latents)
+        for wav, n, _ in vae.decode_stream(generated, decoder_state, a.parallel):
             output.write(wav)
             new_frames += n
             first_audio = first_audio or time.perf_counter() - start
-            if not a.stream and new_frames % 24 < n:
+            if not a.stream and new_frames % PROGRESS_FRAMES < n:
                 print(f"{new_frames / cfg.vae.frame_rate:.1f} of at most "
                       f"{seconds * len(texts):.1f} s", flush=True)
 
@@ -322,7 +315,7 @@ def generate(a, cfg, vae, lm, texts):
             spoken = torch.stack(latents, 1) if history is None else history
             voice = spoken[:, :cfg.data.prompt_frames]
         history = None
-    output.write(vae.flush(state))
+    output.write(vae.flush(decoder_state))
     output.close()
     return new_frames / cfg.vae.frame_rate, first_audio, time.perf_counter() - start
 

@@ -35,7 +35,7 @@ from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
 from latents import LatentBatches, LatentCache, digest
 from report import draw_spectrograms
-from sample import encode_prompt, render
+from sample import encode_prompt, render, sampling_options
 from vae import VAE
 
 
@@ -285,9 +285,7 @@ class LMStage:
         # eager: every new length of the cache would be compiled anew
         with torch.compiler.set_stance("force_eager"):
             wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
-                          seconds=cfg.sample.seconds, steps=cfg.sample.steps or None,
-                          temperature=cfg.sample.temperature, guidance=cfg.sample.cfg,
-                          noise=cfg.sample.noise,
+                          seconds=cfg.sample.seconds, **sampling_options(cfg.sample),
                           generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
         draw_spectrograms(f"{cfg.out}/samples/{name}.png",

@@ -36,14 +36,14 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, cli, number
 from config import STAGES, open_run
 from data import KINDS, encode_text, save_audio, seconds_of
 from discrete import DISCRETE
 from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, find_stages,
-                      held_out_clips, judge_lm, judging_options, load_clip, log_mel, number,
-                      open_stage, prepare, print_table, rounded_mean, run_options,
-                      sampling_options, write_json)
+                      held_out_clips, judge_lm, judging_arguments, load_clip, log_mel, open_stage,
+                      prepare, print_table, rounded_mean, run_arguments, sampling_arguments,
+                      write_json)
 from judges import Judges
 from report import draw_continuation, draw_sweep
 from sample import encode_prompt, render
@@ -315,20 +315,20 @@ def draws(a, cfg, vae, clips, stages):
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies = p.add_subparsers(required=True, metavar="sweep|continue|draws")
-    shared = run_options()
+    shared = run_arguments()
 
     s = studies.add_parser("sweep", help="generate with one setting at several values",
-                           parents=[shared, sampling_options(), judging_options()])
+                           parents=[shared, sampling_arguments(), judging_arguments()])
     s.add_argument("--setting", required=True, choices=list(SETTINGS))
     s.add_argument("--values", default="", help="separated by commas, e.g. 1,2,4")
     s.set_defaults(study=sweep)
 
     s = studies.add_parser("continue", help="continue held-out clips, second by second",
-                           parents=[shared, sampling_options()])
+                           parents=[shared, sampling_arguments()])
     s.set_defaults(study=continue_)
 
     s = studies.add_parser("draws", help="compare samples of few steps with the flow's",
-                           parents=[shared])
+                           parents=[run_arguments("0 = each of 1, 2, 4 and 16")])
     s.add_argument("--repeats", type=number(int, 2), default=6, help="samples per text (default 6)")
     s.set_defaults(study=draws, wavs=None)
     return p.parse_args()

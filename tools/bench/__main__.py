@@ -18,9 +18,9 @@ import argparse
 
 import torch
 
-from cli import BadInput, Parser, check_writable, cli, threads
+from cli import BadInput, Parser, check_writable, cli, number, threads
 from tools.bench import audiocalm, heads, sample, vae
-from tools.bench.timing import positive_int, write_json
+from tools.bench.timing import write_json
 
 COMMANDS = {"vae": vae, "heads": heads, "sample": sample, "audiocalm": audiocalm}
 
@@ -37,7 +37,7 @@ def options():
                                       help=module.__doc__.splitlines()[0])
         module.add_options(command)
 
-        command.add_argument("--repeats", type=positive_int, default=7,
+        command.add_argument("--repeats", type=number(int, 1), default=7,
                              help="measured repeats after one that is not (default 7)")
         command.add_argument("--threads", type=threads, default=0,
                              help="CPU threads per operation; 0 = torch's choice (default)")

@@ -26,10 +26,11 @@ import torch
 
 from audiocalm import AudioCALM
 from calm import CALM, CALMConfig
+from cli import number
 from config import load
 from data import KINDS, vocabulary
 from heads import HeadConfig
-from tools.bench.timing import (clock, median_ratio, positive, processor, race, set_threads)
+from tools.bench.timing import (clock, median_ratio, processor, race, set_threads)
 
 CALM_STEPS = (("consistency", 1), ("trigflow", 20))
 BLOCK_STEPS = (("rectified_flow", 32), ("rectified_flow", 16), ("rectified_flow", 8),
@@ -54,11 +55,11 @@ def add_options(parser):
     parser.add_argument("--config", default="configs/audiocalm_quick.toml",
                         help="the experiment whose [audiocalm] and [vae] give the sizes "
                              "(default configs/audiocalm_quick.toml)")
-    parser.add_argument("--seconds", type=positive, default=10.0,
+    parser.add_argument("--seconds", type=number(float, above=0), default=10.0,
                         help="length of the audio in the first table (default 10)")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[5, 10, 20, 30, 60],
+    parser.add_argument("--lengths", type=number(float, above=0), nargs="+", default=[5, 10, 20, 30, 60],
                         help="seconds, the rows of the second table (default 5 10 20 30 60)")
-    parser.add_argument("--window", type=positive,
+    parser.add_argument("--window", type=number(float, above=0),
                         help="seconds of history in the second table (default: the config's "
                              "window, else 10)")
 

@@ -27,12 +27,12 @@ import torch
 from tqdm import tqdm
 
 from calm import CALM, CALMConfig
-from cli import BadInput
+from cli import BadInput, number
 from config import load
 from data import KINDS, vocabulary
 from sample import to_int8
 from tools.bench import peers
-from tools.bench.timing import clock, median_ratio, positive, set_threads
+from tools.bench.timing import clock, median_ratio, set_threads
 from tools.convert import mimi, pocket_tts
 from tools.convert.tensors import below
 from vae import VAE, VAEConfig
@@ -75,7 +75,7 @@ def add_options(parser):
                         help="compare with this package instead, on a CPU")
     parser.add_argument("--prefix", type=int, default=90,
                         help=f"positions before the audio, {TEXT_TOKENS} of them text (default 90)")
-    parser.add_argument("--seconds", type=positive, default=10.0,
+    parser.add_argument("--seconds", type=number(float, above=0), default=10.0,
                         help="length of the audio (default 10)")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile backbone, head and decoder")

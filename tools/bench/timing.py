@@ -2,10 +2,8 @@
 
     contestants {name: function} ─► race ─► {name: [seconds of each repeat]} ─► median, median_ratio
 """
-import argparse
 import contextlib
 import json
-import math
 import statistics
 import time
 
@@ -70,23 +68,7 @@ def processor(device):
     return f"fp32, {torch.get_num_threads()} threads"
 
 
-# ---------------------------------------------------------------- command line and file
-
-def positive(text):
-    """The argparse type of a positive number."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def positive_int(text):
-    """The argparse type of a positive whole number."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
+# ---------------------------------------------------------------- figures
 
 def write_json(path, figures):
     with atomic(path) as temp, open(temp, "w") as f:

@@ -22,10 +22,11 @@ import statistics
 
 import torch
 
+from cli import number
 from config import load
 from gan import VAEGAN
 from tools.bench import peers
-from tools.bench.timing import (inference, median_ratio, positive, processor, race, set_threads)
+from tools.bench.timing import (inference, median_ratio, processor, race, set_threads)
 from tools.convert import mimi
 from vae import VAE
 
@@ -35,7 +36,7 @@ def add_options(parser):
                         help="the experiment whose VAE is timed (default configs/quickstart.toml)")
     parser.add_argument("--peer", choices=["moshi", "pocket-tts"],
                         help="time Mimi in this package and in vae.py instead")
-    parser.add_argument("--seconds", type=positive, default=10.0,
+    parser.add_argument("--seconds", type=number(float, above=0), default=10.0,
                         help="length of the audio (default 10)")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile encoder and decoder")
