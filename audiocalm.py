@@ -19,7 +19,10 @@
         clean 3  ■■■■ ■■■■■■ │       ■ ■ ■   │                     before its own, and the whole
         noisy 3  ■■■■ ■■■■■■ │       ■ ■     │           ■         of its own block
 
-    L = mean over blocks of ||F - (ε - x)||² / D + stop_weight · BCE(stop logits)
+    L = mean over blocks of ||F - (ε - x)||² / (block · D) + stop_weight · BCE(stop logits)
+
+is the loss of the rectified flow; for trigflow and lsd see heads.py. How the mask makes text and
+prompt causal: they have the orders -K ... -1, one each, so "the same block" is the position itself.
 
 Generation: text and prompt go into a KV cache. Then, block by block, N evaluations of F read the
 cache with the noisy block behind it and leave the cache unchanged, and one clean pass of the
@@ -28,8 +31,8 @@ same (tests/papers/test_audiocalm.py: 1e-10 in fp64). `python report.py mask mas
 
 Source: AudioCALM (arXiv 2606.23080): block-causal AR-Flow, flow head and stop head on the hidden
 states, exposure-bias noise on the history, clean-prefix noise on the prompt, one description
-interface, A-MoME (moe.py). The two halves in one pass are from BD3-LM (Arriola et al. 2025) and
-ACDiT (Hu et al. 2024). Objective and solver are those of heads.py, with one t per block.
+interface, speech expert (moe.py). The two halves in one pass are from BD3-LM (Arriola et al. 2025)
+and ACDiT (Hu et al. 2024). Objective and solver are those of heads.py, with one t per block.
 
 Where this differs from the paper, or chooses what the paper does not give:
 - Time enters where the noise does: an embedding of t is added to the input of the noisy positions,
@@ -40,8 +43,9 @@ Where this differs from the paper, or chooses what the paper does not give:
 - The true length inside the last block: latents behind the end are zeros (the mean latent), which
   the flow learns to generate like all others, and a stop logit per frame predicts "the clip is over
   with this frame". Its value at a block's last frame is the paper's stop head, "this is the last
-  block"; a clip is cut at its first positive logit. Without the zeros a noisy block would need its
-  length before it is generated; with one logit per block clips would end on multiples of the block.
+  block"; a clip is cut at its first positive logit. Without the zeros the length of a noisy block
+  would have to be known first; with one logit per block, clips could end only at multiples of a
+  block.
 - The stop logits are read from the clean pass: it sees the generated block, and costs nothing more.
 - Guidance F = F_null + a (F_cond - F_null), in each solver step. The null condition is a learned
   embedding in every place of text and prompt: it is as long as the condition, so that both rows of
@@ -78,7 +82,10 @@ FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow, "lsd": LSD}
 
 @dataclass
 class FlowConfig(HeadConfig):
-    """The [audiocalm.head] table: a HeadConfig with AudioCALM's values, for the read-out."""
+    """The [audiocalm.head] table: a HeadConfig with AudioCALM's values, for the read-out.
+
+    The fields of consistency and of the discrete heads are inherited and ignored.
+    """
     # what the network learns; consistency would need a jvp through the whole backbone
     objective: Literal["rectified_flow", "trigflow", "lsd"] = "rectified_flow"
     # width of the read-out
@@ -108,7 +115,7 @@ class AudioCALMConfig:
     prompt_noise: Annotated[float, Range(0, 1)] = 0.1
     # share of training rows that go without text and prompt; guidance needs some
     text_dropout: Annotated[float, Range(0, 1)] = 0.1
-    # speech = A-MoME, all = one expert for each kind (the control of the ablation)
+    # speech = the speech expert of moe.py, all = one for each kind (the control of the ablation)
     experts: Literal["none", "speech", "all"] = "speech"
     # hidden width of an expert
     expert_dim: Annotated[int, Range(1)] = 256
@@ -125,8 +132,8 @@ class AudioCALMConfig:
                              "use audiocalm.window")
 
 
-def visible(order, copy, valid, window=0):
-    """The mask of AR-Flow as a function sees(row, head, query, key), for flex_attention.
+def ar_flow_mask(order, copy, valid, window=0):
+    """The mask of the blocks as a function sees(row, head, query, key), for flex_attention.
 
     order (S,): block number of latents; negative for text and prompt, counting up to -1.
     copy (S,): 0 for clean positions, m for noisy copy m. valid (B, S): not padding. window: how
@@ -138,12 +145,12 @@ def visible(order, copy, valid, window=0):
             in_window = (order[key] < 0) | (order[query] - order[key] <= window)
             earlier = earlier & in_window
         same_block = (copy[key] == copy[query]) & (order[key] == order[query])
-        return earlier | same_block
+        return earlier | same_block                                             # AR-Flow mask
     return sees
 
 
 def make_mask(sees, B, S, device):
-    """The mask of `visible` as a BlockMask on CUDA, else as a dense one (B, 1, S, S).
+    """The mask of ar_flow_mask as a BlockMask on CUDA, else as a dense one (B, 1, S, S).
 
     Attention skips the hidden blocks of a BlockMask, which is made from a dense mask.
     """
@@ -154,7 +161,7 @@ def make_mask(sees, B, S, device):
     return sees(row, 0, i[:, None], i)[:, None]
 
 
-def add_noise(x, s_max, block):
+def add_history_noise(x, s_max, block):
     """x (B, T, D) -> x̃ = (1-s) x + s ε with one s ~ U(0, s_max) per block (exposure bias)."""
     s = s_max * torch.rand(*x.shape[:2], 1, device=x.device)[:, ::block]        # (B, blocks, 1)
     s = s.repeat_interleave(block, 1)[:, :x.shape[1]]                           # (B, T, 1)
@@ -189,7 +196,8 @@ class Context:
 class ARFlow(nn.Module):
     """The network of the objective: net(x_t, t, context[, s]) -> F, one pass of the backbone.
 
-    x_t (B, n, block · D) or (M, B, n, block · D); t and s the same without the last axis.
+    x_t (B, n, block · D) or (M, B, n, block · D); t and s the same without the last axis. z is the
+    Context, passed where heads.py passes a tensor.
     """
 
     def __init__(self, cfg, latent_dim, vocab):
@@ -224,13 +232,16 @@ class ARFlow(nn.Module):
         return repeat(t, "M B n -> B (M n b)", b=self.block)
 
     def at_target_time(self, x_t, t, z):
-        """Run the backbone, which does not depend on s -> the read-out, a function from s to F."""
+        """Run the backbone, which does not depend on s -> the read-out, a function from s to F.
+
+        z: the Context.
+        """
         shape = x_t.shape
         guided = z.guidance != 1
         if guided:                                      # the second half reads the null condition
             x_t = torch.cat([x_t, x_t])
             t = torch.cat([t, t])
-        M, B, n = (1, *t.shape)[-3:]
+        M, B, n = (1, *t.shape)[-3:]                    # t is (B, n), then M = 1, or (M, B, n)
 
         # noisy positions: the M copies one after the other, one embedding of time per block
         x = x_t.reshape(M, B, n, -1)
@@ -285,7 +296,7 @@ class AudioCALM(nn.Module):
         self.head = FLOWS[cfg.head.objective](net, cfg.head)
         self.stop = nn.Linear(cfg.backbone.dim, 1)
 
-        # A-MoME speech expert (moe.py)
+        # the speech expert (moe.py)
         owners = {"none": [], "speech": ["speech"], "all": kinds}[cfg.experts]
         owners = [kind for kind in owners if only in (None, kind)]
         self.experts = Experts(cfg.backbone.dim, cfg.expert_dim, cfg.backbone.layers, kinds, owners)
@@ -345,20 +356,20 @@ class AudioCALM(nn.Module):
         of_audio = (text_len + prompt_len)[:, None] + i[:T]                     # (B, T)
         positions = torch.cat([of_text, of_prompt] + [of_audio] * (1 + M), 1)
 
-        # mask of AR-Flow
+        # orders for the mask: text and prompt -K ... -1, latents their block
         order = torch.cat([torch.arange(-L - P, 0, device=x.device)] + [i[:T] // block] * (1 + M))
         copy = torch.arange(1 + M, device=x.device).repeat_interleave(T)
         copy = torch.cat([copy.new_zeros(L + P), copy])                         # (L+P + (1+M)·T,)
         audio_valid = torch.ones(B, (1 + M) * T, dtype=torch.bool, device=x.device)
         valid = torch.cat([i[:L] < text_len[:, None], i[:P] < prompt_len[:, None], audio_valid], 1)
-        sees = visible(order, copy, valid, self.cfg.window // block)
+        sees = ar_flow_mask(order, copy, valid, self.cfg.window // block)
 
         # one mask per number of noisy copies: LSD's jumps use a quarter of them (heads.py)
         copies = {M, -(-M // 4)} if self.cfg.head.objective == "lsd" else {M}
         lengths = [L + P + T + m * T for m in copies]
         masks = {S: make_mask(sees, B, S, x.device) for S in lengths}
 
-        # A-MoME: how many rows each kind has
+        # for the experts: how many rows each kind has
         counts = torch.bincount(kind, minlength=len(self.kinds)).tolist()
         return Context(clean, positions, masks, experts=self.experts.per_layer(counts))
 
@@ -371,7 +382,7 @@ class AudioCALM(nn.Module):
         """
         cfg = self.cfg
 
-        # sort rows by kind: the A-MoME speech expert runs on a slice
+        # sort rows by kind: the speech expert runs on a slice
         by_kind = batch["kind"].argsort(stable=True)
         batch = {name: v[by_kind] for name, v in batch.items()}
         frames = batch["frames"]
@@ -385,12 +396,12 @@ class AudioCALM(nn.Module):
 
         # clean half: history and prompt with noise, some rows without text and prompt
         keep = torch.rand(B, device=x.device) >= (cfg.text_dropout if self.training else 0)
-        history = add_noise(x, cfg.history_noise, cfg.block)
-        prompt = add_noise(prompt, cfg.prompt_noise, max(P, 1))
+        history = add_history_noise(x, cfg.history_noise, cfg.block)
+        prompt = add_history_noise(prompt, cfg.prompt_noise, max(P, 1))
         z = self.context(history, text, batch["text_len"], prompt, batch["prompt_len"], keep,
                          batch["kind"])
 
-        # flow loss per block
+        # flow loss per block; z, the Context, stands where heads.py has a tensor
         n = T // cfg.block
         per_block, _ = self.head.loss(z, x.view(B, n, cfg.block * D))           # (B, n)
         valid = torch.arange(n, device=x.device) < blocks[:, None]
@@ -466,7 +477,7 @@ class AudioCALM(nn.Module):
 
         ended = torch.zeros(B, dtype=torch.bool, device=text.device)
         for first in range(0, max_frames, cfg.block):
-            # a new block by the solver, then its clean pass
+            # a new block by the solver (z is the Context), then its clean pass
             x = self.head.sample(z, steps=steps, temperature=temperature, generator=generator,
                                  shape=(B, 1, cfg.block * D)).view(B, cfg.block, D)
             is_over = self.append_clean_block(z, x, noise, generator) > 0       # (B, block)
@@ -506,7 +517,10 @@ class AudioCALM(nn.Module):
         return Context(cache=cache, prefix_len=K, guidance=guidance, experts=experts)
 
     def append_clean_block(self, z, x, noise, generator):
-        """The clean pass: a block x (B, block, D) into the cache -> stop logits (B, block)."""
+        """The clean pass: a block x (B, block, D) into the cache -> stop logits (B, block).
+
+        z: the Context.
+        """
         B = x.shape[0]
         latent = self.head.net.latent
 

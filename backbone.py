@@ -24,9 +24,10 @@ in chunks of any size gives the same output as one call on the whole sequence
 Sources: CALM section 4.2 and Table 9 (widths); Mimi (Défossez et al. 2024) for windowed layers in a
 codec; RoPE (Su et al. 2021); RMSNorm (Zhang & Sennrich 2019); SwiGLU (Shazeer 2020); GQA (Ainslie
 et al. 2023).
-Where this differs from the paper: CALM does not name its MLP. Table 9's MLP dimension of 6336 does
-not reproduce the table's own parameter counts; 6144 with two matrices ("gelu") or 4032 with three
-("swiglu") does.
+Where this differs from the paper: CALM does not name its MLP. Table 9's MLP dimension for music,
+6336, does not reproduce the table's own parameter counts; 6144 with two matrices ("gelu") or 4032
+with three ("swiglu") does. For speech, 7040 = 2/3 of Table 9's 10560 does, gated
+(configs/paper/calm_speech.toml).
 
 Precision: norms and rotations in fp32, matrix products in the autocast dtype.
 """
@@ -74,7 +75,8 @@ class BackboneConfig:
     layer_scale: float = 0.0
     # Whether a norm follows the last layer (Mimi has none).
     final_norm: bool = True
-    # Base of RoPE's frequencies: the slowest rotation has a period of 2π · rope_base positions.
+    # Base of RoPE's frequencies: the slowest rotation has a period of about
+    # 2π · rope_base^(1 - 2/d) positions, d channels per head.
     rope_base: float = 10000.0
 
     def __post_init__(self):
@@ -136,7 +138,9 @@ class Buffer(NamedTuple):
     keys: torch.Tensor      # (B, H, capacity, d)
     values: torch.Tensor    # (B, H, capacity, d)
     end: int                # number of positions written
-    view: torch.Tensor      # the part of `keys` that the last append left in KVCache.kv
+    # the part of `keys` that the last append left in KVCache.kv[layer][0]. If kv[layer][0] is no
+    # longer this tensor, other code has replaced it: copy to a new buffer
+    view: torch.Tensor
 
     def write(self, k, v):
         """Write k, v (B, H, T, d) behind the positions written so far."""
@@ -212,7 +216,7 @@ class KVCache:
         return buffer.write(old_k, old_v)
 
     def copy(self):
-        """A cache to read from: whatever a call appends to the copy, this cache does not change.
+        """A cache to read from: appending to the copy leaves this cache unchanged.
 
         Use one copy at a time. It shares the buffer and writes into its spare room, and the next
         append to either cache overwrites that.
@@ -285,6 +289,7 @@ class MLP(nn.Module):
             hidden = math.ceil(8 * cfg.dim / 3 / 32) * 32
         elif not hidden:
             hidden = 4 * cfg.dim
+        # (2F, C): gate, then up; or (F, C)
         self.up = nn.Linear(cfg.dim, (2 if self.swiglu else 1) * hidden, bias=False)
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
 
@@ -319,7 +324,7 @@ class Block(nn.Module):
         h = self.norm2(x)
         y = self.mlp(h)
         if expert is not None:
-            y = expert(h, y)
+            y = expert(h, y)                                                    # A-MoME
         return x + self.scale2 * y
 
 
@@ -357,8 +362,8 @@ class Transformer(nn.Module):
         if not self.cfg.causal:
             return None, False
 
-        # the window hides nothing: SDPA's own causal mask. True even for one query: with a dynamic
-        # length (torch.compile), new > 1 would be no plain bool
+        # no window in effect: use SDPA's causal flag. (No `new > 1` test: under torch.compile it is
+        # symbolic.)
         if past == 0 and (not window or new <= window):
             return None, True
 

@@ -1,6 +1,6 @@
 """CALM: a causal transformer over continuous latents and a small head that samples the next one.
 
-       voice prompt        text             latents so far, noised in training
+       voice prompt     kind, text          latents so far, noised in training
       (B, P, D) ─linear  (B, L) ─embed   BOS, x̃¹ ... x̃ᵀ (B, T, D) ─linear
            └───────────────┴──────┬───────────┘
                  packed: no gaps, padding at the end (B, P+L+1+T, C)
@@ -13,7 +13,10 @@
                                   ▼
                          Z (B, 1+T, C): row s depends on x¹ ... xˢ
                                   ▼
-                       head: x^{s+1} ~ p(x | Zˢ)        trained with N noise samples per position
+                       head: x^{s+1} ~ p(x | Zˢ)        trained with M draws of (t, ε) per position
+
+Our row s is the paper's Z^{s+1}: there Zˢ predicts xˢ. M is the head batch multiplier (section
+4.4). The text begins with a token for its kind (data.encode_text).
 
     L = mean over positions of the head's loss (eq. 3) + eos_weight · BCE("x^{s+1} does not exist")
 
@@ -37,12 +40,12 @@ codes are shifted by level on their way in and back on their way out, over K-1 m
 
 Sources: CALM (arXiv 2509.06926) section 4.2 (z_long + z_short, eq. 3), 4.3 (noise:
 x̃ = √k ε + √(1-k) x with one k ~ U(0, 1) per latent), 4.4 (head batch multiplier), Table 9. Prefix
-layout, EOS and latent guidance Z = Z_null + a (Z_cond - Z_null) are from its third version, as in
-pocket-tts.
+layout, EOS and latent guidance z = z_null + a (z_cond - z_null) are from its third version, as in
+pocket-tts; z are outputs of the backbone, and z_short is not guided.
 Where this differs from the paper:
 - T_short is a transformer whose layers look back K positions each (a sliding window, as in the
   codec, so that it streams). With one layer that is the paper's T_short(x^{s-K} ... x^{s-1}); with
-  n layers it sees up to nK latents back.
+  n layers it sees n (K - 1) + 1 latents.
 - The short branch can be limited to some kinds and dropped for a share of the training sequences:
   with the branch always on, the loss falls lower but the text is ignored (the paper has the branch
   for music, not for speech).
@@ -139,27 +142,29 @@ class Monologue:
     texts: B lists of byte tokens with spaces between words. The stream keeps to a given text: the
     model's probability of anything but PAD is the probability that the next word begins (END comes
     after the last word), and the bytes of a word follow each other. A row with an empty text
-    writes its own. longest_pause: see CALMConfig. word: z_long (B, C) -> logits (B, vocab); embed:
-    tokens (B,) -> (B, C); pad (B, C): the embedding of PAD.
+    writes its own. longest_pause: see CALMConfig. text_logits: z_long (B, C) -> (B, vocab);
+    embed: tokens (B,) -> (B, C); pad (B, C): the embedding of PAD.
     """
 
-    def __init__(self, texts, longest_pause, word, embed, pad):
+    def __init__(self, texts, longest_pause, text_logits, embed, pad):
         self.longest_pause = longest_pause
-        self.word = word
+        self.text_logits = text_logits
         self.embed = embed
         self.pad = pad
 
         # per row: words to come, the rest of the word that has begun, positions since the last word
         words = [bytes(text).split() for text in texts]
         self.writes_own = [not row for row in words]
-        self.remaining = [[[*word, ord(" ")] for word in row] + [[END]] * bool(row)
-                          for row in words]
+        self.remaining = [[[*word, ord(" ")] for word in row] for row in words]
+        for row in self.remaining:
+            if row:
+                row.append([END])
         self.current = [[] for _ in words]
         self.pause = [0] * len(words)
 
     def step(self, z_long, generator):
         """z_long (B, C) -> embedding of the next text token (B, C)."""
-        p = self.word(z_long).float().softmax(-1)                           # (B, vocab)
+        p = self.text_logits(z_long).float().softmax(-1)                           # (B, vocab)
         begins = torch.rand(len(p), generator=generator, device=p.device) < 1 - p[:, PAD]
         predicted = torch.multinomial(p, 1, generator=generator)[:, 0]
         tokens = []
@@ -187,10 +192,10 @@ class Monologue:
 
 
 class Branches:
-    """The branches of a CALM during generation, one position per step, each with its KV cache.
+    """Three streaming transformers: with prefix, without it (guidance), and the short context.
 
         long     prefix, text stream and latents    ─► z_long (B, C)
-        null     the same without the prefix        ─► Z_null (B, C), with guidance only
+        null     the same without the prefix        ─► z_null (B, C), with guidance only
         short    latents                            ─► z_short (B, C), for kinds that have it
 
     noise: share of the training noise that the latents get before they are read, 0 to 1.
@@ -199,7 +204,7 @@ class Branches:
     def __init__(self, net, kind, guidance, noise, generator):
         self.net = net
         self.guidance = guidance
-        self.has_short = net.cfg.short_layers and bool(net.has_short[kind])
+        self.use_short = bool(net.cfg.short_layers and net.has_short[kind])
         self.noise = noise * net.cfg.noise
         self.short_noise = noise * net.cfg.short_noise
         self.generator = generator
@@ -210,8 +215,8 @@ class Branches:
     def start(self, prefix, history, pad):
         """Queue the prefix (B, P + L, C) and the history (B, n, D or K), each frame beside `pad`.
 
-        With an acoustic delay of d, the last d audio inputs go beside the first new words: they are
-        returned (B, d, C).
+        Returns the d audio inputs (B, d, C) that have no text beside them yet: with an acoustic
+        delay of d the first new words go there.
         """
         net = self.net
         B, n = history.shape[:2]
@@ -222,11 +227,11 @@ class Branches:
         delay = bos.new_zeros(B, net.acoustic_delay, bos.shape[2])
         audio = net.embed_noised(net.latent, history, self.noise, self.generator)
         audio = torch.cat([delay, audio], 1)                                # (B, d + n, C)
-        silent = audio[:, :n] + pad[:, None]
-        self.long_input = torch.cat([prefix, bos, silent], 1)               # (B, P + L + 1 + n, C)
-        self.null_input = torch.cat([bos, silent], 1)                       # (B, 1 + n, C)
+        beside_pad = audio[:, :n] + pad[:, None]
+        self.long_input = torch.cat([prefix, bos, beside_pad], 1)           # (B, P + L + 1 + n, C)
+        self.null_input = torch.cat([bos, beside_pad], 1)                   # (B, 1 + n, C)
 
-        if self.has_short:
+        if self.use_short:
             recent = net.embed_noised(net.short_latent, history, self.short_noise, self.generator)
             self.short_input = torch.cat([net.short_bos.expand(B, 1, -1), recent], 1)
         return audio[:, n:]
@@ -237,13 +242,13 @@ class Branches:
         if self.guidance == 1:
             return z_long, z_long
 
-        # latent guidance (CALM, third version): Z = Z_null + a (Z_cond - Z_null)
+        # latent guidance (CALM, third version)
         z_null = self.net.backbone(self.null_input, self.null_cache)[:, -1]
         return z_long, z_null + self.guidance * (z_long - z_null)
 
     def add_short(self, z):
-        """z (B, C) -> Z = z + z_short (CALM 4.2)."""
-        if not self.has_short:
+        """z (B, C) -> Z = z + z_short (section 4.2)."""
+        if not self.use_short:
             return z
         return z + self.net.short(self.short_input, self.short_cache)[:, -1]
 
@@ -256,7 +261,7 @@ class Branches:
         """Queue a new latent x (B, D or K) for all branches."""
         net = self.net
         self.feed(net.embed_noised(net.latent, x, self.noise, self.generator), token)
-        if self.has_short:
+        if self.use_short:
             recent = net.embed_noised(net.short_latent, x, self.short_noise, self.generator)
             self.short_input = recent[:, None]
 
@@ -302,9 +307,11 @@ class CALM(nn.Module):
         else:
             self.head = HEADS[cfg.head.objective](latent_dim, C, cfg.head)
         self.code_delay = self.head.code_delay if discrete else 0
-        nn.init.normal_(self.text.weight, std=0.5)      # the scale at which latents are embedded
 
-        # short-context branch (CALM 4.2)
+        # text starts at the scale at which latents are embedded
+        nn.init.normal_(self.text.weight, std=0.5)
+
+        # short-context branch (section 4.2)
         if cfg.short_layers:
             short = BackboneConfig(**{**vars(cfg.backbone), "layers": cfg.short_layers,
                                       "window": cfg.short_context})
@@ -318,15 +325,18 @@ class CALM(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, vae, vocab, kinds, only=None):
-        """The model for the latents of a VAE (its config); `only` is for models with experts."""
+        """The model for the latents of a VAE (its config); `only` is AudioCALM's: its experts."""
         return cls(cfg, vae.latent_dim, vocab, kinds, vae.codes)
 
     def wanted(self, state):
-        """The part of a state_dict that this model loads: all of it."""
+        """The part of a state_dict that this model loads (AudioCALM leaves out experts)."""
         return state
 
     def embeddings(self):
-        """The parameters that start at the scale of the text embedding, itself among them."""
+        """The parameters that convert.py rescales to a text model's embedding, itself among them.
+
+        The short branch is not the text model's, so its embeddings keep their scale.
+        """
         return [self.text.weight, self.bos, *self.latent.parameters(), *self.prompt.parameters()]
 
     def matrices(self):
@@ -357,11 +367,11 @@ class CALM(nn.Module):
         return y, length + (length > 0)
 
     def add_noise(self, x, k_max, generator=None):
-        """x (.., D) -> √k ε + √(1-k) x with one k ~ U(0, k_max) per latent (CALM 4.3)."""
+        """x (.., D) -> √k ε + √(1-k) x with one k ~ U(0, k_max) per latent (section 4.3)."""
         options = {"device": x.device, "generator": generator}
         k = k_max * torch.rand(*x.shape[:-1], 1, **options)                 # (.., 1)
         noise = torch.randn(x.shape, dtype=x.dtype, **options)
-        return k.sqrt() * noise + (1 - k).sqrt() * x
+        return k.sqrt() * noise + (1 - k).sqrt() * x                        # CALM 4.3
 
     def embed_noised(self, embed, x, k_max, generator=None):
         """embed(x), of noised latents where k_max > 0; codes are never noised."""
@@ -380,18 +390,18 @@ class CALM(nn.Module):
         if words is not None:
             d = self.acoustic_delay
             audio = F.pad(audio, (0, 0, d, 0)) + self.text(F.pad(words, (0, d), value=PAD))
-        B, T, _ = audio.shape                                               # from here T is d + T
-        audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+T, C)
+        B, steps, _ = audio.shape                                           # T, or d + T
+        audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+steps, C)
 
         # prompt, text and audio without gaps, through the backbone
         prompt, prompt_len = self.embed_prompt(prompt, prompt_len)
-        audio_len = torch.full((B,), 1 + T, device=x.device)
+        audio_len = torch.full((B,), 1 + steps, device=x.device)
         packed = pack([(prompt, prompt_len), (self.text(text), text_len), (audio, audio_len)])
-        y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+T, C)
+        y = self.backbone(packed.to(audio.dtype))                           # (B, P+L+1+steps, C)
 
         # the rows of the audio stream, which begin behind each row's prefix
-        rows = (prompt_len + text_len)[:, None] + torch.arange(1 + T, device=x.device)
-        return y.gather(1, rows[..., None].expand(-1, -1, y.shape[2]))      # (B, 1+T, C)
+        rows = (prompt_len + text_len)[:, None] + torch.arange(1 + steps, device=x.device)
+        return y.gather(1, rows[..., None].expand(-1, -1, y.shape[2]))      # (B, 1+steps, C)
 
     # ---------------------------------------------------------------- training
 
@@ -406,7 +416,7 @@ class CALM(nn.Module):
         """
         cfg = self.cfg
         x = self.target(batch)                                              # (B, T, D or K)
-        B, T, _ = x.shape
+        B, T, _ = x.shape                                   # T counts the code delay from here
         frames = batch["frames"]
         ended = batch["ended"]
 
@@ -414,7 +424,7 @@ class CALM(nn.Module):
         dropout = cfg.prefix_dropout if self.training else 0
         keep = torch.rand(B, device=x.device) >= dropout                    # (B,)
 
-        # z_long: the backbone reads the noised past (CALM 4.3)
+        # z_long: the backbone reads the noised past
         noised = x if self.codes else self.add_noise(x, cfg.noise)
         words = None
         if cfg.monologue:
@@ -424,13 +434,13 @@ class CALM(nn.Module):
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         z_audio = z_long[:, self.acoustic_delay:]                           # (B, 1+T, C)
 
-        # Z = z_long + z_short (CALM 4.2)
+        # the short context
         Z = z_audio
         if cfg.short_layers:
-            Z = Z + self.short_context(x, batch["kind"])
+            Z = Z + self.short_context(x, batch["kind"])                    # CALM 4.2
 
         # the head, where the next latent exists
-        valid = torch.arange(T, device=x.device) < frames[:, None] + self.code_delay
+        valid = torch.arange(T, device=x.device) < (frames + self.code_delay)[:, None]
         head, metrics = self.head_loss(Z[:, :T], x, valid, batch["kind"])
 
         # end of clip, and the monologue's text
@@ -453,7 +463,7 @@ class CALM(nn.Module):
         return delay_codes(codes) if self.code_delay else codes
 
     def short_context(self, x, kind):
-        """z_short (B, 1 + T, C), zero in rows without the short branch (CALM 4.2)."""
+        """z_short (B, 1 + T, C), zero in rows without the short branch."""
         B = x.shape[0]
         recent = self.embed_noised(self.short_latent, x, self.cfg.short_noise)
         recent = torch.cat([self.short_bos.expand(B, 1, -1), recent], 1)    # (B, 1+T, C)
@@ -462,7 +472,7 @@ class CALM(nn.Module):
         return self.short(recent) * keep[:, None, None]
 
     def head_loss(self, Z, x, valid, kind):
-        """Mean of the head's loss (CALM eq. 3) over the valid positions (B, T), and metrics."""
+        """Mean of the head's loss (eq. 3) over the valid positions (B, T), and metrics."""
         kind = kind[:, None].expand_as(valid)                               # (B, T)
 
         # on CUDA shapes are static, so padding is computed too and weighs 0
@@ -470,9 +480,9 @@ class CALM(nn.Module):
             Z = Z[valid]                                                    # (N, C)
             x = x[valid]                                                    # (N, D)
             kind = kind[valid]                                              # (N,)
-            valid = valid[valid]
+            valid = valid.new_ones(len(x))                                  # all that is left
 
-        # head batch multiplier: several samples of noise and time for each Z (CALM 4.4)
+        # with several samples of noise and time for each Z (heads.py)
         per_position, metrics = self.head.loss(Z, x)
         if not self.training:
             metrics = metrics | self.validation_metrics(per_position, Z, x, valid, kind)
@@ -524,25 +534,25 @@ class CALM(nn.Module):
 
         z is this model's, the rest the teacher's; both read the same noised latents, with text and
         prompt (z_null without). Sampling then needs no guidance, and the teacher's head and EOS
-        fit unchanged when copied. Positions: every row with a next latent, and the end of the clip.
+        fit unchanged when copied. Positions: rows 0 ... frames; the last is the clip's end.
         batch as in loss. metrics: explained = 1 - L / variance of the target; 1 = the teacher.
         """
         x = batch["x"]
-        noised = self.add_noise(x, self.cfg.noise)                          # (CALM 4.3)
+        noised = self.add_noise(x, self.cfg.noise)
 
-        def z(net, keep):
+        def z_of(net, keep):
             return net.condition(noised, batch["text"], batch["text_len"] * keep, batch["prompt"],
                                  batch["prompt_len"] * keep).float()
 
         # the teacher's guided z
         with torch.no_grad():
-            null = z(teacher, 0)
-            target = null + guidance * (z(teacher, 1) - null)               # (B, 1 + T, C)
+            null = z_of(teacher, 0)
+            target = null + guidance * (z_of(teacher, 1) - null)            # (B, 1 + T, C)
 
         # squared error over the positions that count
         valid = torch.arange(1 + x.shape[1], device=x.device) <= batch["frames"][:, None]
         weight = valid / valid.sum()
-        loss = ((z(self, 1) - target).square().mean(-1) * weight).sum()
+        loss = ((z_of(self, 1) - target).square().mean(-1) * weight).sum()
 
         # share of the target's variance that is explained
         mean = (target * weight[..., None]).sum((0, 1))
@@ -587,7 +597,7 @@ class CALM(nn.Module):
             if frame_ended.all():
                 return
 
-            # Z = z_long + z_short (CALM 4.2): the next latent
+            # Z = z_long + z_short: the next latent
             Z = branches.add_short(z)
             x = self.head.sample(Z, steps=steps, temperature=temperature, generator=generator)
             x = line.put(x, ended)                                          # (B, D or K)
@@ -609,7 +619,7 @@ class CALM(nn.Module):
         pad = self.text(torch.full((B,), PAD, device=text.device))
         if self.kinds[kind] != "speech":                        # captions stay before the audio
             return text, NoMonologue(pad)
-        spoken = text[:, 1:].tolist()
+        spoken = text[:, 1:].tolist()                           # the first token names the kind
         return text[:, :1], Monologue(spoken, self.cfg.longest_pause, self.word, self.text, pad)
 
     def embed_prefix(self, text, prompt):

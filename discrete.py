@@ -1,5 +1,4 @@
-"""
-discrete.py: the rival of continuous latents: residual VQ, and heads that sample its codes.
+"""The rival of continuous latents: residual VQ, and heads that sample its codes.
 
     ResidualVQ, the VAE's bottleneck (bottleneck = "rvq"), turns a frame into K codes and back:
 
@@ -22,7 +21,7 @@ discrete.py: the rival of continuous latents: residual VQ, and heads that sample
              level 2   e  f  g  h    delay ►    level 2   .  e  f  g  h  .
              level 3   i  j  k  l  ◄ undelay    level 3   .  .  i  j  k  l      . = MISSING
 
-The heads have the two methods of the objectives in heads.py, so that callers need not tell them
+The heads have the members of the objectives in heads.py, so that callers need not tell them
 apart; x are codes (.., K):
 
     loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
@@ -32,27 +31,26 @@ the depth transformer. delay needs no such passes, but its K codes are independe
 learns levels 1 .. k-1 of its frame from earlier steps of the sequence, at the price of K-1 steps of
 latency. Shifting is a matter of the sequence: calm.py does it with the functions of this file.
 
-Papers: CALM (arXiv 2509.06926) section 3.1 and Table 9 (RQ-Transformer head: 6 layers, 1024 / 4096,
-16 heads, 701M parameters); RQ-Transformer: Lee et al. 2022; weights per codebook: Moshi (Défossez
-et al. 2024); delay pattern, linear heads, top-k: MusicGen (Copet et al. 2023); residual VQ:
-SoundStream (Zeghidour et al. 2021).
+Sources: CALM (arXiv 2509.06926) section 3.1 and Table 9 (RQ-Transformer head: 6 layers, 1024 /
+4096, 16 heads, 701M parameters); RQ-Transformer: Lee et al. 2022; weights per codebook: Moshi
+(Défossez et al. 2024); delay pattern, linear heads, top-k: MusicGen (Copet et al. 2023); residual
+VQ: SoundStream (Zeghidour et al. 2021).
 Where this differs from the paper:
-  * 3.1 takes the first level's logits from z by a linear layer. That is Moshi's formula, where the
-    first token of a frame is text; its audio codes all come from the depth transformer, as here.
-    With 8 levels of 2048 codes this counts 656M parameters (2560 channels of z), or 574M without
-    the first level; an embedding of Helium-1's 48000 text tokens at the first level, as in Moshi,
-    would make it 706M.
-  * One set of weights is 75.5M, so the table's 701M means about 8 sets. With 32 levels, one set per
-    level would be 2.6B: with `sets` = 8, levels 8 to 32 share one (749M; 672M with 7 sets).
-  * The loss is the mean over levels, not the sum: nats per code. The weight of the other loss in
-    calm.py (eos) then means the same for any K. Moshi's larger weight of the first level is left
-    out.
-  * ResidualVQ has no separate semantic codebook as Mimi has; its D is the width of the codes.
+- 3.1 takes the first level's logits from z by a linear layer. That is Moshi's formula, where the
+  first token of a frame is text; its audio codes all come from the depth transformer, as here.
+  With 8 levels of 2048 codes this counts 656M parameters (2560 channels of z), or 574M without
+  the first level; an embedding of Helium-1's 48000 text tokens at the first level, as in Moshi,
+  would make it 706M.
+- One set of weights is 75.5M, so the table's 701M means about 8 sets. With 32 levels, one set per
+  level would be 2.6B: with `sets` = 8, levels 8 to 32 share one (749M; 672M with 7 sets).
+- The loss is the mean over levels, not the sum: nats per code. The weight of the other loss in
+  calm.py (eos) then means the same for any K. Moshi's larger weight of the first level is left
+  out.
+- ResidualVQ has no separate semantic codebook as Mimi has; its D is the width of the codes.
 
 Precision: softmax, cross-entropy and nearest entries in fp32; other matrix products follow
 autocast.
 """
-
 import math
 
 import torch
@@ -68,7 +66,7 @@ MISSING = -1                                    # no code here: before a delayed
 # ------------------------------------------------------------------------------ residual VQ
 
 class ResidualVQ(nn.Module):
-    """Residual vector quantisation: x ≈ c_1[k_1] + c_2[k_2] + ... + c_K[k_K].
+    """Residual vector quantisation: x ≈ c_1[code 1] + ... + c_K[code K].
 
     x (B, T, D) -> z (B, T, D). Level i picks the entry nearest to the remainder of levels 1 .. i-1.
     Codebooks follow running means of the vectors assigned to them (decay 0.99; van den Oord et al.
@@ -104,11 +102,11 @@ class ResidualVQ(nn.Module):
 
     def decode(self, codes):
         """codes (.., K') of the first K' <= K levels -> (.., D)."""
-        return sum(self.codebooks[i][k] for i, k in enumerate(codes.unbind(-1)))
+        return sum(self.codebooks[level][entry] for level, entry in enumerate(codes.unbind(-1)))
 
     @torch.no_grad()
-    def update(self, level, x, k, rows):
-        """One step of the running means: x (N, D) was assigned to entries k (N,), where rows (N,).
+    def update(self, level, x, entry, rows):
+        """One step of the running means: x (N, D) was assigned to entry (N,), where rows (N,).
 
         Every process calls it for every level, even if no row is true: all_reduce waits for all.
         """
@@ -117,7 +115,7 @@ class ResidualVQ(nn.Module):
         D = x.shape[1]
 
         # counts and sums of this batch, and for each entry a random vector to replace it
-        assigned = F.one_hot(k, codes).to(x.dtype) * rows[:, None]              # (N, codes)
+        assigned = F.one_hot(entry, codes).to(x.dtype) * rows[:, None]              # (N, codes)
         candidates = x[torch.randint(len(x), (codes,), device=x.device)]        # (codes, D)
         with torch.autocast(x.device.type, enabled=False):
             sums = assigned.T @ x                                               # (codes, D)
@@ -158,22 +156,22 @@ class ResidualVQ(nn.Module):
         remainder = x
         z = torch.zeros_like(x)
         loss = 0.0
-        weight = 0.0
+        levels_in_use = 0.0
         for level in range(levels):
             # assign the remainders, and update the codebook with those of the rows in use
             in_use = (level < used).to(x.dtype)[:, None, None]                  # (B, 1, 1)
             vectors = remainder.detach().flatten(0, 1)                          # (B·T, D)
-            k = self.nearest(vectors, level)                                    # (B·T,)
+            entry = self.nearest(vectors, level)                                # (B·T,)
             if self.training:
-                self.update(level, vectors, k, (in_use > 0).expand(-1, T, 1).flatten())
+                self.update(level, vectors, entry, (in_use > 0).expand(-1, T, 1).flatten())
 
             # add this level's part to z and to the loss
-            c = self.codebooks[level][k].view_as(x)
+            c = self.codebooks[level][entry].view_as(x)
             loss = loss + (in_use * (remainder - c.detach()).pow(2)).mean()
-            weight = weight + in_use.mean()
+            levels_in_use = levels_in_use + in_use.mean()
             z = z + in_use * c
             remainder = remainder - c
-        return x + (z - x).detach(), loss / weight                              # straight-through
+        return x + (z - x).detach(), loss / levels_in_use                       # straight-through
 
 
 # ------------------------------------------------------------------------------ delay pattern
@@ -195,7 +193,10 @@ def undelay_codes(steps):
 
 
 class NoDelay:
-    """The counterpart of DelayLine where a step is a frame: everything passes unchanged."""
+    """The counterpart of DelayLine where a step is a frame: everything passes unchanged.
+
+    The three methods are those of DelayLine.
+    """
 
     def __init__(self, history):
         self.history = history
@@ -223,11 +224,12 @@ class DelayLine:
         self.history = steps[:, :self.n]                # (B, n, K): whole steps before the first
         self.pending = steps[:, self.n:]                # (B, K-1, K): levels of history yet to come
         self.steps = []                                 # codes of each step (B, K)
-        self.ended = []                                 # rows that have no frame then (B,)
-        self.end = torch.full((B,), 1 << 40, device=history.device)     # first frame that is none
+        self.ended = []                                 # per step, rows whose clip is over (B,)
+        # first frame behind the clip's end, counted from the history's end; none yet
+        self.end = torch.full((B,), 1 << 40, device=history.device)
 
     def advance(self, ended):
-        """Begin a step; ended (B,): rows without a frame here -> the same for the step's frame.
+        """Begin a step; ended (B,): rows whose clip is over -> the same for the step's frame (B,).
 
         A step completes the frame that began K-1 steps earlier.
         """
@@ -235,7 +237,7 @@ class DelayLine:
         return self.ended[max(0, len(self.ended) - self.levels)]
 
     def put(self, x, ended):
-        """Sampled codes (B, K), rows without a frame at this step (B,) -> the step's codes (B, K).
+        """Sampled codes (B, K), rows whose clip is over (B,) -> the step's codes (B, K).
 
         MISSING where a level has no frame; the levels of the history that are still to come.
         """
@@ -250,7 +252,10 @@ class DelayLine:
         return x
 
     def frame(self):
-        """The frame that the last step completed (B, K); 0 where its row had ended."""
+        """The frame that the last step completed (B, K); 0 where its row had ended.
+
+        There is one from step K-1 on: call it from there.
+        """
         last = self.steps[-self.levels:]
         return torch.stack([x[:, k] for k, x in enumerate(last)], -1).clamp(min=0)
 
@@ -362,6 +367,7 @@ class DepthTransformer(nn.Module):
         self.norm = RMSNorm(width)
         self.output = nn.ModuleList(nn.Linear(width, codes, bias=False) for _ in range(levels))
 
+        # order matters: "output" contains "out"; cond keeps PyTorch's default
         for name, p in self.named_parameters():
             if name.startswith("embed"):
                 nn.init.normal_(p, std=0.5)                 # the scale that cond gives z
@@ -413,7 +419,7 @@ class DepthTransformer(nn.Module):
 # ------------------------------------------------------------------------------ heads
 
 class RQ(nn.Module):
-    """A frame's K codes by a depth transformer (CALM 3.1, Table 9)."""
+    """A frame's K codes by a depth transformer (section 3.1, Table 9)."""
     code_delay = 0                              # steps between the first and last code of a frame
     has_jvp = False
 
@@ -428,7 +434,7 @@ class RQ(nn.Module):
 
     def loss(self, z, x):
         """-log p(x | z) / K, teacher-forced. z (.., C), codes x (.., K) -> (..), metrics."""
-        logits = self.net(z.flatten(0, -2), x.flatten(0, -2))                   # (N, K, n)
+        logits = self.net(z.flatten(0, -2), x.flatten(0, -2))                   # CALM 3.1
         return cross_entropy(logits.view(*x.shape, -1), x)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """What trains the VAE: eq. 2 of CALM, term by term.
 
-    L = λ_t L_t  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL             (CALM eq. 2)
+    L = λ_t L_t  +  λ_f L_f  +  λ_adv L_adv  +  λ_feat L_feat  +  λ_KL L_KL                  (eq. 2)
         + λ_distill L_distill       (speech, CALM 5.1)         + λ_commit L_commit       (rvq)
 
     x (B, ch, S) ─────► VAE ─────► x̂ (B, ch, S)       z (B, T, D), from the encoder
@@ -64,7 +64,8 @@ class GANConfig:
         default_factory=lambda: [2048, 1024, 512, 256])
     # amplitude below which spectra count as silent (DAC: 1e-5); 1e-3 = -60 dB learns faster
     loss_floor: Annotated[float, Range(0)] = 1e-3
-    # windows sampled per step; 0 = all (fewer is faster: the STFTs take 40 % of a step)
+    # how many of loss_windows each step uses, at random; 0 = all (fewer is faster: the STFTs take
+    # 40 % of a step)
     loss_scales: Annotated[int, Range(0)] = 2
     # distill: WavLM, a folder or a name on the Hugging Face hub
     teacher: str = ""
@@ -86,8 +87,8 @@ class GANConfig:
     # balancer (LOG.md)
     disc_power: Annotated[float, Range(above=0, high=1)] = 1.0
     # decay of the balancer (EnCodec: 0.999); 0 = off, losses are added with their weights. With it
-    # the weights of time, mel, stft, adv and feat are shares of a gradient of norm 1; choose those
-    # of kl, commit and distill anew beside it
+    # the weights of time, mel, stft, adv and feat are shares of a gradient of norm 1, while kl,
+    # commit and distill stay plain weights and must be retuned
     balance: Annotated[float, Range(0, below=1)] = 0.0
 
     def __post_init__(self):
@@ -151,6 +152,7 @@ def spectral_losses(x, y, sample_rate, windows, names, floor=1e-5):
             sums["mel"] = sums["mel"] + (mel_x - mel_y).abs().mean()
 
         if "stft" in sums:
+            # silence: at least the floor's energy; 1e-8 keeps the gradient of sqrt finite
             energy = X.pow(2).sum((1, 2)).clamp(min=X[0].numel() * floor ** 2)
             convergence = ((X - Y).pow(2).sum((1, 2)) / energy).clamp(min=1e-8).sqrt().mean()
             logs = ((X + floor).log() - (Y + floor).log()).abs().mean()
@@ -312,14 +314,14 @@ class Balancer(nn.Module):
     def forward(self, terms, weights, output):
         """terms {name: scalar, mean over rows}, output (B, ...) -> scalar 0 with gradient g / B."""
         total = sum(weights[name] for name in terms)
-        g = 0.0
+        output_gradient = 0.0                                               # g / B
         for name, term in terms.items():
             with torch.autocast(output.device.type, enabled=False):
                 gradient, = torch.autograd.grad(term, output, retain_graph=True)        # g_i / B
             norm = self.mean_norm(name, gradient)
-            g = g + weights[name] / total * gradient / norm
+            output_gradient = output_gradient + weights[name] / total * gradient / norm
 
-        surrogate = (output * g).sum()
+        surrogate = (output * output_gradient).sum()
         return surrogate - surrogate.detach()
 
     def mean_norm(self, name, gradient):
@@ -367,21 +369,22 @@ class VAEGAN(nn.Module):
         """
         rec, z, terms = self.vae(wav)
 
-        # the terms of eq. 2 that have a weight; from the VAE λ_KL L_KL or λ_commit L_commit
+        # the terms of eq. 2 that have a weight (the weights enter in weighted_sum); from the VAE
+        # L_KL or L_commit
         terms = {name: value for name, value in terms.items() if name in self.weights}
         if "time" in self.weights:
-            terms["time"] = (wav - rec).abs().mean()                             # λ_t L_t
-        terms |= self.distill_term(wav, z)                                       # λ_distill
-        terms |= self.spectral_terms(wav, rec)                                   # λ_f L_f
+            terms["time"] = (wav - rec).abs().mean()                             # L_t
+        terms |= self.distill_term(wav, z)                                       # L_distill
+        terms |= self.spectral_terms(wav, rec)                                   # L_f
 
         # the discriminators see the same crop of both; the generator learns after their warm-up
         disc_learns = self.disc is not None and step >= self.cfg.disc_start
         if disc_learns:
             crop = self.random_crop(wav.shape[-1])
-            if step >= self.cfg.disc_start + self.cfg.disc_warmup:               # λ_adv, λ_feat
+            if step >= self.cfg.disc_start + self.cfg.disc_warmup:               # L_adv, L_feat
                 terms |= self.adversarial_terms(wav[..., crop], rec[..., crop])
 
-        # generator: nothing to learn while adv, as the only term, waits
+        # generator; before adv starts there may be no term at all: only the discriminators step
         total = self.weighted_sum(terms, rec)
         terms = {name: value.detach() for name, value in terms.items()}          # frees the graphs
         if total.requires_grad:
@@ -403,7 +406,7 @@ class VAEGAN(nn.Module):
         return {"distill": 1 - F.cosine_similarity(predicted, target, dim=-1).mean()}
 
     def spectral_terms(self, wav, rec):
-        """L_f (CALM eq. 2): mel and stft, over all windows or some at random."""
+        """L_f (eq. 2): mel and stft, over all windows or some at random."""
         cfg = self.cfg
         names = [name for name in ("mel", "stft") if name in self.weights]
         if not names:
@@ -426,7 +429,7 @@ class VAEGAN(nn.Module):
         return slice(first, first + length)
 
     def adversarial_terms(self, wav, rec):
-        """L_adv = -mean D(x̂) and L_feat (CALM eq. 2); gradients reach x̂ only."""
+        """L_adv = -mean D(x̂) and L_feat (eq. 2); gradients reach x̂ only."""
         self.disc.requires_grad_(False)
         with torch.no_grad():
             real = self.disc(wav)
@@ -441,16 +444,17 @@ class VAEGAN(nn.Module):
         return terms
 
     def weighted_sum(self, terms, rec):
-        """Σ λ_i L_i (CALM eq. 2); with the balancer, terms on x̂ get the balanced gradient."""
+        """Σ λ_i L_i (eq. 2); with the balancer, terms on x̂ get the balanced gradient."""
         balanced = self.balancer.names if self.balancer is not None else []
         on_wav = {name: value for name, value in terms.items() if name in balanced}
         others = {name: value for name, value in terms.items() if name not in balanced}
 
         def weigh(some):
-            return sum((self.weights[name] * value for name, value in some.items()),
-                       rec.new_zeros(()))
+            zero = rec.new_zeros(())                        # a tensor even if no term is left
+            return sum((self.weights[name] * value for name, value in some.items()), zero)
 
-        total = weigh(others)
+        # value: Σ λ_i L_i; gradient: the balancer's for terms on x̂
+        total = weigh(others)                                                    # CALM eq. 2
         if on_wav:
             total = total + weigh(on_wav).detach() + self.balancer(on_wav, self.weights, rec)
         return total

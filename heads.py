@@ -1,5 +1,4 @@
-"""
-heads.py: from the backbone's z to the next latent x. One small network, four objectives.
+"""From the backbone's z to the next latent x: one small network, four objectives.
 
         noise eps (N, D) ──┐
                            ▼
@@ -7,46 +6,46 @@ heads.py: from the backbone's z to the next latent x. One small network, four ob
     t   (..)    ─ [cos sin] ─ MLP ─┐          ▲ shift, scale, gate (.., 3w)          ▲ shift, scale
     z   (.., C) ─ Linear ──────────+── c (.., w) ─ SiLU ─ Linear ─────────────────────┘
 
-An objective defines the noising path, the times, the loss and the solver. A network is any callable
-`net(x_t, t, z) -> F`; for LSD, which has two times, `net(x_t, t, z, s)`. All objectives have the
-same two methods, so the rest of the code never asks which one it holds. The two discrete objectives
-in discrete.py, whose x are codes, have them too:
+A head is an objective and its network. An objective defines the noising path, the times, the loss
+and the solver. A network is any callable `net(x_t, t, z) -> F`; for LSD, which has two times,
+`net(x_t, t, z, s)`. Outside construction and compilation the rest of the code uses only these four
+members, which the two discrete objectives in discrete.py, whose x are codes, have too:
 
     loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
+    set_step(step): the training step                has_jvp: whether the loss differentiates net
 
     objective      path                        the network learns               steps  paper
     RectifiedFlow  x_t = (1-t) x + t eps       F = eps - x,             t < 1    20    Liu 2023
     TrigFlow       x_t = cos t x + sin t eps   F = cos t eps - sin t x, t < π/2  20    4.2, Table 4
     Consistency    the same path               f = cos t x_t - sin t F, f = x_0   1    eq. 1, eq. 3
-    LSD            RectifiedFlow's path        f = x_t + (s-t) F(t, s), f = x_s   1    v3
+    LSD            RectifiedFlow's path        f = x_t + (s-t) F(t, s), f = x_s   1    CALM v3
 
-Papers: CALM (arXiv 2509.06926) sections 3.2 (eq. 1), 4.2 (eq. 3), 4.4 (head batch multiplier), 4.5
+Sources: CALM (arXiv 2509.06926) sections 3.2 (eq. 1), 4.2 (eq. 3), 4.4 (head batch multiplier), 4.5
 (temperature) and Table 9; the network is MAR's (Li et al. 2024, arXiv 2406.11838); consistency is
 sCM (Lu & Song 2025, arXiv 2410.11081); LSD, Lagrangian self-distillation of flow maps, is from
-Boffi et al. 2025 (arXiv 2505.18825), and CALM's third version (v3) and Pocket TTS use it for
-speech.
+Boffi et al. 2025 (arXiv 2505.18825). "CALM v3" is the third version of the arXiv paper, which adds
+text to speech with LSD; Pocket TTS is Kyutai's released model of that kind.
 Shapes: N positions or any leading dims (..), D latent channels, C channels of z, w width of the
 MLP, M head batch multiplier. Latents have mean 0 and variance 1 per channel (sCM's sigma_d = 1).
 
 Where this differs from the printed CALM paper, and why:
-  * t lies in (0, π/2) and sampling starts at π/2. The paper writes t ~ [0, 1] and starts at t = 1,
-    but cos 1 = 0.54: a network trained on [0, 1] never sees pure noise, which is where a one-step
-    sample starts.
-  * The temperature tau multiplies the std of the noise by sqrt(tau). The paper's "variance
-    1/sqrt(tau)" would make a low temperature noisier; v3 states it correctly.
-  * df/dt in eq. 3 is a target without gradient (as in eq. 1 and v3). With gradient the model is
-    biased.
-  * Not in the paper, but in sCM, and without it the gradient has spikes: the tangent g is divided
-    by ||g|| + 0.1, it can be warmed up (r), and tan t is log-normal instead of t being uniform.
-  * w_psi(t), the adaptive weight of eq. 1, is optional: see HeadConfig.adaptive.
-  * LSD counts time as RectifiedFlow does, 0 = data and 1 = noise (Pocket TTS the other way round),
-    so that its diagonal s = t is that flow.
+- t lies in (0, π/2) and sampling starts at π/2. The paper writes t ~ [0, 1] and starts at t = 1,
+  but cos 1 = 0.54: a network trained on [0, 1] never sees pure noise, which is where a one-step
+  sample starts.
+- The temperature tau multiplies the std of the noise by sqrt(tau). The paper's "variance
+  1/sqrt(tau)" would make a low temperature noisier; CALM v3 states it correctly.
+- df/dt in eq. 3 is a target without gradient (as in eq. 1 and CALM v3). With gradient the
+  model is biased.
+- Not in the paper, but in sCM, and without it the gradient has spikes: the tangent g is divided
+  by ||g|| + 0.1, it can be warmed up (r), and tan t is log-normal instead of t being uniform.
+- w_psi(t), the adaptive weight of eq. 1, is optional: see HeadConfig.adaptive.
+- LSD counts time as RectifiedFlow does, 0 = data and 1 = noise (Pocket TTS the other way round),
+  so that its diagonal s = t is that flow.
 
 Precision: times, cos and sin, time embedding, norms, the residual stream, the jvp and the loss are
 fp32, even under autocast; only the matrix products of the plain forward follow autocast. float64
 inputs stay float64 (used by the tests).
 """
-
 import copy
 import math
 from dataclasses import dataclass
@@ -63,8 +62,9 @@ HALF_PI = math.pi / 2
 @dataclass
 class HeadConfig:
     """The [lm.head] and [audiocalm.head] tables."""
+    # ---- all objectives
     # What the head learns. TrigFlow is the paper's best and slowest (Table 4), consistency its
-    # choice for real time, lsd the choice of v3 for speech; consistency starts well from TrigFlow's
+    # choice for real time, lsd that of CALM v3 for speech; consistency starts well from TrigFlow's
     # weights (Consistency.load_flow). rq and delay are the discrete baselines (discrete.py), which
     # need [vae] bottleneck = "rvq".
     objective: Literal["rectified_flow", "trigflow", "consistency", "lsd",
@@ -73,33 +73,43 @@ class HeadConfig:
     width: Annotated[int, Range(1)] = 192
     # Residual blocks. Table 9: 12 (music), 6 (speech); rq: 6 transformer layers.
     blocks: Annotated[int, Range(1)] = 3
-    # Head batch multiplier M (CALM 4.4; Table 9: 8): draws of (t, eps) per position and step. One
-    # pass of the backbone serves M losses; the head's memory and time grow M times.
+    # Head batch multiplier M (section 4.4; Table 9: 8): samples of (t, eps) per position and step.
+    # One pass of the backbone serves M losses; the head's memory and time grow M times.
     multiplier: Annotated[int, Range(1)] = 4
     # Mean and std of log(noise / signal), the same for all objectives: the log of tan t, or of
     # t / (1-t) for rectified_flow (where 0, 1 is SD3's logit-normal). Not given in the paper; sCM
     # uses -1, 1.4 on images; -0.4, 1.4 trained on every seed of our toys.
     p_mean: float = -0.4
     p_std: Annotated[float, Range(above=0)] = 1.4
-    # consistency: learn w_psi(t) of eq. 1 and eq. 3 (257 parameters): the loss exp(w) error - w
-    # weighs all t the same; lsd: w(t, s) (513 parameters). The reported loss is then about 1 - w,
-    # even negative. On in the paper; off here: in our toys it was no better, and lsd diverged.
-    adaptive: bool = False
-    # consistency: training steps over which r goes from 0 (flow matching) to 1 (sCM: 10k). 0 = r is
-    # 1 from the start, which was stable from scratch and is right when starting from TrigFlow.
-    warmup: Annotated[int, Range(0)] = 0
-    # consistency: c in g / (||g|| + c), 0.1 as in sCM. Not in the paper.
-    tangent_c: Annotated[float, Range(above=0)] = 0.1
     # Divide each embedded time by its std over the width, times a learned factor per channel (as in
     # Pocket TTS, not in MAR). sinusoid() already does this to the input of the embedding's MLP.
     time_norm: bool = False
-    # lsd: weight of the self-distillation; flow matching on the diagonal has the rest (v3: 0.25).
-    distill: Annotated[float, Range(above=0, below=1)] = 0.25
-    # Flows: euler (one evaluation per step) or heun (two, second order). The others ignore it.
-    solver: Literal["euler", "heun"] = "euler"
     # Default number of solver steps in sample(); 0 = 20 for the flows, else 1. Table 4 has 1 and 4
     # for consistency, 100 for TrigFlow; consistency degrades beyond 4 to 10 (Table 6).
     steps: Annotated[int, Range(0)] = 0
+
+    # ---- flows (the others ignore it)
+    # euler (one evaluation per step) or heun (two, second order).
+    solver: Literal["euler", "heun"] = "euler"
+
+    # ---- consistency and lsd
+    # Learn w_psi(t) of eq. 1 and eq. 3 (257 parameters): the loss exp(w) error - w weighs all t the
+    # same; lsd: w(t, s) (513 parameters). The reported loss is then about 1 - w, even negative. On
+    # in the paper; off here: in our toys it was no better, and lsd diverged.
+    adaptive: bool = False
+
+    # ---- consistency
+    # Training steps over which r goes from 0 (flow matching) to 1 (sCM: 10k). 0 = r is 1 from the
+    # start, which was stable from scratch and is right when starting from TrigFlow.
+    warmup: Annotated[int, Range(0)] = 0
+    # c in g / (||g|| + c), 0.1 as in sCM. Not in the paper.
+    tangent_c: Annotated[float, Range(above=0)] = 0.1
+
+    # ---- lsd
+    # Weight of the self-distillation; flow matching on the diagonal has the rest (CALM v3: 0.25).
+    distill: Annotated[float, Range(above=0, below=1)] = 0.25
+
+    # ---- rq and delay (discrete.py)
     # rq: attention heads (Table 9: 16).
     depth_heads: Annotated[int, Range(1)] = 16
     # rq: sets of weights: one for each of the first levels, the remaining levels share the last;
@@ -131,9 +141,9 @@ def sinusoid(t):
     """Embed times t (..) as [cos, sin] (.., 256) with RMS 1 and angular frequencies from 1 to 1e-4.
 
     The highest frequency is 1 on purpose. Scaling t by 1000 first, as DiT does, multiplies d/dt and
-    with it the consistency tangent by 1000 (toy energy distance 3.66 instead of 0.18). The sqrt(2)
-    stands for the RMSNorm after the embedding that keeps training stable: cos² + sin² = 1, so the
-    norm is a constant.
+    with it the consistency tangent by 1000 (energy distance on a multimodal toy in 16 dimensions:
+    3.66 instead of 0.18). The sqrt(2) stands for the RMSNorm after the embedding that keeps
+    training stable: cos² + sin² = 1, so the norm is a constant.
     """
     t = fp32(t)
     freqs = torch.exp(torch.arange(128, device=t.device, dtype=t.dtype) * (-math.log(1e4) / 128))
@@ -175,7 +185,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))    # c -> 3 x (.., w)
 
     def forward(self, h, c):
         shift, scale, gate = self.ada(c).chunk(3, dim=-1)                   # 3 x (.., w)
@@ -191,7 +201,7 @@ def time_embedding(width, time_norm):
 
 
 class AdaLNMLP(nn.Module):
-    """MAR's head: F(x_t, t, z) for x_t (.., D), t (..), z (.., C) -> F (.., D); zero at init.
+    """MAR's network: F(x_t, t, z) for x_t (.., D), t (..), z (.., C) -> F (.., D); zero at init.
 
     z may have fewer leading dims than x_t and is broadcast: with the head batch multiplier x_t is
     (M, .., D) and z stays (.., C), so its projection is computed once.
@@ -204,6 +214,7 @@ class AdaLNMLP(nn.Module):
         self.dim = dim
         self.two_times = two_times
 
+        # `time` embeds t, `until` the time s to jump to
         self.input = nn.Linear(dim, width)
         self.cond = nn.Linear(cond_dim, width)
         self.time = time_embedding(width, time_norm)
@@ -212,7 +223,7 @@ class AdaLNMLP(nn.Module):
 
         self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
         self.norm = LayerNorm(width, affine=False)
-        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))    # c -> 2 x (.., w)
         self.output = nn.Linear(width, dim)
 
         for m in self.modules():
@@ -258,14 +269,15 @@ class AdaLNMLP(nn.Module):
 # in front of x_t, t and s: M, or M / 4, rounded up, for LSD's jumps. net.dim is D. All channels of
 # a position share one t: a network that denoises blocks takes x (B, blocks, block * D).
 
-def sample_noise_and_times(x, cfg):
-    """Repeat x (.., D) M times and sample noise and time for each (CALM 4.4 head batch multiplier).
+def sample_noise_and_log_ratio(x, cfg):
+    """Repeat x (.., D) M times and sample for each the noise and how much of it there is.
 
     Returns x and eps (M, .., D) and u = log(noise / signal) ~ N(p_mean, p_std²) (M, ..), each
-    independent for every position and repeat; without the axis M if M = 1.
+    independent for every position and repeat; without the axis M if M = 1. The objectives turn u
+    into a time.
     """
     x = fp32(x)
-    if cfg.multiplier > 1:
+    if cfg.multiplier > 1:                                                  # CALM 4.4
         x = x.expand(cfg.multiplier, *x.shape)                              # (M, .., D)
     eps = torch.randn(x.shape, device=x.device, dtype=x.dtype)
     u = cfg.p_mean + cfg.p_std * torch.randn(x.shape[:-1], device=x.device, dtype=x.dtype)
@@ -273,7 +285,7 @@ def sample_noise_and_times(x, cfg):
 
 
 def average_over_draws(loss, cfg):
-    """Mean over the draws of (t, eps): (M, ..) -> (..) (CALM 4.4 head batch multiplier)."""
+    """Mean over the M samples of (t, eps): (M, ..) -> (..) (head batch multiplier)."""
     return loss.mean(0) if cfg.multiplier > 1 else loss
 
 
@@ -281,13 +293,15 @@ def error_by_noise_level(error, u, cfg):
     """Metrics: the mean error (M, ..) in the thirds of low, middle and high noise u (M, ..)."""
     error = error.detach()
     n = (u - cfg.p_mean) / cfg.p_std                                        # ~ N(0, 1)
+
+    # -0.43 and 0.43 cut N(0, 1) into thirds
     thirds = {"low": n < -0.43, "mid": n.abs() <= 0.43, "high": n > 0.43}
     return {f"loss_{name}": (error * third).sum() / third.sum().clamp(min=1)
             for name, third in thirds.items()}
 
 
 def adaptive_weight(width):
-    """w_psi of CALM eq. 1: a linear layer on embedded times, zero at initialisation."""
+    """w_psi of eq. 1: a linear layer on embedded times, zero at initialisation."""
     psi = nn.Linear(width, 1)
     nn.init.zeros_(psi.weight)
     nn.init.zeros_(psi.bias)
@@ -295,7 +309,7 @@ def adaptive_weight(width):
 
 
 def apply_adaptive_weight(psi, error, *times):
-    """e^w error - w with w = w_psi(times) (CALM eq. 1): error and times (M, ..) -> (M, ..)."""
+    """e^w error - w with w = w_psi(times) (eq. 1): error and times (M, ..) -> (M, ..)."""
     if psi is None:
         return error
     with torch.autocast(error.device.type, enabled=False):
@@ -313,14 +327,17 @@ def solver_steps(steps, cfg, default):
 
 
 def tempered_noise(net, z, temperature, generator, shape):
-    """Gaussian noise of std sqrt(tau) (CALM 4.5 temperature), (.., D) for z (.., C), else shape."""
+    """Gaussian noise of std sqrt(tau), tau = temperature (section 4.5).
+
+    Its shape is (.., D) for z (.., C), or `shape` where z is no tensor (AudioCALM's Context).
+    """
     if temperature < 0:
         raise ValueError(f"temperature: must be at least 0, got {temperature}")
     shape = shape or (*z.shape[:-1], net.dim)
     device = z.device if torch.is_tensor(z) else next(net.parameters()).device
     dtype = torch.promote_types(z.dtype, torch.float32) if torch.is_tensor(z) else torch.float32
     eps = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    return math.sqrt(temperature) * eps
+    return math.sqrt(temperature) * eps                                     # CALM 4.5
 
 
 class RectifiedFlow(nn.Module):
@@ -338,7 +355,7 @@ class RectifiedFlow(nn.Module):
     def loss(self, z, x):
         """||F(x_t, t, z) - (eps - x)||² / D. z (.., C), x (.., D) -> (..), metrics."""
         # noise the data
-        x, eps, u = sample_noise_and_times(x, self.cfg)                     # (M, .., D), u (M, ..)
+        x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
         t = torch.sigmoid(u)                                                # t / (1-t) = e^u
         x_t = x + t[..., None] * (eps - x)
 
@@ -349,7 +366,10 @@ class RectifiedFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
-        """Integrate dx/dt = F from t = 1 to 0 on a uniform grid. z (.., C) -> x (.., D)."""
+        """Integrate dx/dt = F from t = 1 to 0 on a uniform grid. z (.., C) -> x (.., D).
+
+        shape: of the noise, where z is no tensor (AudioCALM's Context); so for all objectives.
+        """
         steps = solver_steps(steps, self.cfg, default=20)
         x = tempered_noise(self.net, z, temperature, generator, shape)      # (.., D)
         times = torch.linspace(1, 0, steps + 1, device=x.device, dtype=x.dtype)
@@ -368,9 +388,10 @@ class RectifiedFlow(nn.Module):
 
 
 class TrigFlow(nn.Module):
-    """x_t = cos t x + sin t eps, F = dx/dt = cos t eps - sin t x, t in (0, π/2) (CALM 4.2, sCM 3).
+    """x_t = cos t x + sin t eps, F = dx/dt = cos t eps - sin t x, t in (0, π/2).
 
-    x_t has variance 1 at every t. Consistency has the same F and can start from its weights.
+    Section 4.2; sCM, section 3. x_t has variance 1 at every t. Consistency has the same F and can
+    start from its weights.
     """
     has_jvp = False
 
@@ -385,7 +406,7 @@ class TrigFlow(nn.Module):
     def loss(self, z, x):
         """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. z (.., C), x (.., D) -> (..), metrics."""
         # noise the data
-        x, eps, u = sample_noise_and_times(x, self.cfg)                     # (M, .., D), u (M, ..)
+        x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
         t = torch.atan(u.exp())                                             # tan t = e^u
         cos, sin = t.cos()[..., None], t.sin()[..., None]                   # (M, .., 1)
         x_t = cos * x + sin * eps
@@ -401,10 +422,10 @@ class TrigFlow(nn.Module):
 
         A step is a rotation, x_s = cos(t-s) x_t - sin(t-s) F. It follows the path of the x and eps
         that F predicts (it is DDIM), so with any step size it is exact where these are constant,
-        and it keeps the variance. An Euler step x_t - (t-s) F leaves the circle, by 57 % when one
-        step goes from π/2 to 0. heun corrects the rotation with F at s, by solving x'' + x = w with
-        w constant over the step. The last step stays first order (as in EDM): F at t = 0 would be
-        an estimate of noise in data that has none.
+        and it keeps the variance. An Euler step x_t - (t-s) F leaves the circle, by 86 % when one
+        step goes from π/2 to 0 (radius sqrt(1 + π²/4)). heun corrects the rotation with F at s, by
+        solving x'' + x = w with w constant over the step. The last step stays first order (as in
+        EDM): F at t = 0 would be an estimate of noise in data that has none.
         """
         steps = solver_steps(steps, self.cfg, default=20)
         x = tempered_noise(self.net, z, temperature, generator, shape)      # (.., D)
@@ -427,10 +448,10 @@ class TrigFlow(nn.Module):
 def consistency_tangent(net, x_t, t, dxdt, z, r=1.0):
     """g = cos t df/dt along the trajectory, f = cos t x_t - sin t F (sCM, eq. 8 and Algorithm 1).
 
-        df/dt = -cos t (F - dx/dt) - sin t (x_t + dF/dt),   dF/dt = dF/dx dx/dt + ∂F/∂t (both terms)
+        df/dt = -cos t (F - dx/dt) - sin t (x_t + dF/dt),   dF/dt = ∂F/∂x dx/dt + ∂F/∂t
         g     = -cos² t (F - dx/dt) - r (cos t sin t x_t + J)
-        J     = cos t sin t dF/dt: one jvp whose tangents are multiplied by cos t sin t before
-                it, which keeps it finite near π/2
+        J     = cos t sin t dF/dt: one jvp; its tangents are scaled first, which avoids overflow
+                near π/2
 
     x_t, dxdt (.., D), t (..) -> g (.., D) without gradient. dxdt is cos t eps - sin t x with the x
     and eps that made x_t (training without a teacher), or the flow's F (exact). r in [0, 1] is the
@@ -447,13 +468,13 @@ def consistency_tangent(net, x_t, t, dxdt, z, r=1.0):
 class Consistency(nn.Module):
     """f(x_t, t) = cos t x_t - sin t F(x_t, t) jumps to the data in one step; f(x, 0) = x by design.
 
-    CALM eq. 1 and eq. 3, trained as in sCM. Without a teacher, dx/dt is that of the sampled pair
+    Eq. 1 and eq. 3, trained as in sCM. Without a teacher, dx/dt is that of the sampled pair
     (x, eps), whose mean is the flow's. After `teach` it is F of the flow itself (sCM's consistency
     distillation): the same minimum, without the pair's noise in every target.
 
-    The loss hovers and does not measure quality: watch tangent_max and energy_score. It takes two
-    passes, a jvp without graph and a plain forward with graph; a single pass gives the same
-    gradient and takes 2.5 times the memory.
+    The loss hovers and does not measure quality: watch tangent_max and energy_score. Computing it
+    takes two passes, a jvp without graph and a plain forward with graph; a single pass gives the
+    same gradient and takes 2.5 times the memory.
     """
     has_jvp = True
 
@@ -461,7 +482,8 @@ class Consistency(nn.Module):
         super().__init__()
         self.net = net
         self.cfg = cfg
-        self.teacher = []                   # the network of teach(), in a list: not saved
+        # the network of teach(); a list hides it from parameters() and state_dict()
+        self.teacher = []
         self.register_buffer("it", torch.zeros((), dtype=torch.long))       # training step, for r
         self.psi = adaptive_weight(256) if cfg.adaptive else None           # w_psi(t)
 
@@ -475,17 +497,17 @@ class Consistency(nn.Module):
         return t.cos()[..., None] * x_t - t.sin()[..., None] * F
 
     def loss(self, z, x):
-        """e^w(t) / D ||F - sg(F) - g / (||g|| + c)||² - w(t) (CALM eq. 3), sg: no gradient.
+        """exp(w(t)) · ||F - sg(F) - g / (||g|| + tangent_c)||² / D - w(t), sg: no gradient (eq. 3).
 
         z (.., C), x (.., D) -> (..), metrics. Gradients reach the network and z through F only.
         """
         cfg = self.cfg
 
         # noise the data
-        x, eps, u = sample_noise_and_times(x, cfg)                          # (M, .., D), u (M, ..)
+        x, eps, u = sample_noise_and_log_ratio(x, cfg)                      # (M, .., D), u (M, ..)
         t = torch.atan(u.exp())                                             # tan t = e^u
         cos, sin = t.cos()[..., None], t.sin()[..., None]                   # (M, .., 1)
-        x_t = cos * x + sin * eps                                           # x_t of CALM eq. 3
+        x_t = cos * x + sin * eps                                           # (M, .., D)
 
         # dx/dt of the sampled pair, or of the teacher's flow
         dxdt = cos * eps - sin * x                                          # (M, .., D)
@@ -493,16 +515,16 @@ class Consistency(nn.Module):
             with torch.no_grad():
                 dxdt = fp32(self.teacher[0](x_t, t, z))
 
-        # the tangent g = cos t df/dt (last term of CALM eq. 1 and eq. 3), normalised
+        # the tangent g = cos t df/dt (last term of eq. 1 and eq. 3), normalised
         r = (self.it / cfg.warmup).clamp(max=1) if cfg.warmup else 1.0
         with torch.autocast(x.device.type, enabled=False):
             g = consistency_tangent(self.net, x_t, t, dxdt, z, r)           # (M, .., D)
         g_norm = g.norm(dim=-1, keepdim=True)                               # (M, .., 1)
         g = g / (g_norm + cfg.tangent_c)
 
-        # evaluate the network with gradient; compare with itself plus the tangent (CALM eq. 1)
+        # evaluate the network with gradient; compare with itself plus the tangent
         F = fp32(self.net(x_t, t, z))                                       # (M, .., D)
-        error = (F - F.detach() - g).square().mean(-1)                      # (M, ..)
+        error = (F - F.detach() - g).square().mean(-1)                      # CALM eq. 1, CALM eq. 3
         loss = apply_adaptive_weight(self.psi, error, t)
 
         metrics = error_by_noise_level(error, u, cfg)
@@ -551,17 +573,18 @@ class LSD(nn.Module):
     """A flow map f(x_t, t, s) = x_t + (s-t) F(x_t, t, s), which jumps from time t to s < t.
 
     Path and times are RectifiedFlow's: x_t = (1-t) x + t eps. Two conditions make f the flow map of
-    that flow (Boffi et al. 2025; CALM v3; as Pocket TTS trains it):
+    that flow (Boffi et al. 2025; CALM v3; trained as in Pocket TTS):
 
         diagonal:      F(x_t, t, t) = eps - x                         flow matching
         off-diagonal:  df/ds = F + (s-t) ∂F/∂s = F(f, s, s)           f moves as the flow does at f
 
-        D L = (1-distill) ||F(x_t, t, t) - (eps - x)||² + distill ||df/ds - sg(F(f, s, s))||²
+        L = ((1-distill) ||F(x_t, t, t) - (eps - x)||² + distill ||df/ds - sg(F(f, s, s))||²) / D
 
     ∂F/∂s is one jvp, and the gradient goes through it (reverse over forward). The second term is
-    computed on a quarter of the M draws, at least one, and costs two more passes. Pocket TTS
+    computed on a quarter of the M samples, at least one, and costs two more passes. Pocket TTS
     computes it on a random quarter of the steps instead; the expectation is the same. The target is
-    a constant (sg); with the gradient through its x, not its weights, they found the same quality.
+    a constant (sg); with a gradient through its x (not its weights) Pocket TTS's authors found the
+    same quality.
 
     Energy distance on the 3-mode toy of tests/papers/test_heads.py after 300 steps, sampled with 1,
     2 and 4 steps: 0.06, 0.02, 0.01; Consistency 0.07, 0.06, 0.07 (two seeds).
@@ -590,7 +613,7 @@ class LSD(nn.Module):
         cfg = self.cfg
 
         # noise the data
-        x, eps, u = sample_noise_and_times(x, cfg)                          # (M, .., D), u (M, ..)
+        x, eps, u = sample_noise_and_log_ratio(x, cfg)                      # (M, .., D), u (M, ..)
         t = torch.sigmoid(u)                                                # t / (1-t) = e^u
         v = eps - x                                                         # dx/dt
         x_t = x + t[..., None] * v
@@ -600,7 +623,7 @@ class LSD(nn.Module):
         flow_error = (F - v).square().mean(-1)                              # (M, ..)
         flow_loss = apply_adaptive_weight(self.psi, flow_error, t, t)
 
-        # off-diagonal: jumps to less noise, on the first quarter of the draws
+        # off-diagonal: jumps to less noise, on the first quarter of the samples
         if cfg.multiplier > 1:
             quarter = math.ceil(cfg.multiplier / 4)
             x = x[:quarter]                                                 # (M/4, .., D)

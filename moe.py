@@ -1,4 +1,4 @@
-"""A-MoME: one more feed-forward network in each layer, for speech only. Nothing is routed.
+"""The speech expert: one more feed-forward network per layer, for speech only. Nothing is routed.
 
     rows of a batch, sorted by kind            one layer of the backbone
     ┌──────────────┐
@@ -14,7 +14,7 @@
         E(h) = down(silu(gate h) * up h), with down = 0 at initialisation
 
 A transcript fixes which sounds occur and when, a caption only which sounds occur. The two tasks
-pull the shared weights apart, and speech dominates (AudioCALM, arXiv 2606.23080, A-MoME). The
+pull the shared weights apart, and speech dominates (AudioCALM, arXiv 2606.23080). The
 expert gives speech its own weights; sound and music compute exactly what they would without it,
 bit for bit and in the same time (tests/papers/test_moe.py). The kind of every row is given, so
 there is no router and no balancing loss, and because speech comes first in the batch, the expert
@@ -46,7 +46,9 @@ class Experts(nn.Module):
         super().__init__()
         self.kinds = tuple(kinds)
         self.layers = layers
+        # MLP reads only dim, mlp and mlp_dim
         cfg = BackboneConfig(dim=dim, heads=1, mlp="swiglu", mlp_dim=hidden)
+        # kind -> its expert in each layer
         self.of = nn.ModuleDict({kind: nn.ModuleList(MLP(cfg) for _ in range(layers))
                                  for kind in expert_kinds})
         for name, p in self.named_parameters():
@@ -58,9 +60,9 @@ class Experts(nn.Module):
     def per_layer(self, counts):
         """One callable (h, y) -> y per layer, for a batch with counts[i] rows of kinds[i]; or None.
 
-        None if no row has an expert, in eval mode: the backbone then adds no operation at all. In
-        training an expert without rows still runs, on an empty slice: its gradient is then zero
-        instead of missing, as processes that sum their gradients need.
+        In eval mode, None if no row has an expert: the backbone then does exactly what it does
+        without experts. In training an expert without rows still runs, on an empty slice: its
+        gradient is then zero instead of missing, as processes that sum their gradients need.
         """
         counts = [int(n) for n in counts]
         used = any(n > 0 and kind in self.of for kind, n in zip(self.kinds, counts))
@@ -73,6 +75,6 @@ class Experts(nn.Module):
         rows = []
         for kind, h_kind, y_kind in zip(self.kinds, h.split(counts), y.split(counts)):
             if kind in self.of:
-                y_kind = y_kind + self.of[kind][layer](h_kind)
+                y_kind = y_kind + self.of[kind][layer](h_kind)                  # A-MoME
             rows.append(y_kind)
         return torch.cat(rows)

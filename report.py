@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from audiocalm import make_mask, visible
+from audiocalm import ar_flow_mask, make_mask
 from cli import BadInput, Parser, atomic, cli
 from config import read_log
 from data import KINDS
@@ -171,7 +171,7 @@ def draw_mask(path, prefix=4, blocks=3, block=4):
     copy = torch.cat([torch.zeros(prefix + T), torch.ones(T)])
     S = len(order)
     valid = torch.ones(1, S, dtype=torch.bool)
-    mask = make_mask(visible(order, copy, valid), 1, S, copy.device)[0, 0]
+    mask = make_mask(ar_flow_mask(order, copy, valid), 1, S, copy.device)[0, 0]
 
     # coloured by the part that is seen
     key = torch.arange(S)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from cli import BadInput
-from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, visible
+from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, ar_flow_mask
 from report import draw_mask
 from backbone import BackboneConfig, Transformer
 from vae import VAE, VAEConfig
@@ -170,7 +170,8 @@ def test_flex_attention_gives_the_pass_that_the_dense_mask_gives(window):
     valid = torch.cat([torch.arange(5) < b["text_len"][:, None],
                        torch.arange(3) < b["prompt_len"][:, None],
                        torch.ones(4, 24, dtype=torch.bool)], 1)
-    mask = create_block_mask(visible(order, copy, valid, window // 2), 4, None, S, S, device="cpu")
+    mask = create_block_mask(ar_flow_mask(order, copy, valid, window // 2), 4, None, S, S,
+                             device="cpu")
     z.masks = {S: mask}
     torch.testing.assert_close(net.head.net(x_t, t, z), dense, atol=1e-10, rtol=0)
 

@@ -391,7 +391,8 @@ def test_a_given_text_is_spoken_word_by_word_and_whole_before_the_clip_may_end()
 
 def test_a_word_is_not_waited_for_longer_than_the_longest_pause():
     same = torch.nn.Identity()                       # logits in, tokens out
-    words = Monologue([list(b"hi you"), []], longest_pause=3, word=same, embed=same, pad=None)
+    words = Monologue([list(b"hi you"), []], longest_pause=3, text_logits=same, embed=same,
+                      pad=None)
     never = torch.zeros(2, 260)
     never[:, 256] = 1e4                              # the model always predicts PAD
     stream = [words.step(never, None).tolist() for _ in range(14)]
