@@ -72,7 +72,7 @@ def draw_losses(run, path=None, panels=None):
     if not panels:
         return
 
-    columns = min(4, len(panels))
+    columns = min(3 if len(panels) <= 6 else 4, len(panels))
     lines = -(-len(panels) // columns)
     fig, axes = pyplot().subplots(lines, columns, squeeze=False, layout="constrained",
                                   figsize=(3 * columns, 2 * lines))
