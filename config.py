@@ -333,6 +333,15 @@ def dump(cfg):
 
 # ---------------------------------------------------------------- run folders
 
+def refuse_other_table(path, saved, cfg, table):
+    """BadInput where a checkpoint's config differs from the run's in [table]."""
+    old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
+    for before, now in zip(old, new):
+        if before != now:
+            raise BadInput(f"{path}: trained with [{table}] {before}, the config now says {now}; "
+                           "use --fresh to start over or --out for another run folder")
+
+
 def save_checkpoint(path, state):
     """Write to a temporary file, then rename: a crash or a full disk leaves the old checkpoint
     whole.
@@ -414,6 +423,13 @@ def make_model(cfg, stage, only=None):
     """The language model of a stage; only: the one kind that it will generate."""
     return STAGES[stage].model.from_config(
         stage_table(cfg, stage), cfg.vae, vocabulary(cfg.data), KINDS, only)
+
+
+def stage_seed(seed, stage):
+    """The seed of one stage. With the run's own, consistency would go through the language model's
+    first rows and noise again.
+    """
+    return seed * len(STAGES) + list(STAGES).index(stage)
 
 
 def stage_table(cfg, stage):

@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 from calm import CALM
 from cli import BadInput
-from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model, resolve,
-                    stage_table, vae_weights)
+from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model,
+                    refuse_other_table, resolve, stage_seed, stage_table, vae_weights)
 from data import KINDS, AudioBatches, encode_text, fits, load_audio, save_audio, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
@@ -111,8 +111,11 @@ class VAEStage:
 
     def finish(self, vae):
         """The first 10 s of every n-th clip (400 to 799 of them, or all) -> latent_mean and
-        latent_std of the VAE.
+        latent_std of the VAE. With a frozen encoder they stay as they were.
         """
+        c = self.cfg.train.vae
+        if c.init and "encoder" in c.freeze:
+            return                 # the latents are the old ones: language models on them stay valid
         some = self.clips[:: max(1, len(self.clips) // 400)]
         vae.set_latent_statistics(self.load_clip(clip, 10.0) for clip in some)
 
@@ -148,16 +151,21 @@ class LMStage:
         # batches: the kinds' weights hold for training only
         word_frame_rate = cfg.vae.frame_rate if self.model.monologue else 0.0
         batch_size = getattr(cfg.train, name).batch
-        self.batch = LatentBatches(clips, train_latents, cfg.data, batch_size, cfg.vae.latent_dim,
+        data = dataclasses.replace(cfg.data, seed=stage_seed(cfg.data.seed, name))
+        self.batch = LatentBatches(clips, train_latents, data, batch_size, cfg.vae.latent_dim,
                                    word_frame_rate)
         self.held_out = LatentBatches(valid, valid_latents,
                                       dataclasses.replace(cfg.data, weights={}), len(valid),
                                       cfg.vae.latent_dim, word_frame_rate)
 
     def load_vae(self):
-        """self.vae from the run's vae.pt -> its weights."""
+        """self.vae from the run's vae.pt -> its weights.
+
+        Errors: BadInput where it was trained with another [vae], whose latents would be others."""
         path = f"{self.cfg.out}/vae.pt"
-        weights = vae_weights(self.finished(path, "vae"))
+        state = self.finished(path, "vae")
+        refuse_other_table(path, resolve(state["config"]), self.cfg, "vae")
+        weights = vae_weights(state)
         self.vae = VAE(self.cfg.vae)
         load_weights(self.vae, weights, path)
         self.vae.to(self.runtime.device).eval()

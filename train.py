@@ -49,8 +49,8 @@ import torch.distributed as dist
 
 import stages
 from cli import BadInput, Parser, cli
-from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
-                    save_checkpoint, vae_weights)
+from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log,
+                    refuse_other_table, resolve, save_checkpoint, stage_seed, vae_weights)
 from corpora import toy
 from data import Prefetch, load_clips, load_manifest
 from optim import make_optimizers, schedule
@@ -128,7 +128,10 @@ class Runtime:
 # ---------------------------------------------------------------- one stage's run on disk
 
 class EMA:
-    """Averaged weights w̄ ← d w̄ + (1 - d) w, with d growing to its value over the first steps."""
+    """Averaged weights w̄ ← d w̄ + (1 - d) w, with d growing to its value over the first steps.
+
+    Buffers are copied: an RVQ's codebooks are running means already, counts must not be averaged.
+    """
 
     def __init__(self, module, decay):
         self.module = module
@@ -139,10 +142,10 @@ class EMA:
     def update(self, step):
         decay = min(self.decay, (1 + step) / (10 + step))
         current = self.module.state_dict()
-        floats = [k for k, v in current.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in floats],
-                             [current[k].detach() for k in floats], 1 - decay)
-        for k in current.keys() - set(floats):
+        weights = [name for name, _ in self.module.named_parameters()]
+        torch._foreach_lerp_([self.state[k] for k in weights],
+                             [current[k].detach() for k in weights], 1 - decay)
+        for k in current.keys() - set(weights):
             self.state[k].copy_(current[k])
 
 
@@ -319,6 +322,7 @@ def train(trainer, name, cfg, runtime):
     """Run one stage to its end; resume from cfg.out/<name>.pt if it is there."""
     run = Run(trainer, name, cfg, runtime)
     stage_cfg = run.stage_cfg
+    seed = stage_seed(cfg.seed, name)
     first = run.resume()
     skipped = 0                                        # steps in a row that were not finite
 
@@ -334,7 +338,7 @@ def train(trainer, name, cfg, runtime):
                 optimizer.zero_grad(set_to_none=True)
 
             # forward and backward over this process's micro-batches, summed over processes
-            figures = gradients(trainer, next(prefetch), step, runtime, cfg.seed, stage_cfg.batch)
+            figures = gradients(trainer, next(prefetch), step, runtime, seed, stage_cfg.batch)
             figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
 
             # a step that is not finite is skipped, ten in a row stop the run
@@ -481,12 +485,7 @@ def refuse_missing_init(cfg, fresh):
 def check_same_model(cfg, path, name, saved):
     """BadInput where a checkpoint's config `saved` has other model tables than the run's."""
     for table in ("vae", "gan") if name == "vae" else ("vae", STAGES[name].table):
-        old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
-        different = next(((a, b) for a, b in zip(old, new) if a != b), None)
-        if different:
-            raise BadInput(f"{path}: trained with [{table}] {different[0]}, "
-                           f"the config now says {different[1]}; "
-                           "use --fresh to start over or --out for another run folder")
+        refuse_other_table(path, saved, cfg, table)
 
 
 def note_changed_training(cfg, path, name, saved, say):

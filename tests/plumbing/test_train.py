@@ -20,9 +20,10 @@ import optim
 import stages
 import train
 from cli import BadInput
-from config import (Config, StageConfig, dump, load, load_checkpoint, make_model, open_run,
-                    save_checkpoint)
+from config import (STAGES, Config, StageConfig, dump, load, load_checkpoint, make_model, open_run,
+                    save_checkpoint, stage_seed)
 from conftest import ROOT, TINY, logged, run, write
+from discrete import ResidualVQ
 from gan import Discriminators
 from schema import build
 from vae import VAE
@@ -289,6 +290,33 @@ def test_averaged_weights_follow_with_their_decay():
     assert ema.state["weight"].item() == pytest.approx(0.91)
 
 
+def test_buffers_are_copied_and_not_averaged():
+    """Fault: an RVQ's codebooks and counts, running means already, were averaged once more."""
+    quantizer = ResidualVQ(2, 1, 3)
+    ema = train.EMA(quantizer, 0.9)
+    quantizer.codebooks.fill_(5.0)
+    ema.update(10_000)
+    assert (ema.state["codebooks"] == 5.0).all()
+
+
+def test_each_stage_has_rows_and_noise_of_its_own():
+    """Fault: consistency went through the language model's first rows and noise again."""
+    seeds = {train.seed_for(stage_seed(seed, name), step, row)
+             for seed in range(3) for name in STAGES for step in range(20) for row in range(8)}
+    assert len(seeds) == 3 * len(STAGES) * 20 * 8
+
+
+def test_a_language_model_is_not_trained_through_another_encoder_than_its_vae_had(finished, tmp_path):
+    """Fault: `--stages lm --vae.context 0.5` trained in silence on latents of another encoder."""
+    out = f"{tmp_path}/run"
+    os.makedirs(out)
+    shutil.copy(f"{finished[0]}/run/vae.pt", out)
+    wrong = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", out, "--stages", "lm",
+                "--vae.context", "0.5")
+    assert wrong.returncode == 2
+    assert "trained with [vae] context = 10.0, the config now says context = 0.5" in wrong.stderr
+
+
 def ill_conditioned(optimizer):
     """Steps of a linear layer: each input direction is a tenth as loud as the one before."""
     torch.manual_seed(0)
@@ -419,6 +447,8 @@ def test_frozen_parts_keep_their_weights_while_the_others_learn(finished, tmp_pa
     moved = {k for k in new if not torch.equal(old[k], new[k])}
     assert any(k.startswith("decoder.") for k in moved)
     assert not any(k.startswith("encoder.") for k in moved)
+    # fault: the latents' mean and std were measured anew, and a language model on them was off
+    assert not moved & {"latent_mean", "latent_std"}
     wrong = run("train.py", *options, "--fresh", "--train.vae.freeze", '["ears"]')
     assert wrong.returncode == 2 and "ears" in wrong.stderr and "decoder" in wrong.stderr
 
