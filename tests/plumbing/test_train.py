@@ -292,11 +292,11 @@ def test_averaged_weights_follow_with_their_decay():
 
 def test_buffers_are_copied_and_not_averaged():
     """Fault: an RVQ's codebooks and counts, running means already, were averaged once more."""
-    quantizer = ResidualVQ(2, 1, 3)
-    ema = train.EMA(quantizer, 0.9)
-    quantizer.codebooks.fill_(5.0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 2), ResidualVQ(2, 1, 3))
+    ema = train.EMA(model, 0.9)
+    model[1].codebooks.fill_(5.0)
     ema.update(10_000)
-    assert (ema.state["codebooks"] == 5.0).all()
+    assert (ema.state["1.codebooks"] == 5.0).all()
 
 
 def test_each_stage_has_rows_and_noise_of_its_own():
