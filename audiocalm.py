@@ -403,14 +403,14 @@ class AudioCALM(nn.Module):
 
         # flow loss per block; z, the Context, stands where heads.py has a tensor
         n = T // cfg.block
-        per_block, _ = self.head.loss(z, x.view(B, n, cfg.block * D))           # (B, n)
-        valid = torch.arange(n, device=x.device) < blocks[:, None]
+        valid = torch.arange(n, device=x.device) < blocks[:, None]              # (B, n)
+        per_block, metrics = self.head.loss(z, x.view(B, n, cfg.block * D), valid)
         head = masked_mean(per_block, valid)
 
         # stop head, on the clean hidden states
         valid_frames = valid.repeat_interleave(cfg.block, 1)                    # (B, T)
         stop = self.stop_loss(z.hidden[:, text.shape[1] + P:], frames, ended, valid_frames)
-        metrics = {"head": head.detach(), "stop": stop.detach()}
+        metrics |= {"head": head.detach(), "stop": stop.detach()}
         if not self.training:
             metrics |= self.validation_metrics(per_block, valid, batch["kind"])
         return head + cfg.stop_weight * stop, metrics

@@ -483,7 +483,7 @@ class CALM(nn.Module):
             valid = valid.new_ones(len(x))                                  # all that is left
 
         # with several samples of noise and time for each Z (heads.py)
-        per_position, metrics = self.head.loss(Z, x)
+        per_position, metrics = self.head.loss(Z, x, valid)
         if not self.training:
             metrics = metrics | self.validation_metrics(per_position, Z, x, valid, kind)
         return masked_mean(per_position, valid), metrics

@@ -24,7 +24,8 @@
 The heads have the members of the objectives in heads.py, so that callers need not tell them
 apart; x are codes (.., K):
 
-    loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
+    loss(z, x, weight=) -> (loss per position, metrics)
+    sample(z, steps=, temperature=, ...) -> x
 
 rq models the codes of a frame exactly, p(q | z) = Π_k p(q_k | z, q_1 .. q_{k-1}), in K passes of
 the depth transformer. delay needs no such passes, but its K codes are independent given z: level k
@@ -59,6 +60,7 @@ from einops import rearrange
 from torch import nn
 
 from backbone import KVCache, RMSNorm
+from heads import weighted_mean
 
 MISSING = -1                                    # no code here: before a delayed level, or padding
 
@@ -296,16 +298,18 @@ def sample_codes(logits, temperature, top_k, generator):
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
 
-def cross_entropy(logits, codes):
+def cross_entropy(logits, codes, weight=None):
     """logits (.., K, n), codes (.., K) -> nats per code (..), the mean over codes not MISSING.
 
-    metrics: the mean of the first and of the last level.
+    metrics: the mean of the first and of the last level. weight (..): 0 at padding, which the
+    metrics leave out.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), ignore_index=MISSING,
                            reduction="none").view(codes.shape)              # (.., K)
-    valid = codes != MISSING
-    metrics = {f"loss_{name}": nats[..., k].detach().sum() / valid[..., k].sum().clamp(min=1)
+    valid = codes != MISSING                                                # (.., K)
+    counted = valid if weight is None else valid * weight[..., None]
+    metrics = {f"loss_{name}": weighted_mean(nats[..., k], counted[..., k])
                for name, k in (("first", 0), ("last", -1))}
     return nats.sum(-1) / valid.sum(-1).clamp(min=1), metrics
 
@@ -432,10 +436,10 @@ class RQ(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x):
+    def loss(self, z, x, weight=None):
         """-log p(x | z) / K, teacher-forced. z (.., C), codes x (.., K) -> (..), metrics."""
         logits = self.net(z.flatten(0, -2), x.flatten(0, -2))                   # CALM 3.1
-        return cross_entropy(logits.view(*x.shape, -1), x)
+        return cross_entropy(logits.view(*x.shape, -1), x, weight)
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None):
@@ -460,9 +464,9 @@ class Delay(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x):
+    def loss(self, z, x, weight=None):
         """-log p in nats per code that exists. z (.., C), codes x (.., K) -> (..), metrics."""
-        return cross_entropy(self.net(z).unflatten(-1, self.shape), x)
+        return cross_entropy(self.net(z).unflatten(-1, self.shape), x, weight)
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None):

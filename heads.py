@@ -11,8 +11,12 @@ and the solver. A network is any callable `net(x_t, t, z) -> F`; for LSD, which 
 `net(x_t, t, z, s)`. Outside construction and compilation the rest of the code uses only these four
 members, which the two discrete objectives in discrete.py, whose x are codes, have too:
 
-    loss(z, x) -> (loss per position, metrics)       sample(z, steps=, temperature=, ...) -> x
+    loss(z, x, weight=) -> (loss per position, metrics)
+    sample(z, steps=, temperature=, ...) -> x
     set_step(step): the training step                has_jvp: whether the loss differentiates net
+
+weight (..) is 1 where a position counts and 0 where it is padding: metrics leave out padding, and
+the loss per position is the caller's to weigh.
 
     objective      path                        the network learns               steps  paper
     RectifiedFlow  x_t = (1-t) x + t eps       F = eps - x,             t < 1    20    Liu 2023
@@ -289,14 +293,26 @@ def average_over_draws(loss, cfg):
     return loss.mean(0) if cfg.multiplier > 1 else loss
 
 
-def error_by_noise_level(error, u, cfg):
-    """Metrics: the mean error (M, ..) in the thirds of low, middle and high noise u (M, ..)."""
-    error = error.detach()
+def weighted_mean(values, weight=None):
+    """Mean of values (M, ..), without gradient; weight (..): 0 at padding, None = all count."""
+    values = values.detach()
+    if weight is None:
+        return values.mean()
+    weight = weight.expand_as(values)
+    return (values * weight).sum() / weight.sum().clamp(min=1)
+
+
+def error_by_noise_level(error, u, cfg, weight=None):
+    """Metrics: the mean error (M, ..) in the thirds of low, middle and high noise u (M, ..).
+
+    weight (..): 0 at padding.
+    """
+    weight = torch.ones_like(error) if weight is None else weight
     n = (u - cfg.p_mean) / cfg.p_std                                        # ~ N(0, 1)
 
     # -0.43 and 0.43 cut N(0, 1) into thirds
     thirds = {"low": n < -0.43, "mid": n.abs() <= 0.43, "high": n > 0.43}
-    return {f"loss_{name}": (error * third).sum() / third.sum().clamp(min=1)
+    return {f"loss_{name}": weighted_mean(error, third * weight)
             for name, third in thirds.items()}
 
 
@@ -352,7 +368,7 @@ class RectifiedFlow(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x):
+    def loss(self, z, x, weight=None):
         """||F(x_t, t, z) - (eps - x)||² / D. z (.., C), x (.., D) -> (..), metrics."""
         # noise the data
         x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
@@ -362,7 +378,8 @@ class RectifiedFlow(nn.Module):
         # evaluate the network, compare with dx/dt
         F = fp32(self.net(x_t, t, z))                                       # (M, .., D)
         error = (F - (eps - x)).square().mean(-1)                           # (M, ..)
-        return average_over_draws(error, self.cfg), error_by_noise_level(error, u, self.cfg)
+        metrics = error_by_noise_level(error, u, self.cfg, weight)
+        return average_over_draws(error, self.cfg), metrics
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
@@ -403,7 +420,7 @@ class TrigFlow(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x):
+    def loss(self, z, x, weight=None):
         """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. z (.., C), x (.., D) -> (..), metrics."""
         # noise the data
         x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
@@ -414,7 +431,8 @@ class TrigFlow(nn.Module):
         # evaluate the network, compare with dx/dt
         F = fp32(self.net(x_t, t, z))                                       # (M, .., D)
         error = (F - (cos * eps - sin * x)).square().mean(-1)               # (M, ..)
-        return average_over_draws(error, self.cfg), error_by_noise_level(error, u, self.cfg)
+        metrics = error_by_noise_level(error, u, self.cfg, weight)
+        return average_over_draws(error, self.cfg), metrics
 
     @torch.no_grad()
     def sample(self, z, *, steps=None, temperature=1.0, generator=None, shape=None):
@@ -496,7 +514,7 @@ class Consistency(nn.Module):
         F = fp32(self.net(x_t, t, z))
         return t.cos()[..., None] * x_t - t.sin()[..., None] * F
 
-    def loss(self, z, x):
+    def loss(self, z, x, weight=None):
         """exp(w(t)) · ||F - sg(F) - g / (||g|| + tangent_c)||² / D - w(t), sg: no gradient (eq. 3).
 
         z (.., C), x (.., D) -> (..), metrics. Gradients reach the network and z through F only.
@@ -527,9 +545,10 @@ class Consistency(nn.Module):
         error = (F - F.detach() - g).square().mean(-1)                      # CALM eq. 1, CALM eq. 3
         loss = apply_adaptive_weight(self.psi, error, t)
 
-        metrics = error_by_noise_level(error, u, cfg)
-        metrics["tangent_max"] = g_norm.max()
-        metrics["tangent_mean"] = g_norm.mean()
+        g_norm = g_norm.squeeze(-1)                                         # (M, ..)
+        metrics = error_by_noise_level(error, u, cfg, weight)
+        metrics["tangent_max"] = (g_norm if weight is None else g_norm * weight).max()
+        metrics["tangent_mean"] = weighted_mean(g_norm, weight)
         return average_over_draws(loss, cfg), metrics
 
     @torch.no_grad()
@@ -605,7 +624,7 @@ class LSD(nn.Module):
         F = fp32(self.net(x_t, t, z, s))
         return x_t + (s - t)[..., None] * F
 
-    def loss(self, z, x):
+    def loss(self, z, x, weight=None):
         """The loss L above. z (.., C), x (.., D) -> (..), metrics.
 
         Metrics: loss_low, loss_mid, loss_high of the diagonal, lsd of the jumps.
@@ -638,8 +657,8 @@ class LSD(nn.Module):
         # mix
         loss = ((1 - cfg.distill) * average_over_draws(flow_loss, cfg)
                 + cfg.distill * average_over_draws(jump_loss, cfg))         # (..)
-        metrics = error_by_noise_level(flow_error, u, cfg)
-        metrics["lsd"] = jump_error.detach().mean()
+        metrics = error_by_noise_level(flow_error, u, cfg, weight)
+        metrics["lsd"] = weighted_mean(jump_error, weight)
         return loss, metrics
 
     def self_distillation_error(self, z, x_t, t, s):

@@ -391,13 +391,15 @@ def seed_for(seed, step, row):
 
 
 def gradients(trainer, batches, step, runtime, seed, total):
-    """Fill .grad with the gradient of the mean loss over the global batch; return the mean metrics.
+    """Fill .grad with the gradient of the mean loss over the global batch; return the metrics:
+    means over the batch, or the largest value where the name ends in _max.
 
     The loss of a micro-batch is a mean over its positions and weighs as its rows do: where rows are
     of different length, positions of a short micro-batch weigh more than those of a long one.
     batches: [(rows, batch), ...] this process's micro-batches; total: rows of the global batch.
     """
     sums = {}
+    maxima = {}                                          # of metrics named ..._max
     for rows, batch in batches:
         torch.manual_seed(seed_for(seed, step, rows.start))
         share = len(rows) / total
@@ -407,7 +409,10 @@ def gradients(trainer, batches, step, runtime, seed, total):
                 with torch.autocast(runtime.device.split(":")[0], enabled=False):
                     (loss * share).backward()
                 for key, value in ({name: loss.detach()} | metrics).items():
-                    sums[key] = sums.get(key, 0.0) + value * share
+                    if key.endswith("_max"):
+                        maxima[key] = torch.maximum(maxima.get(key, value), value)
+                    else:
+                        sums[key] = sums.get(key, 0.0) + value * share
 
     # one sum over processes for all gradients and metrics
     if runtime.world > 1:
@@ -419,7 +424,9 @@ def gradients(trainer, batches, step, runtime, seed, total):
             g.copy_(flat[:g.numel()].view_as(g))
             flat = flat[g.numel():]
         sums = dict(zip(sums, flat))
-    return sums
+        for value in maxima.values():
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+    return sums | maxima
 
 
 def clip_gradients(trainer, optimizers, largest):

@@ -472,3 +472,19 @@ def test_attention_never_runs_inside_the_jvp_of_lsd():
     net.backbone.forward = watched
     net.loss(batch())[0].backward()
     assert len(levels) == 3 and levels == [None] * 3          # diagonal, jump, target
+
+
+@pytest.mark.parametrize("objective", ["rectified_flow", "lsd"])
+def test_no_figure_of_training_depends_on_blocks_that_do_not_count(objective):
+    """Fault: the objective's own figures averaged over padding and were thrown away."""
+    net = model(objective=objective, multiplier=2).train()
+    b = batch()
+    figures = []
+    for value in (0.0, 50.0):
+        b["x"][2, 6] = value                             # the unfinished block of a clip that goes on
+        torch.manual_seed(2)
+        loss, metrics = net.loss(b)
+        figures.append({"loss": loss, **metrics})
+    assert "loss_mid" in figures[0]
+    for key in figures[0]:
+        torch.testing.assert_close(figures[0][key], figures[1][key])

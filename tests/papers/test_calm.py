@@ -469,3 +469,22 @@ def test_a_student_learns_its_teachers_guided_z():
         optimizer.step()
         explained.append(metrics["explained"].item())
     assert explained[0] < 0.4 and sum(explained[-10:]) / 10 > 0.75, explained[::10]
+
+
+@pytest.mark.parametrize("objective", ["trigflow", "consistency"])
+def test_no_figure_of_training_with_static_shapes_depends_on_padding(objective, monkeypatch):
+    """Fault: on CUDA loss_low, loss_mid, loss_high and tangent_* averaged over padding too."""
+    net = model(objective=objective).train()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)      # static shapes, as on CUDA
+    b = batch()
+    b["frames"] = torch.tensor([6, 4, 5, 2])
+    padding = torch.arange(6) >= b["frames"][:, None]
+    figures = []
+    for value in (0.0, 50.0):
+        b["x"][padding] = value
+        torch.manual_seed(2)
+        loss, metrics = net.loss(b)
+        figures.append({"loss": loss, **metrics})
+    assert "loss_mid" in figures[0]
+    for key in figures[0]:
+        torch.testing.assert_close(figures[0][key], figures[1][key])

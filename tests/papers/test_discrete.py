@@ -237,3 +237,15 @@ def test_impossible_values_are_one_line():
         key = "depth_heads" if "objective" in bad else next(iter(bad))
         with pytest.raises(BadInput, match=f"head.{key}: "):
             build(HeadConfig, bad, "head")
+
+
+@pytest.mark.parametrize("name", ["rq", "delay"])
+def test_metrics_leave_out_positions_of_weight_0(name):
+    head = tiny(name)
+    z = torch.randn(6, 6)
+    x = torch.randint(7, (6, 4))
+    weight = torch.tensor([1, 0, 1, 1, 0, 0]).bool()
+    _, metrics = head.loss(z, x, weight)
+    _, expected = head.loss(z[weight], x[weight])
+    for key in expected:
+        torch.testing.assert_close(metrics[key], expected[key])

@@ -618,3 +618,34 @@ def test_the_norm_of_embedded_times_divides_by_the_std_and_learns_through_the_jv
                                norm.weight * h / (h.std(-1, keepdim=True)**2 + 1e-5).sqrt())
     head.double().loss(torch.randn(8, 6).double(), torch.randn(8, 4).double())[0].mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.net.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("multiplier", [1, 4])
+def test_metrics_of_a_padded_batch_are_those_of_its_valid_positions(name, multiplier, monkeypatch):
+    """Fault: on CUDA, where shapes are static, loss_* and tangent_* were means over padding too."""
+    head = tiny(name, multiplier=multiplier)
+    z = 3 * torch.randn(7, 6)
+    x = 3 * torch.randn(7, 4)
+    weight = torch.tensor([1, 1, 0, 1, 0, 1, 0]).bool()
+    z[~weight] *= 100
+
+    # every position keeps its noise and times
+    repeats = (multiplier,) if multiplier > 1 else ()
+    eps = torch.randn(*repeats, 7, 4)
+    u = torch.randn(*repeats, 7)
+    other = torch.randn(7)
+    positions = torch.arange(7)
+
+    def sample_noise(x, cfg):
+        return x.expand(*repeats, *x.shape), eps[..., positions, :], u[..., positions]
+    monkeypatch.setattr(heads, "sample_noise_and_log_ratio", sample_noise)
+    monkeypatch.setattr(torch, "randn_like", lambda t: other[positions].expand_as(t))
+
+    padded, metrics = head.loss(z, x, weight)
+    positions = positions[weight]
+    alone, expected = head.loss(z[weight], x[weight])
+    torch.testing.assert_close(padded[weight], alone)
+    assert metrics.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(metrics[key], expected[key])

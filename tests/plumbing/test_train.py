@@ -1,5 +1,6 @@
 """The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds.
 """
+import contextlib
 import functools
 import glob
 import json
@@ -506,3 +507,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_values(finished):
     done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--vae.latent_dim", "5")
     assert (done.returncode == 2
             and "latent_dim = 4" in done.stderr and "latent_dim = 5" in done.stderr)
+
+
+def test_a_figure_named_max_is_the_largest_of_the_micro_batches_and_the_others_are_means():
+    """Fault: tangent_max was a mean of the micro-batches' maxima."""
+    weight = torch.nn.Parameter(torch.ones(()))
+
+    def losses(batch, step):
+        yield "lm", weight * batch, {"tangent_max": batch, "tangent_mean": batch}
+    stage = types.SimpleNamespace(losses=losses)
+    runtime = types.SimpleNamespace(autocast=contextlib.nullcontext, to=lambda batch: batch,
+                                    device="cpu", world=1)
+    batches = [(range(0, 3), torch.tensor(1.0)), (range(3, 4), torch.tensor(5.0))]
+    figures = train.gradients(stage, batches, 0, runtime, seed=0, total=4)
+    assert figures == {"lm": 2.0, "tangent_mean": 2.0, "tangent_max": 5.0}
