@@ -337,7 +337,9 @@ class CALM(nn.Module):
 
         The short branch is not the text model's, so its embeddings keep their scale.
         """
-        return [self.text.weight, self.bos, *self.latent.parameters(), *self.prompt.parameters()]
+        prompt_bos = [self.prompt_bos] if self.cfg.prompt_bos else []
+        return [self.text.weight, self.bos, *prompt_bos, *self.latent.parameters(),
+                *self.prompt.parameters()]
 
     def matrices(self):
         """The modules with the large linear layers: those that int8 rounds (sample.py)."""
@@ -533,9 +535,11 @@ class CALM(nn.Module):
             L = mean over positions of ||z - (z_null + a (z_cond - z_null))||² / C,  a = guidance
 
         z is this model's, the rest the teacher's; both read the same noised latents, with text and
-        prompt (z_null without). Sampling then needs no guidance, and the teacher's head and EOS
-        fit unchanged when copied. Positions: rows 0 ... frames; the last is the clip's end.
-        batch as in loss. metrics: explained = 1 - L / variance of the target; 1 = the teacher.
+        prompt (z_null without). Sampling then needs no guidance, and the teacher's head fits
+        unchanged when copied. Its EOS does not: it reads z_cond, so this model's learns the same
+        probability from z (eos_divergence). Positions: rows 0 ... frames; the last is the clip's
+        end. batch as in loss. metrics: explained = 1 - L / variance of the target (1 = the
+        teacher); eos, 0 = the teacher's.
         """
         x = batch["x"]
         noised = self.add_noise(x, self.cfg.noise)
@@ -547,17 +551,34 @@ class CALM(nn.Module):
         # the teacher's guided z
         with torch.no_grad():
             null = z_of(teacher, 0)
-            target = null + guidance * (z_of(teacher, 1) - null)            # (B, 1 + T, C)
+            cond = z_of(teacher, 1)
+            target = null + guidance * (cond - null)                        # (B, 1 + T, C)
 
         # squared error over the positions that count
         valid = torch.arange(1 + x.shape[1], device=x.device) <= batch["frames"][:, None]
         weight = valid / valid.sum()
-        loss = ((z_of(self, 1) - target).square().mean(-1) * weight).sum()
+        z = z_of(self, 1)
+        loss = ((z - target).square().mean(-1) * weight).sum()
+        eos = self.eos_divergence(z, teacher.eos(cond), weight)
 
         # share of the target's variance that is explained
         mean = (target * weight[..., None]).sum((0, 1))
         variance = ((target - mean).square().mean(-1) * weight).sum()
-        return loss, {"explained": 1 - loss.detach() / variance}
+        metrics = {"explained": 1 - loss.detach() / variance, "eos": eos.detach()}
+        return loss + self.cfg.eos_weight * eos, metrics
+
+    def eos_divergence(self, z, teacher_logits, weight):
+        """KL divergence of the teacher's end-of-clip probability from that of this model's z.
+
+        z (B, 1 + T, C), teacher_logits (B, 1 + T, 1), weight (B, 1 + T). The gradient stays in the
+        EOS layer: z has its own target.
+        """
+        teacher_logits = teacher_logits.float()
+        logits = self.eos(z.detach()).float()
+        p = teacher_logits.sigmoid()
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, p, reduction="none")
+        entropy = F.binary_cross_entropy_with_logits(teacher_logits, p, reduction="none")
+        return ((cross_entropy - entropy).squeeze(-1) * weight).sum()
 
     # ---------------------------------------------------------------- generation
 

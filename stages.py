@@ -334,8 +334,8 @@ class ConsistencyStage(LMStage):
 
 
 class DistillStage(LMStage):
-    """A student's backbone learns the teacher's guided Z (CALM.regress); head and EOS are the
-    teacher's and stay. Nothing is dropped: with guidance learned, sample with cfg = 1. The VAE is
+    """A student's backbone learns the teacher's guided Z and its EOS the teacher's probability
+    (CALM.regress); the head is the teacher's and stays. Nothing is dropped: with guidance learned, sample with cfg = 1. The VAE is
     the one beside the teacher, unless the student's run has one.
     """
 
@@ -350,12 +350,11 @@ class DistillStage(LMStage):
         teacher = self.load_teacher(state, weights, path)
         self.teacher = teacher.to(runtime.device).eval().requires_grad_(False)
 
-        # everything but the backbone is copied; head and EOS stay as they are
+        # everything but the backbone is copied; the head stays as it is
         own = {k: v for k, v in self.model.state_dict().items() if k.startswith("backbone.")}
         copied = {k: v for k, v in weights.items() if not k.startswith("backbone.")}
         load_weights(self.model, own | copied, path)
         self.model.head.requires_grad_(False)
-        self.model.eos.requires_grad_(False)
 
     def copy_vae(self, cfg, runtime, vae):
         """The VAE beside the teacher becomes the run's, where the run has none."""
