@@ -286,7 +286,7 @@ class AudioCALM(nn.Module):
     made (load the weights that `wanted` keeps).
     """
     codes = None                                # its latents are never codes
-    monologue = False                           # its text always precedes the audio
+    monologue = 0                               # its text always precedes the audio
 
     def __init__(self, cfg: AudioCALMConfig, latent_dim, vocab, kinds, only=None):
         super().__init__()
@@ -456,14 +456,16 @@ class AudioCALM(nn.Module):
 
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
-                 temperature=1.0, guidance=1.0, noise=0.0, generator=None):
+                 temperature=1.0, guidance=1.0, noise=0.0, text_temperature=1.0, text_top_k=0,
+                 generator=None):
         """Yield latents (B, D) frame by frame, like CALM, and the rows that have ended (B,).
 
         Stops after max_frames or when all rows have ended. A row that has ended goes on yielding:
         cut it there. text (B, L): tokens without padding; kind: an index; prompt (B, P, D): voice
         prompt; history (B, n, D): clean latents to continue, in whole blocks (the oldest n mod
         block are left out). All latents are normalised. noise: share of the training's history
-        noise that blocks get before they are read, 0 to 1.
+        noise that blocks get before they are read, 0 to 1. text_temperature, text_top_k: CALM's;
+        no text is written here.
         """
         cfg = self.cfg
         B = text.shape[0]

@@ -31,6 +31,10 @@ bytes, each word from the frame where it begins, and the audio lags d = acoustic
 
     L += monologue_weight · cross-entropy of the text
 
+Read English has 14.5 bytes per second. Where latents are rarer, each frame takes monologue_tokens =
+n bytes, embedded as a sum. Their logits come one after the other: byte i sees z_long plus the
+embeddings of bytes 1 ... i-1 of its frame. A word then begins with a frame, and PAD fills its last.
+
 Given a text, generate() lets the model choose when the next word begins and puts its bytes there;
 without a text the model writes its own.
 
@@ -67,7 +71,8 @@ import torch.nn.functional as F
 
 from backbone import BackboneConfig, KVCache, Transformer
 from data import END, PAD
-from discrete import DISCRETE, MISSING, CodeEmbedding, DelayLine, NoDelay, delay_codes
+from discrete import (DISCRETE, MISSING, CodeEmbedding, DelayLine, NoDelay, delay_codes,
+                      sample_codes)
 from heads import HEADS, HeadConfig, energy_score
 from schema import Kind, Range
 
@@ -99,6 +104,9 @@ class CALMConfig:
     monologue: bool = False
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0)] = 2
+    # n, bytes of text beside each latent (monologue only): n · frame rate must exceed the 14.5
+    # bytes per second of read English, or the words fall behind the audio; 2 at 12.5 Hz
+    monologue_tokens: Annotated[int, Range(1)] = 1
     # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1
     # frames without text after which generation begins the next word whatever the model predicts: a
@@ -137,20 +145,23 @@ class NoMonologue:
 
 
 class Monologue:
-    """The text stream during generation: one token per row and position, PAD between words.
+    """The text stream during generation: n tokens per row and position, PAD between words.
 
     texts: B lists of byte tokens with spaces between words. The stream keeps to a given text: the
     model's probability of anything but PAD is the probability that the next word begins (END comes
     after the last word), and the bytes of a word follow each other. A row with an empty text
-    writes its own. longest_pause: see CALMConfig. text_logits: z_long (B, C) -> (B, vocab);
-    embed: tokens (B,) -> (B, C); pad (B, C): the embedding of PAD.
+    writes its own, sampled with `temperature` from the top_k likeliest tokens (0 = all).
+    longest_pause: see CALMConfig. text_logits, embeds: n functions, z (B, C) -> (B, vocab) and
+    tokens (B,) -> (B, C); pad (B, C): the embedding of PAD.
     """
 
-    def __init__(self, texts, longest_pause, text_logits, embed, pad):
+    def __init__(self, texts, longest_pause, text_logits, embeds, pad, temperature=1.0, top_k=0):
         self.longest_pause = longest_pause
         self.text_logits = text_logits
-        self.embed = embed
+        self.embeds = embeds
         self.pad = pad
+        self.temperature = temperature
+        self.top_k = top_k
 
         # per row: words to come, the rest of the word that has begun, positions since the last word
         words = [bytes(text).split() for text in texts]
@@ -163,26 +174,42 @@ class Monologue:
         self.pause = [0] * len(words)
 
     def step(self, z_long, generator):
-        """z_long (B, C) -> embedding of the next text token (B, C)."""
-        p = self.text_logits(z_long).float().softmax(-1)                           # (B, vocab)
+        """z_long (B, C) -> embedding of the next n text tokens (B, C)."""
+        # whether a word begins, at temperature 1: the words of a given text keep their pace
+        p = self.text_logits[0](z_long).float().softmax(-1)                 # (B, vocab)
         begins = torch.rand(len(p), generator=generator, device=p.device) < 1 - p[:, PAD]
-        predicted = torch.multinomial(p, 1, generator=generator)[:, 0]
-        tokens = []
-        for row, (begin, token) in enumerate(zip(begins.tolist(), predicted.tolist())):
-            tokens.append(self.next_token(row, begin, token))
-        return self.embed(torch.tensor(tokens, device=p.device))
 
-    def next_token(self, row, begin, predicted):
-        """The next token of a row; predicted: the model's, for a row without a given text."""
+        # what the model writes itself
+        predicted = self.sample(z_long, generator)                          # (B, n)
+        tokens = []
+        for row, (begin, own) in enumerate(zip(begins.tolist(), predicted.tolist())):
+            tokens.append(self.next_tokens(row, begin, own))
+        tokens = torch.tensor(tokens, device=p.device)                      # (B, n)
+        return sum(embed(tokens[:, i]) for i, embed in enumerate(self.embeds))
+
+    def sample(self, z, generator):
+        """z (B, C) -> n tokens (B, n), one after the other."""
+        tokens = []
+        for i, logits in enumerate(self.text_logits):
+            if i > 0:
+                z = z + self.embeds[i - 1](tokens[-1])
+            tokens.append(sample_codes(logits(z), self.temperature, self.top_k, generator))
+        return torch.stack(tokens, 1)
+
+    def next_tokens(self, row, begin, predicted):
+        """The next n tokens of a row; predicted: the model's, for a row without a given text."""
+        n = len(self.embeds)
         waited = self.pause[row] >= self.longest_pause
         if not self.current[row] and self.remaining[row] and (begin or waited):
             self.current[row] = self.remaining[row].pop(0)
 
         if self.current[row]:
             self.pause[row] = 0
-            return self.current[row].pop(0)
+            tokens = self.current[row][:n]
+            self.current[row] = self.current[row][n:]
+            return tokens + [PAD] * (n - len(tokens))
         self.pause[row] += 1
-        return predicted if self.writes_own[row] else PAD
+        return predicted if self.writes_own[row] else [PAD] * n
 
     def finished(self, device):
         """Rows (B,) whose given text is complete."""
@@ -279,7 +306,7 @@ class CALM(nn.Module):
         discrete = cfg.head.objective in DISCRETE
         self.cfg = cfg
         self.kinds = tuple(kinds)
-        self.monologue = cfg.monologue
+        self.monologue = cfg.monologue_tokens if cfg.monologue else 0       # bytes per latent
         self.latent_dim = latent_dim
         self.codes = codes if discrete else None                            # x: (B, T, K) int64
 
@@ -299,7 +326,11 @@ class CALM(nn.Module):
         self.eos = nn.Linear(C, 1)
         self.acoustic_delay = cfg.acoustic_delay if cfg.monologue else 0
         if cfg.monologue:
+            # logits of the first byte of a frame; then embeddings and logits of the others
             self.word = nn.Linear(C, vocab)
+            others = range(self.monologue - 1)
+            self.more_text = nn.ModuleList(nn.Embedding(vocab, C) for _ in others)
+            self.more_words = nn.ModuleList(nn.Linear(C, vocab) for _ in others)
 
         # head; with "delay" level K of a frame comes K-1 positions after level 1
         if discrete:
@@ -309,7 +340,8 @@ class CALM(nn.Module):
         self.code_delay = self.head.code_delay if discrete else 0
 
         # text starts at the scale at which latents are embedded
-        nn.init.normal_(self.text.weight, std=0.5)
+        for embed in self.text_embeddings():
+            nn.init.normal_(embed.weight, std=0.5)
 
         # short-context branch (section 4.2)
         if cfg.short_layers:
@@ -338,7 +370,8 @@ class CALM(nn.Module):
         The short branch is not the text model's, so its embeddings keep their scale.
         """
         prompt_bos = [self.prompt_bos] if self.cfg.prompt_bos else []
-        return [self.text.weight, self.bos, *prompt_bos, *self.latent.parameters(),
+        text = [embed.weight for embed in self.text_embeddings()]
+        return [*text, self.bos, *prompt_bos, *self.latent.parameters(),
                 *self.prompt.parameters()]
 
     def matrices(self):
@@ -359,6 +392,22 @@ class CALM(nn.Module):
             self.head.net.compile()
 
     # ---------------------------------------------------------------- inputs and z_long
+
+    def text_embeddings(self):
+        """The embedding of each byte of a frame; the first is that of a text before the audio."""
+        return [self.text, *(self.more_text if self.monologue else [])]
+
+    def embed_words(self, words):
+        """The monologue's tokens (.., n) -> (.., C)."""
+        return sum(embed(words[..., i]) for i, embed in enumerate(self.text_embeddings()))
+
+    def text_logits(self, z, words):
+        """z (.., C), the frame's tokens (.., n) -> logits (.., n, vocab): each sees those before."""
+        logits = [self.word(z)]
+        for i, layer in enumerate(self.more_words):
+            z = z + self.text_embeddings()[i](words[..., i])
+            logits.append(layer(z))
+        return torch.stack(logits, -2)
 
     def embed_prompt(self, prompt, length):
         """Voice prompt (B, P, D), valid frames (B,) -> (B, P or 1 + P, C), valid positions (B,)."""
@@ -384,14 +433,15 @@ class CALM(nn.Module):
     def condition(self, x, text, text_len, prompt, prompt_len, words=None):
         """Latents as the backbone reads them (B, T, D), text and prompt -> z_long (B, 1 + T, C).
 
-        Row s depends on x¹ ... xˢ. With words (B, T) and an acoustic delay of d: z_long
+        Row s depends on x¹ ... xˢ. With words (B, T, n) and an acoustic delay of d: z_long
         (B, 1 + d + T, C), and row s depends on words 1 ... s and x¹ ... x^{s-d}.
         """
         # the audio stream behind BOS; words run beside it and d positions ahead
         audio = self.latent(x)                                              # (B, T, C)
         if words is not None:
             d = self.acoustic_delay
-            audio = F.pad(audio, (0, 0, d, 0)) + self.text(F.pad(words, (0, d), value=PAD))
+            words = F.pad(words, (0, 0, 0, d), value=PAD)                   # (B, d + T, n)
+            audio = F.pad(audio, (0, 0, d, 0)) + self.embed_words(words)
         B, steps, _ = audio.shape                                           # T, or d + T
         audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+steps, C)
 
@@ -412,9 +462,9 @@ class CALM(nn.Module):
 
         batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
         (B,): the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
-        (B,); kind (B,). Monologue: words (B, T), tokens beside the latents; aligned (B,): rows that
-        have them. In eval mode there are further metrics (validation_metrics); histories are noised
-        there too, so that the held-out loss compares with the training loss.
+        (B,); kind (B,). Monologue: words (B, T, n), tokens beside the latents; aligned (B,): rows
+        that have them. In eval mode there are further metrics (validation_metrics); histories are
+        noised there too, so that the held-out loss compares with the training loss.
         """
         cfg = self.cfg
         x = self.target(batch)                                              # (B, T, D or K)
@@ -430,8 +480,8 @@ class CALM(nn.Module):
         noised = x if self.codes else self.add_noise(x, cfg.noise)
         words = None
         if cfg.monologue:
-            words = torch.where(keep[:, None], batch["words"], PAD)
-            words = F.pad(words, (0, self.code_delay), value=PAD)           # (B, T)
+            words = torch.where(keep[:, None, None], batch["words"], PAD)
+            words = F.pad(words, (0, 0, 0, self.code_delay), value=PAD)     # (B, T, n)
         z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         z_audio = z_long[:, self.acoustic_delay:]                           # (B, 1+T, C)
@@ -518,16 +568,17 @@ class CALM(nn.Module):
         return masked_mean(bce, valid)
 
     def text_loss(self, z_long, words, frames, ended, aligned):
-        """Cross-entropy of the monologue (B, T): row s predicts the token of position s + 1.
+        """Cross-entropy per byte of the monologue (B, T, n): row s predicts position s + 1.
 
         Only aligned rows (B,) count, up to d positions behind the end of a clip, where PAD is due.
         """
         d = self.acoustic_delay
-        target = F.pad(words, (0, d), value=PAD)                            # (B, d+T)
+        target = F.pad(words, (0, 0, 0, d), value=PAD)                      # (B, d+T, n)
         s = torch.arange(target.shape[1], device=target.device)
         valid = aligned[:, None] & (s < (frames + d * ended)[:, None])
-        logits = self.word(z_long[:, :-1]).float()                          # (B, d+T, vocab)
-        return masked_mean(F.cross_entropy(logits.mT, target, reduction="none"), valid)
+        logits = self.text_logits(z_long[:, :-1], target).float()           # (B, d+T, n, vocab)
+        nats = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none")
+        return masked_mean(nats.mean(-1), valid)
 
     def regress(self, batch, teacher, guidance):
         """Distil a teacher into this model's backbone (third version of CALM; Pocket TTS).
@@ -584,7 +635,8 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
-                 temperature=1.0, guidance=1.0, noise=0.0, generator=None):
+                 temperature=1.0, guidance=1.0, noise=0.0, text_temperature=0.8, text_top_k=0,
+                 generator=None):
         """Yield latents (B, D), or codes (B, K), frame by frame, and the rows that have ended (B,).
 
         Stops after max_frames or when all rows have ended. A row that has ended goes on yielding:
@@ -592,12 +644,13 @@ class CALM(nn.Module):
         prompt; history (B, n, D): clean latents to continue. All latents are normalised. noise:
         share of the training noise that the latents get before they are read, 0 (the paper) to 1.
         Monologue: the bytes of a speech's text run beside the latents, and nothing beside a
-        history; a row cannot end before its text is complete.
+        history; a row cannot end before its text is complete. text_temperature (the paper: 0.8)
+        and text_top_k (0 = all): of a text that the model writes itself.
         """
         B = text.shape[0]
         history = self.no_frames(B) if history is None else history
         line = DelayLine(history) if self.code_delay else NoDelay(history)
-        text, monologue = self.start_monologue(text, kind)
+        text, monologue = self.start_monologue(text, kind, text_temperature, text_top_k)
         branches = Branches(self, kind, guidance, noise, generator)
 
         # prefix and history; with an acoustic delay the first words run ahead of the audio
@@ -632,16 +685,17 @@ class CALM(nn.Module):
             return torch.zeros(B, 0, self.codes[0], dtype=torch.long, device=self.bos.device)
         return self.bos.new_zeros(B, 0, self.latent_dim)
 
-    def start_monologue(self, text, kind):
+    def start_monologue(self, text, kind, temperature, top_k):
         """The tokens that stay before the audio, and the stream of those that run beside it."""
         B = text.shape[0]
         if not self.cfg.monologue:
             return text, NoMonologue(self.bos.new_zeros(B, len(self.bos)))
-        pad = self.text(torch.full((B,), PAD, device=text.device))
+        pad = self.embed_words(torch.full((B, self.monologue), PAD, device=text.device))
         if self.kinds[kind] != "speech":                        # captions stay before the audio
             return text, NoMonologue(pad)
         spoken = text[:, 1:].tolist()                           # the first token names the kind
-        return text[:, :1], Monologue(spoken, self.cfg.longest_pause, self.word, self.text, pad)
+        return text[:, :1], Monologue(spoken, self.cfg.longest_pause, [self.word, *self.more_words],
+                                      self.text_embeddings(), pad, temperature, top_k)
 
     def embed_prefix(self, text, prompt):
         """Voice prompt (B, P, D) or None and text (B, L), without padding -> (B, P + L, C)."""

@@ -160,6 +160,10 @@ class SampleConfig:
     # variance of the noise (CALM 4.5: 0.8 for continuation, 0.7 for text to speech); for codes, the
     # temperature of the softmax
     temperature: Annotated[float, Range(0)] = 0.8
+    # of a text that a monologue writes itself (CALM 0.8): temperature of its softmax, and how many of
+    # the likeliest tokens are sampled from; 0 = all. A given text is not sampled
+    text_temperature: Annotated[float, Range(0)] = 0.8
+    text_top_k: Annotated[int, Range(0)] = 0
     # noise on a model's generated past, as a share of the noise in training (lm.noise,
     # lm.short_noise, audiocalm.history_noise): 0 (the papers) .. 1; for long continuations
     noise: Annotated[float, Range(0, 1)] = 0.0

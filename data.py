@@ -403,27 +403,51 @@ def fits(text, kind, cfg):
     return len(encode_text(text, kind, cfg)) <= int(cfg.kind_token) + cfg.text_len
 
 
-def word_stream(words, frames, frame_rate):
-    """The text beside the frames, for the inner monologue -> (frames,) int64.
-
-    words: [[word, start, end], ...] in seconds. The bytes of a word and a space lie in consecutive
-    frames, from the one where the word starts or, if that is later, where the word before it is
-    complete. A line feed follows where the last word ends; all other frames hold PAD. Bytes beyond
-    the last frame are cut. frame_rate: frames per second.
-
-    The line feed marks that no word follows. Without it "no word yet" and "no more words" would be
-    the same, and generation could pause for seconds in the middle of a text.
-    """
+def word_frames(words, frame_rate, per_frame=1):
+    """[(bytes, first frame, seconds by which that is late), ...] of words and of the line feed."""
     texts = [[*word.encode("utf-8"), 32] for word, _, _ in words] + [[END]]
     starts = [start for _, start, _ in words] + [words[-1][2]]
 
-    stream = np.full(frames, PAD)
+    placed = []
     free = 0                                              # first frame after the word before
     for ids, start in zip(texts, starts):
         first = max(int(start * frame_rate), free)
-        free = first + len(ids)
-        stream[first:free] = ids[:max(0, frames - first)]
-    return stream
+        free = first + math.ceil(len(ids) / per_frame)
+        placed.append((ids, first, first / frame_rate - start))
+    return placed
+
+
+def word_stream(words, frames, frame_rate, per_frame=1):
+    """The text beside the frames, for the inner monologue -> (frames, per_frame) int64.
+
+    words: [[word, start, end], ...] in seconds. The bytes of a word and a space lie in consecutive
+    frames, from the one where the word starts or, if that is later, where the word before it is
+    complete. A line feed follows where the last word ends; all other places hold PAD. Bytes beyond
+    the last frame are cut. frame_rate: frames per second; per_frame: bytes beside a frame.
+
+    The line feed marks that no word follows. Without it "no word yet" and "no more words" would be
+    the same, and generation could pause for seconds in the middle of a text."""
+    stream = np.full(frames * per_frame, PAD)
+    for ids, first, _ in word_frames(words, frame_rate, per_frame):
+        first *= per_frame
+        stream[first:first + len(ids)] = ids[:max(0, len(stream) - first)]
+    return stream.reshape(frames, per_frame)
+
+
+def late_words(clips, frame_rate, per_frame):
+    """One line if the words of a monologue fall more than 0.5 s behind the audio in any of the
+    first 1,000 aligned clips, else ""."""
+    aligned = [clip.words for clip in clips if clip.words][:1000]
+
+    def delays(n):
+        return [max(late for _, _, late in word_frames(words, frame_rate, n)) for words in aligned]
+    late = [seconds for seconds in delays(per_frame) if seconds > 0.5]
+    if not late:
+        return ""
+    enough = next((n for n in range(per_frame + 1, 9) if max(delays(n)) <= 0.5), 8)
+    return (f"monologue: words fall up to {max(late):.1f} s behind the audio, more than 0.5 s in "
+            f"{len(late):,} of {len(aligned):,} clips: {frame_rate * per_frame:g} bytes per second "
+            f"are too few; set lm.monologue_tokens = {enough} or a higher frame rate")
 
 
 # ---------------------------------------------------------------------------- order and prefetch

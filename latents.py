@@ -36,8 +36,8 @@ import torch
 from tqdm import tqdm
 
 from cli import BadInput, atomic
-from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, load_audio, pad_id,
-                  rng, seconds_of, word_stream)
+from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, late_words,
+                  load_audio, pad_id, rng, seconds_of, word_stream)
 
 
 # ---------------------------------------------------------------------------- the cache on disk
@@ -260,11 +260,12 @@ class LatentBatches:
         kind        (b,)                    int64, number in KINDS
         prompt      (b, prompt_frames, 2D)  as x
         prompt_len  (b,)                    int64, valid frames of prompt
-        words       (b, frames)             int64, bytes beside the frames (data.word_stream)
+        words       (b, frames, n)          int64, bytes beside the frames (data.word_stream)
         aligned     (b,)                    bool, words holds the text, and text is only [kind]
 
-    words is for the inner monologue of calm.py: word_frame_rate is the frames per second of the
-    latents, 0 without a monologue; aligned are the clips whose manifest has words.
+    words is for the inner monologue of calm.py: n is monologue, the bytes per frame (0 without
+    one; words is then empty), frame_rate the frames per second of the latents; aligned are the
+    clips whose manifest has words. late_words: data.late_words of the clips.
 
     A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
     later has no text, since the text is not aligned, and neither has speech whose text exceeds
@@ -274,7 +275,7 @@ class LatentBatches:
     outside the row; else none.
     """
 
-    def __init__(self, clips, cache, cfg, batch, dim, word_frame_rate=0.0):
+    def __init__(self, clips, cache, cfg, batch, dim, frame_rate=0.0, monologue=0):
         if cache.dim != dim or len(cache) != len(clips):
             raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
                              f"{len(clips)} of {dim}; build it for these clips")
@@ -282,7 +283,9 @@ class LatentBatches:
         self.cache = cache
         self.cfg = cfg
         self.batch = batch
-        self.word_frame_rate = word_frame_rate
+        self.frame_rate = frame_rate
+        self.monologue = monologue
+        self.late_words = late_words(clips, frame_rate, monologue) if monologue else ""
         self.width = cache.levels or 2 * dim
         self.dtype = np.int64 if cache.levels else np.float32
         self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
@@ -316,11 +319,11 @@ class LatentBatches:
 
         # text: before the frames, or beside them where the words are aligned
         ids = self.tokens(clip, start)
-        words = []
-        aligned = bool(self.word_frame_rate and clip.words)
+        words = np.zeros((0, self.monologue))
+        aligned = bool(self.monologue and clip.words)
         if aligned:
             ids = ids[:1]
-            words = word_stream(clip.words, T, self.word_frame_rate)[start:end]
+            words = word_stream(clip.words, T, self.frame_rate, self.monologue)[start:end]
 
         prompt = self.prompt(i, start, end, g)
         return {"x": padded(latents[start:end], cfg.frames, self.dtype),

@@ -268,7 +268,9 @@ def sampling_options(cfg, steps=None, temperature=None, guidance=None, noise=Non
     return {"steps": steps or cfg.steps or None,
             "temperature": cfg.temperature if temperature is None else temperature,
             "guidance": cfg.cfg if guidance is None else guidance,
-            "noise": cfg.noise if noise is None else noise}
+            "noise": cfg.noise if noise is None else noise,
+            "text_temperature": cfg.text_temperature,
+            "text_top_k": cfg.text_top_k}
 
 
 @torch.no_grad()

@@ -149,14 +149,17 @@ class LMStage:
         self.optimized = {name: self.model}
 
         # batches: the kinds' weights hold for training only
-        word_frame_rate = cfg.vae.frame_rate if self.model.monologue else 0.0
+        frame_rate = cfg.vae.frame_rate
+        monologue = self.model.monologue
         batch_size = getattr(cfg.train, name).batch
         data = dataclasses.replace(cfg.data, seed=stage_seed(cfg.data.seed, name))
         self.batch = LatentBatches(clips, train_latents, data, batch_size, cfg.vae.latent_dim,
-                                   word_frame_rate)
+                                   frame_rate, monologue)
+        if self.batch.late_words:
+            runtime.say(self.batch.late_words)
         self.held_out = LatentBatches(valid, valid_latents,
                                       dataclasses.replace(cfg.data, weights={}), len(valid),
-                                      cfg.vae.latent_dim, word_frame_rate)
+                                      cfg.vae.latent_dim, frame_rate, monologue)
 
     def load_vae(self):
         """self.vae from the run's vae.pt -> its weights.

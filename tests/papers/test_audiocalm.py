@@ -200,7 +200,7 @@ def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
 def test_the_flow_learns_whole_blocks_with_zeros_behind_the_end():
     net, b, seen = model(block=4, text_dropout=0.0), batch(), []
     flow = net.head.loss
-    net.head.loss = lambda z, x: seen.append(x) or flow(z, x)
+    net.head.loss = lambda z, x, weight: seen.append(x) or flow(z, x)
     net.loss(b)
     x = seen[0].view(4, 8, D)                        # rows are sorted by kind already
     torch.testing.assert_close(x[0], b["x"][0])
@@ -211,7 +211,7 @@ def test_the_flow_learns_whole_blocks_with_zeros_behind_the_end():
 def test_stop_targets_are_on_from_the_last_frame_to_the_end_of_its_block():
     net, b = model(block=4, text_dropout=0.0, stop_weight=1.0), batch()
     flow, logits = net.head.loss, torch.zeros(4, 8, 1, requires_grad=True)
-    net.head.loss = lambda z, x: (flow(z, x)[0].detach() * 0, {})
+    net.head.loss = lambda z, x, weight: (flow(z, x)[0].detach() * 0, {})
     net.stop.forward = lambda h: logits
     net.loss(b)[0].backward()
     # frames 8, ended | 5, ended | 7, goes on: one whole block valid | 4, ended: on a block's edge

@@ -1,4 +1,6 @@
 """CALM sees the past only, through every branch, and generates what its training pass would."""
+import math
+
 import pytest
 import torch
 
@@ -129,7 +131,7 @@ def test_the_end_of_clip_target_stands_right_behind_the_last_frame():
     seen = []
     net.eos.forward = lambda z: seen.append(z) or torch.zeros(*z.shape[:-1], 1, requires_grad=True)
     head = net.head.loss
-    net.head.loss = lambda z, x: (head(z, x)[0].detach() * 0, {})
+    net.head.loss = lambda z, x, weight: (head(z, x)[0].detach() * 0, {})
     logits = torch.zeros(4, 7, 1, requires_grad=True)
     net.eos.forward = lambda z: logits
     net.loss(b).__getitem__(0).backward()
@@ -159,7 +161,7 @@ def test_noise_reaches_the_backbone_and_if_set_the_short_context_but_no_target(s
     long, short, head = net.latent.forward, net.short_latent.forward, net.head.loss
     net.latent.forward = lambda x: long_input.append(x) or long(x)
     net.short_latent.forward = lambda x: short_input.append(x) or short(x)
-    net.head.loss = lambda z, x: target.append(x) or head(z, x)
+    net.head.loss = lambda z, x, weight: target.append(x) or head(z, x)
     net.loss(b)
     assert (long_input[0] - b["x"]).abs().mean() > 0.2
     error = (short_input[0] - b["x"]).abs().mean()
@@ -306,7 +308,7 @@ def talker(delay=2, **changes):
 def spoken_batch(words):
     b = batch()
     return b | {"text": b["text"][:, :1], "text_len": torch.ones(4, dtype=torch.long),
-                "words": words, "aligned": torch.tensor([True, True, True, False])}
+                "words": words[..., None], "aligned": torch.tensor([True, True, True, False])}
 
 
 def test_row_s_has_seen_the_words_up_to_s_and_the_latents_two_frames_behind_them():
@@ -317,7 +319,7 @@ def test_row_s_has_seen_the_words_up_to_s_and_the_latents_two_frames_behind_them
     net.text.forward = lambda ids: embedded.append(text(ids).detach().requires_grad_()) or (
         embedded[-1])
     z = net.condition(x, b["text"][:, :1], b["text_len"].clamp(max=1), b["prompt"],
-                      b["prompt_len"], torch.randint(0, 256, (4, 6)))
+                      b["prompt_len"], torch.randint(0, 256, (4, 6, 1)))
     words = next(e for e in embedded if e.shape[1] == 8)     # 6 frames and the delay
     assert z.shape[1] == 9
     for s in range(9):
@@ -348,6 +350,73 @@ def test_generation_with_a_monologue_equals_the_training_pass_over_what_was_gene
         z = net.backbone(torch.cat([net.prompt(prompt), embed(text[:, :1]),
                                     net.bos.expand(2, 1, -1), audio], 1))[:, 4:]
         torch.testing.assert_close(torch.stack(seen, 1), z[:, n + 2:n + 9], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("text", [b"ab cde f", b""])
+def test_with_two_bytes_per_frame_generation_equals_the_training_pass(text):
+    """A given text, and one that the model writes itself: at text temperature 0 every byte is the
+    likeliest one given the bytes before it, those of its own frame included."""
+    net = talker(monologue_tokens=2, noise=0.0)
+    net.eos.bias.data.fill_(-100.0)
+    conditions = []
+    tokens = [[], []]
+    sample = net.head.sample
+    net.head.sample = lambda z, **options: conditions.append(z) or sample(z, **options)
+    embeds = [embed.forward for embed in net.text_embeddings()]
+    logits = [layer.forward for layer in (net.word, *net.more_words)]
+    for i, embed in enumerate(net.text_embeddings()):
+        embed.forward = lambda ids, i=i: tokens[i].append(ids) or embeds[i](ids)
+    ids = torch.tensor([[257, *text]])
+    xs = [x for x, _ in net.generate(ids, kind=0, max_frames=9, steps=1, text_temperature=0.0,
+                                     generator=torch.Generator().manual_seed(0))]
+    x = torch.stack(xs, 1)                                                  # (1, 9, D)
+
+    # the last embedding of a position is that of what was chosen; the first is PAD's
+    first, second = ([int(t) for t in slot if t.shape == (1,)] for slot in tokens)
+    first = first[2::2]                              # sampled, then chosen
+    second = second[1:]
+    words = torch.tensor([list(zip(first, second))])                        # (1, 11, 2)
+    for i, embed in enumerate(net.text_embeddings()):
+        embed.forward = embeds[i]
+    z = net.condition(x, ids[:, :1], torch.tensor([1]), torch.zeros(1, 0, D), torch.tensor([0]),
+                      words[:, :9])
+    torch.testing.assert_close(torch.stack(conditions[:8], 1), z[:, 2:10], atol=1e-5, rtol=0)
+    if text:
+        spoken = bytes(t for t in words.flatten().tolist() if t != 256)
+        assert spoken and b"ab cde f \n".startswith(spoken)
+        assert all(pair[0] != 256 or pair[1] == 256 for pair in words[0].tolist())
+        return
+
+    # own text: greedy, byte after byte
+    predicted = net.text_logits(z[:, :9], words[:, :9]).argmax(-1)
+    assert torch.equal(predicted, words[:, :9])
+    independent = torch.stack([layer(z[:, :9]) for layer in logits], -2).argmax(-1)
+    assert not torch.equal(independent, words[:, :9])
+
+
+def test_a_low_text_temperature_does_not_slow_a_given_text_down():
+    """A word begins with probability 0.3 per frame, whatever the temperature of own text."""
+    logits = torch.zeros(1, 260)
+    logits[0, 256] = math.log(0.7 * 259 / 0.3)
+    begun = 0
+    generator = torch.Generator().manual_seed(0)
+    words = Monologue([list(b"a " * 4000)], 10 ** 6, [lambda z: logits.expand(len(z), -1)],
+                      [torch.nn.Identity()], None, temperature=0.1)
+    for _ in range(4000):
+        words.current[0] = []
+        begun += int(words.step(torch.zeros(1, 4), generator)) != 256
+    assert abs(begun / 4000 - 0.3) < 0.03
+
+
+def test_own_text_is_sampled_with_its_temperature_from_its_top_k():
+    logits = torch.tensor([[1.0, 2.0, 0.0, -9.0]]).log_softmax(-1).expand(3000, -1)
+    logits = torch.cat([logits, torch.full((3000, 256), -100.0)], 1)
+    words = Monologue([[]] * 3000, 25, [lambda z: logits], [torch.nn.Identity()], None,
+                      temperature=0.5, top_k=2)
+    tokens = words.step(torch.zeros(3000, 4), torch.Generator().manual_seed(0))
+    assert set(tokens.tolist()) == {0, 1}
+    share = (tokens == 1).float().mean().item()
+    assert abs(share - 1 / (1 + math.exp(-2))) < 0.03        # e^(2/0.5) / (e^(2/0.5) + e^(1/0.5))
 
 
 def test_a_monologue_leaves_captions_before_the_audio():
@@ -391,8 +460,8 @@ def test_a_given_text_is_spoken_word_by_word_and_whole_before_the_clip_may_end()
 
 def test_a_word_is_not_waited_for_longer_than_the_longest_pause():
     same = torch.nn.Identity()                       # logits in, tokens out
-    words = Monologue([list(b"hi you"), []], longest_pause=3, text_logits=same, embed=same,
-                      pad=None)
+    words = Monologue([list(b"hi you"), []], longest_pause=3, text_logits=[same],
+                      embeds=[same], pad=None)
     never = torch.zeros(2, 260)
     never[:, 256] = 1e4                              # the model always predicts PAD
     stream = [words.step(never, None).tolist() for _ in range(14)]
@@ -410,6 +479,19 @@ def test_the_text_loss_counts_words_up_to_the_delay_behind_an_end_and_no_unalign
     assert counted == [9, 7, 6, 0]                   # 6 + 3, 4 + 3, 6 (goes on), not aligned
 
 
+def test_the_text_loss_is_the_mean_over_the_bytes_of_a_frame_each_given_those_before_it():
+    net = talker(monologue_tokens=2, prefix_dropout=0.0)
+    words = torch.randint(0, 256, (4, 6, 2))
+    z = torch.randn(4, 9, 32)                            # BOS, the delay of 2, and 6 frames
+    whole = torch.tensor([True, False, False, False])    # only row 0 counts, its 6 frames and 2
+    loss = net.text_loss(z, words, torch.full((4,), 6), torch.ones(4).bool(), whole)
+    target = torch.nn.functional.pad(words[0], (0, 0, 0, 2), value=256)
+    first = net.word(z[0, :8]).log_softmax(-1)
+    second = net.more_words[0](z[0, :8] + net.text(target[:, 0])).log_softmax(-1)
+    nats = -torch.cat([first.gather(1, target[:, :1]), second.gather(1, target[:, 1:])], 1)
+    torch.testing.assert_close(loss, nats.mean())
+
+
 def test_a_word_learns_to_begin_where_the_manifest_says():
     """Trained on one clip, the text logits give its words back at their frames."""
     torch.manual_seed(0)
@@ -422,7 +504,8 @@ def test_a_word_learns_to_begin_where_the_manifest_says():
         optimizer.zero_grad()
         net.loss(b)[0].backward()
         optimizer.step()
-    z = net.eval().condition(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"], words)
+    z = net.eval().condition(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"],
+                             words[..., None])
     assert net.word(z)[0, :6].argmax(-1).tolist() == words[0].tolist()
 
 

@@ -46,7 +46,7 @@ def batch(B=4, T=6):
             "ended": torch.tensor([True, True, False, True]),
             "text_len": torch.tensor([5, 2, 1, 3]), "prompt": torch.randint(0, N, (B, 3, K)),
             "prompt_len": torch.tensor([0, 3, 1, 0]), "kind": torch.tensor([0, 1, 2, 0]),
-            "words": torch.zeros(B, T, dtype=torch.long), "aligned": torch.ones(B).bool()}
+            "words": torch.zeros(B, T, 1, dtype=torch.long), "aligned": torch.ones(B).bool()}
 
 
 def recorded(net):
@@ -75,7 +75,7 @@ def test_generation_step_by_step_equals_the_training_pass_over_what_was_generate
     words = None
     if monologue:                                    # PAD beside the history; embedded first
         steps = [ids for ids in tokens if ids.shape == (2,)][1:]
-        words = torch.cat([torch.full((2, 4), 256), torch.stack(steps, 1)], 1)[:, :9]
+        words = torch.cat([torch.full((2, 4), 256), torch.stack(steps, 1)], 1)[:, :9, None]
         text = text[:, :1]
     length = torch.full((2,), text.shape[1])
     z = net.condition(x, text, length, prompt, torch.tensor([3, 3]), words)[:, net.acoustic_delay:]
