@@ -279,6 +279,7 @@ def feature_loss(real, fake):
     ratios = []
     for (_, real_features), (_, fake_features) in zip(real, fake):
         for r, f in zip(real_features, fake_features):
+            r = r.detach()                              # the target
             difference = (r - f).float().abs().mean()
             ratios.append(difference / r.float().abs().mean().clamp(min=1e-4))
     return sum(ratios) / len(ratios)
@@ -377,12 +378,14 @@ class VAEGAN(nn.Module):
         terms |= self.distill_term(wav, z)                                       # L_distill
         terms |= self.spectral_terms(wav, rec)                                   # L_f
 
-        # the discriminators see the same crop of both; the generator learns after their warm-up
+        # the discriminators see the same crop of both, the original once for both players; the
+        # generator learns after their warm-up
         disc_learns = self.disc is not None and step >= self.cfg.disc_start
         if disc_learns:
             crop = self.random_crop(wav.shape[-1])
+            real = self.disc(wav[..., crop])
             if step >= self.cfg.disc_start + self.cfg.disc_warmup:               # L_adv, L_feat
-                terms |= self.adversarial_terms(wav[..., crop], rec[..., crop])
+                terms |= self.adversarial_terms(real, rec[..., crop])
 
         # generator; before adv starts there may be no term at all: only the discriminators step
         total = self.weighted_sum(terms, rec)
@@ -391,7 +394,7 @@ class VAEGAN(nn.Module):
             yield "vae", total, terms
 
         if disc_learns:
-            loss = hinge_loss(self.disc(wav[..., crop]), self.disc(rec[..., crop].detach()))
+            loss = hinge_loss(real, self.disc(rec[..., crop].detach()))
             yield "disc", loss, {"disc": loss.detach()}
 
     def distill_term(self, wav, z):
@@ -428,11 +431,9 @@ class VAEGAN(nn.Module):
         first = torch.randint(samples - length + 1, ()).item()
         return slice(first, first + length)
 
-    def adversarial_terms(self, wav, rec):
-        """L_adv = -mean D(x̂) and L_feat (eq. 2); gradients reach x̂ only."""
+    def adversarial_terms(self, real, rec):
+        """L_adv = -mean D(x̂) and L_feat (eq. 2); gradients reach x̂ only. real: D(x)."""
         self.disc.requires_grad_(False)
-        with torch.no_grad():
-            real = self.disc(wav)
         fake = self.disc(rec)
 
         terms = {}

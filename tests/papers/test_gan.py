@@ -6,7 +6,8 @@ import torch
 
 from cli import BadInput
 from config import Config
-from gan import VAEGAN, Balancer, GANConfig, STFTDiscriminator, mel_filters, spectral_losses, stft
+from gan import (VAEGAN, Balancer, GANConfig, STFTDiscriminator, feature_loss, hinge_loss,
+                 mel_filters, spectral_losses, stft)
 from schema import build
 from vae import VAEConfig
 
@@ -203,8 +204,46 @@ def test_discriminators_hear_the_same_part_of_the_original_and_of_the_reconstruc
     for step in range(3):
         assert [terms.get("feat", 0.0) for *_, terms in model.losses(wav, step)] == [0.0, 0.0]
     assert {crop.shape[-1] for crop in crops} == {160}                       # 0.01 s at 16 kHz
-    # four per step: x and x̂ for the generator, x and x̂ for the discriminators
-    assert torch.equal(crops[0], crops[3]) and not torch.equal(crops[0], crops[4])
+    # three per step: x for both, x̂ for the generator, x̂ for the discriminators
+    assert len(crops) == 9
+    assert torch.equal(crops[0], crops[2]) and not torch.equal(crops[0], crops[3])
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_three_passes_of_the_discriminators_give_the_gradients_of_four(balance):
+    """Fault: the original went through the discriminators twice per step."""
+    model = small_gan(balance, adv=1.0, feat=2.0)
+    wav = torch.randn(2, 1, 640)
+    passes = []
+    model.disc.register_forward_pre_hook(lambda *_: passes.append(1))
+    gradients = {}
+    torch.manual_seed(1)
+    for name, loss, _ in model.losses(wav, 0):
+        loss.backward()
+        gradients[name] = {key: p.grad.clone() for key, p in model.named_parameters()
+                           if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    assert len(passes) == 3
+    assert all(key.startswith("disc.") for key in gradients["disc"])
+
+    # the discriminators: two passes of their own
+    torch.manual_seed(1)
+    rec, _, _ = model.vae(wav)
+    hinge_loss(model.disc(wav), model.disc(rec.detach())).backward()
+    for key, p in model.disc.named_parameters():
+        assert torch.equal(p.grad, gradients["disc"][f"disc.{key}"]), key
+    model.zero_grad(set_to_none=True)
+
+    # the generator: two more, the original's without gradient
+    if not balance:
+        with torch.no_grad():
+            real = model.disc(wav)
+        fake = model.disc(rec)
+        adv = -sum(logits.mean() for logits, _ in fake) / len(fake)
+        (adv + 2 * feature_loss(real, fake)).backward()
+        for key, p in model.vae.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, gradients["vae"][f"vae.{key}"])
 
 
 def test_the_config_reaches_discriminators_and_balancer():
