@@ -479,7 +479,9 @@ class AudioCALM(nn.Module):
 
         ended = torch.zeros(B, dtype=torch.bool, device=text.device)
         for first in range(0, max_frames, cfg.block):
-            # a new block by the solver (z is the Context), then its clean pass
+            # a new block by the solver (z is the Context), whose evaluations share the cache's spare
+            # room, then its clean pass
+            z.cache.reserve(cfg.block)
             x = self.head.sample(z, steps=steps, temperature=temperature, generator=generator,
                                  shape=(B, 1, cfg.block * D)).view(B, cfg.block, D)
             is_over = self.append_clean_block(z, x, noise, generator) > 0       # (B, block)

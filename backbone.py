@@ -164,8 +164,8 @@ class KVCache:
                                 └──── append returns ────────┴─ buffer.end
 
     When the room is used up, the cached positions move to a buffer of twice the size. They also do
-    after other code has replaced kv[layer] (to select rows, or in trim), which it may at any time:
-    kv[layer] is then no longer the view that the buffer remembers.
+    after other code has replaced kv[layer] (to select rows), which it may at any time: kv[layer] is
+    then no longer the view that the buffer remembers.
     """
 
     def __init__(self):
@@ -187,7 +187,7 @@ class KVCache:
             v = torch.cat([old_v, v], dim=2)
         elif layer in self.kv:
             length = self.kv[layer][0].shape[2] + k.shape[2]
-            buffer = self.room_for(layer, k, v).write(k, v)
+            buffer = self.room_for(layer, k.shape[2]).write(k, v)
             k = buffer.keys[:, :, buffer.end - length:buffer.end]               # (B, H, P+T, d)
             v = buffer.values[:, :, buffer.end - length:buffer.end]
 
@@ -200,20 +200,31 @@ class KVCache:
         self.buffers[layer] = buffer
         return k, v
 
-    def room_for(self, layer, k, v):
-        """The layer's buffer; a new one of twice the size if k, v do not fit behind kv[layer]."""
-        old_k, old_v = self.kv[layer]
-        past = old_k.shape[2]
-        new = k.shape[2]
-
+    def room_for(self, layer, new):
+        """The layer's buffer; one of twice the size if `new` positions do not fit behind kv[layer]."""
+        k, v = self.kv[layer]
         buffer = self.buffers.get(layer)
-        if buffer is not None and buffer.view is old_k:
-            if buffer.end + new <= buffer.keys.shape[2]:
-                return buffer
+        if buffer is not None and buffer.view is k and buffer.end + new <= buffer.keys.shape[2]:
+            return buffer
 
-        size = (*k.shape[:2], 2 * (past + new) + 64, k.shape[3])
-        buffer = Buffer(k.new_empty(size), v.new_empty(size), end=0, view=old_k)
-        return buffer.write(old_k, old_v)
+        size = (*k.shape[:2], 2 * (k.shape[2] + new) + 64, k.shape[3])
+        buffer = Buffer(k.new_empty(size), v.new_empty(size), end=0, view=k)
+        return buffer.write(k, v)
+
+    def reserve(self, new):
+        """Make room for `new` positions, so that all copies append to the same storage.
+
+        Without it every copy that finds no room would move the whole cache for itself.
+        """
+        for layer, (k, _) in self.kv.items():
+            self.point_to(layer, self.room_for(layer, new), k.shape[2])
+
+    def point_to(self, layer, buffer, length):
+        """kv[layer] becomes the last `length` positions of the buffer."""
+        first = buffer.end - length
+        k = buffer.keys[:, :, first:buffer.end]
+        self.kv[layer] = k, buffer.values[:, :, first:buffer.end]
+        self.buffers[layer] = buffer._replace(view=k)
 
     def copy(self):
         """A cache to read from: appending to the copy leaves this cache unchanged.
@@ -228,12 +239,23 @@ class KVCache:
         return other
 
     def trim(self, first, last):
-        """Drop all cached positions except the `first` and the `last` ones; `pos` is unchanged."""
-        for layer, pair in self.kv.items():
-            length = pair[0].shape[2]
-            if length > first + last:
-                self.kv[layer] = tuple(
-                    torch.cat([x[:, :, :first], x[:, :, length - last:]], dim=2) for x in pair)
+        """Drop all cached positions except the `first` and the `last` ones; `pos` is unchanged.
+
+        A buffer keeps its storage: the positions that stay move to its front.
+        """
+        for layer, (k, v) in self.kv.items():
+            length = k.shape[2]
+            if length <= first + last:
+                continue
+            kept_k = torch.cat([k[:, :, :first], k[:, :, length - last:]], dim=2)
+            kept_v = torch.cat([v[:, :, :first], v[:, :, length - last:]], dim=2)
+
+            buffer = self.buffers.get(layer)
+            if buffer is None or buffer.view is not k or torch.is_grad_enabled():
+                self.kv[layer] = kept_k, kept_v
+            else:
+                buffer = buffer._replace(end=0).write(kept_k, kept_v)
+                self.point_to(layer, buffer, first + last)
 
 
 class Attention(nn.Module):

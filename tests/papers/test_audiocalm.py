@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from cli import BadInput
+import backbone
 from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, ar_flow_mask
 from report import draw_mask
 from backbone import BackboneConfig, Transformer
@@ -488,3 +489,21 @@ def test_no_figure_of_training_depends_on_blocks_that_do_not_count(objective):
     assert "loss_mid" in figures[0]
     for key in figures[0]:
         torch.testing.assert_close(figures[0][key], figures[1][key])
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_the_storage_of_the_cache_does_not_grow_with_solver_steps(window, monkeypatch):
+    """Fault: with a window, and whenever the room was used up, each step moved the whole cache."""
+    made = []
+    buffer = backbone.Buffer
+    monkeypatch.setattr(backbone, "Buffer", lambda *a, **k: made.append(1) or buffer(*a, **k))
+    net = model(4, window=window)
+    text = torch.randint(0, VOCAB, (1, 100))
+    counts = {}
+    for steps in (1, 6):
+        made.clear()
+        net.stop.bias.data.fill_(-100.0)
+        list(net.generate(text, kind=0, max_frames=400, steps=steps,
+                          generator=torch.Generator().manual_seed(0)))
+        counts[steps] = len(made)
+    assert counts[1] == counts[6] <= 2 * 2                   # 2 layers, grown at most twice
