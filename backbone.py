@@ -38,7 +38,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from schema import Range
@@ -201,7 +201,7 @@ class KVCache:
         return k, v
 
     def room_for(self, layer, new):
-        """The layer's buffer; one of twice the size if `new` positions do not fit behind kv[layer]."""
+        """The layer's buffer; one of twice the size if `new` positions do not fit into it."""
         k, v = self.kv[layer]
         buffer = self.buffers.get(layer)
         if buffer is not None and buffer.view is k and buffer.end + new <= buffer.keys.shape[2]:
@@ -258,6 +258,50 @@ class KVCache:
                 self.point_to(layer, buffer, first + last)
 
 
+class Band(NamedTuple):
+    """The mask of a window in chunks of queries, each with its own keys and those before them."""
+    # positions that a query attends to, its own included
+    window: int
+    # queries per chunk
+    size: int
+    # True = attend (chunks, 1, size, size + window - 1)
+    mask: torch.Tensor
+
+
+def make_band(window, new, past, device):
+    """The Band of `new` queries over past + new keys, past < window."""
+    size = max(window, 64)
+    chunks = -(-new // size)
+    before = window - 1                                     # keys in front of a chunk's own
+    query = torch.arange(size, device=device)[:, None] + before
+    key = torch.arange(size + before, device=device)
+    in_window = (key <= query) & (query - key < window)                         # (size, keys)
+
+    # in front of the first keys there is padding
+    chunk = torch.arange(chunks, device=device)[:, None, None]
+    exists = chunk * size + key >= before - past                                # (chunks, 1, keys)
+    return Band(window, size, (in_window & exists)[:, None])
+
+
+def banded_attention(q, k, v, band, gqa):
+    """Attention of q (B, H, T, d) over k, v (B, Hkv, P + T, d), memory O(T · window)."""
+    B, _, T, _ = q.shape
+    chunks = band.mask.shape[0]
+    behind = chunks * band.size - T
+    front = band.window - 1 - (k.shape[2] - T)
+
+    # queries in chunks, and for each the keys that it may attend to
+    q = rearrange(F.pad(q, (0, 0, 0, behind)), "b h (n s) d -> (b n) h s d", n=chunks)
+    keys = band.mask.shape[-1]
+    kv = F.pad(torch.stack([k, v]), (0, 0, front, behind))                      # (2, B, Hkv, ., d)
+    kv = kv.unfold(3, keys, band.size)                                          # (.., n, d, keys)
+    k, v = rearrange(kv, "kv b h n d s -> kv (b n) h s d")
+
+    mask = repeat(band.mask, "n 1 q s -> (b n) 1 q s", b=B)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    return rearrange(y, "(b n) h s d -> b h (n s) d", b=B)[:, :, :T]
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions and, with kv_heads, grouped queries."""
 
@@ -276,7 +320,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, eps)
 
     def forward(self, x, rotation, mask, is_causal, cache, layer):
-        """x (B, T, C) -> (B, T, C). rotation: (cos, sin); mask, is_causal: as SDPA takes them."""
+        """x (B, T, C) -> (B, T, C).
+
+        rotation: (cos, sin); mask, is_causal: as SDPA takes them, or mask is a BlockMask or a Band.
+        """
         d = self.head_dim
         q = rearrange(self.wq(x), "b t (h d) -> b h t d", d=d)                  # (B, H, T, d)
         k, v = rearrange(self.wkv(x), "b t (kv h d) -> kv b h t d", kv=2, d=d)  # (B, Hkv, T, d)
@@ -292,6 +339,8 @@ class Attention(nn.Module):
         gqa = self.kv_heads != self.cfg.heads
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+        elif isinstance(mask, Band):
+            y = banded_attention(q, k, v, mask, gqa)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)   # (B, H, T, d)
@@ -378,7 +427,8 @@ class Transformer(nn.Module):
     def attention_mask(self, new, past, device):
         """The config's rule for `new` queries over past + new keys: (mask, is_causal) for SDPA.
 
-        mask: bool (new, past + new), True = attend; or None, all keys, earlier ones if is_causal.
+        mask: bool (new, past + new), True = attend; or a Band, where that would be much smaller; or
+        None, all keys, earlier ones if is_causal.
         """
         window = self.cfg.window
         if not self.cfg.causal:
@@ -392,6 +442,10 @@ class Transformer(nn.Module):
         # one query: the cache holds exactly what it may attend to
         if new == 1:
             return None, False
+
+        # a long sequence with a window: memory O(new · window)
+        if window and past < window and new > 4 * max(window, 64):
+            return make_band(window, new, past, device), False
 
         q = torch.arange(past, past + new, device=device)[:, None]
         k = torch.arange(past + new, device=device)[None]

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import BadInput
 from backbone import BackboneConfig, KVCache, Transformer, rope, rotations
@@ -158,3 +159,58 @@ def test_a_trimmed_cache_keeps_its_first_and_last_positions_and_counts_on():
     assert cache.pos == 10
     cache.trim(2, 5)
     assert cache.kv[0][0].shape[2] == 7
+
+
+def dense(net, x):
+    """The forward pass with the window as a dense mask."""
+    q = torch.arange(x.shape[1])[:, None]
+    k = torch.arange(x.shape[1])[None]
+    return net(x, mask=(k <= q) & (q - k < net.cfg.window))
+
+
+@pytest.mark.parametrize("changes", [dict(window=10), dict(window=1), dict(window=70),
+                                     dict(window=10, kv_heads=2)], ids=str)
+@pytest.mark.parametrize("length", [300, 320, 321, 450])
+def test_a_window_over_a_long_sequence_gives_what_the_dense_mask_gives(changes, length):
+    net = model(**changes)
+    x = torch.randn(2, length, 32, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, length, 32, dtype=torch.float64)
+    outputs = [net(x), dense(net, x)]
+    torch.testing.assert_close(*outputs, atol=1e-12, rtol=0)
+    gradients = [torch.autograd.grad((y * weight).sum(), [x, *net.parameters()]) for y in outputs]
+    for banded, expected in zip(*gradients):
+        torch.testing.assert_close(banded, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [[3, 400, 1, 300], [300, 404], [9, 290, 405]], ids=str)
+def test_a_cache_fed_in_long_pieces_equals_the_dense_mask(sizes):
+    net = model(window=10)
+    x = torch.randn(2, 704, 32, dtype=torch.float64)
+    cache = KVCache()
+    with torch.no_grad():
+        parts = [net(piece, cache) for piece in x.split(sizes, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), dense(net, x), atol=1e-12, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements of any tensor that is made."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_the_memory_of_a_window_grows_with_the_length_and_not_with_its_square():
+    """Fault: the short context (10 latents) and the VAE's layers made masks and scores of T x T."""
+    net = model(window=10).float()
+    largest = []
+    for length in (2000, 4000, 8000):
+        with Largest() as mode, torch.no_grad():
+            net(torch.randn(1, length, 32))
+        largest.append(mode.elements / length)
+    assert max(largest) < 300                               # 4 heads x 73 keys; T x T has 8000
+    assert largest[2] < 1.05 * largest[0]
