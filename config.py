@@ -90,11 +90,12 @@ class StageConfig:
     lr: Annotated[float, Range(above=0)] = 1e-2
     # final learning rate as a share of lr; cosine in between
     lr_end: Annotated[float, Range(0)] = 0.1
-    # steps of linear warm-up
+    # optimizer steps of linear warm-up
     warmup: Annotated[int, Range(0)] = 50
     # AdamW (Table 9)
     betas: list[Annotated[float, Range(0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
-    # on matrices only
+    # on every parameter of two or more axes: matrices, embeddings, convolutions, also the gains
+    # (C, 1) of ConvNeXt and of weight norm; not on biases and norms
     weight_decay: Annotated[float, Range(0)] = 0.0
     # largest gradient norm; a larger gradient is scaled down to it
     grad_clip: Annotated[float, Range(above=0)] = 1.0
@@ -160,9 +161,9 @@ class SampleConfig:
     # variance of the noise (CALM 4.5: 0.8 for continuation, 0.7 for text to speech); for codes, the
     # temperature of the softmax
     temperature: Annotated[float, Range(0)] = 0.8
-    # of a text that a monologue writes itself (CALM 0.8): temperature of its softmax, and how many of
-    # the likeliest tokens are sampled from; 0 = all. A given text is not sampled
+    # of a text that a monologue writes itself: temperature of its softmax (CALM: 0.8)
     text_temperature: Annotated[float, Range(0)] = 0.8
+    # of such a text: sample from this many likeliest tokens; 0 = all
     text_top_k: Annotated[int, Range(0)] = 0
     # noise on a model's generated past, as a share of the noise in training (lm.noise,
     # lm.short_noise, audiocalm.history_noise): 0 (the papers) .. 1; for long continuations

@@ -13,7 +13,7 @@ members, which the two discrete objectives in discrete.py, whose x are codes, ha
 
     loss(z, x, weight=) -> (loss per position, metrics)
     sample(z, steps=, temperature=, ...) -> x
-    set_step(step): the training step                has_jvp: whether the loss differentiates net
+    set_step(step): the optimizer step               has_jvp: whether the loss differentiates net
 
 weight (..) is 1 where a position counts and 0 where it is padding: metrics leave out padding, and
 the loss per position is the caller's to weigh.
@@ -47,8 +47,9 @@ Where this differs from the printed CALM paper, and why:
   so that its diagonal s = t is that flow.
 
 Precision: times, cos and sin, time embedding, norms, the residual stream, the jvp and the loss are
-fp32, even under autocast; only the matrix products of the plain forward follow autocast. float64
-inputs stay float64 (used by the tests).
+fp32, even under autocast; only the matrix products of the plain forward follow autocast. On CUDA
+train.py allows TF32, in which the matrix products of the time embedding and of the jvp then run.
+float64 inputs stay float64 (used by the tests).
 """
 import copy
 import math
@@ -103,7 +104,7 @@ class HeadConfig:
     adaptive: bool = False
 
     # ---- consistency
-    # Training steps over which r goes from 0 (flow matching) to 1 (sCM: 10k). 0 = r is 1 from the
+    # Optimizer steps over which r goes from 0 (flow matching) to 1 (sCM: 10k). 0 = r is 1 from the
     # start, which was stable from scratch and is right when starting from TrigFlow.
     warmup: Annotated[int, Range(0)] = 0
     # c in g / (||g|| + c), 0.1 as in sCM. Not in the paper.
@@ -502,11 +503,11 @@ class Consistency(nn.Module):
         self.cfg = cfg
         # the network of teach(); a list hides it from parameters() and state_dict()
         self.teacher = []
-        self.register_buffer("it", torch.zeros((), dtype=torch.long))       # training step, for r
+        self.register_buffer("it", torch.zeros((), dtype=torch.long))       # optimizer step, for r
         self.psi = adaptive_weight(256) if cfg.adaptive else None           # w_psi(t)
 
     def set_step(self, step):
-        """Set the training step, on which the warm-up r depends."""
+        """Set the optimizer step (not the micro-batch), on which the warm-up r depends."""
         self.it.fill_(step)
 
     def f(self, x_t, t, z):

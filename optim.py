@@ -25,8 +25,9 @@ def schedule(cfg, step):
 def make_optimizers(trainer, cfg, device, key="optimizer"):
     """{name: optimizer} for trainer.optimized {name: module}; cfg: StageConfig.
 
-    Discriminators (2-d convolutions with weight norm) stay with AdamW. key: of the choice in the
-    config, for the message. Errors: BadInput where this torch has no Muon.
+    Weight decay acts on parameters of two or more axes (StageConfig). Discriminators (2-d
+    convolutions with weight norm) stay with AdamW. key: of the choice in the config, for the
+    message. Errors: BadInput where this torch has no Muon.
     """
     if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise BadInput(f"{key}: muon needs torch 2.9 or newer, this is {torch.__version__}; "

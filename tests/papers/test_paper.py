@@ -55,3 +55,10 @@ def test_the_rival_of_a_model_has_the_same_backbone_and_training(name):
         f"{ROOT}/configs/paper/rq_{name}.toml")
     assert calm.lm.backbone == rq.lm.backbone
     assert calm.train.lm == rq.train.lm and calm.train.vae == rq.train.vae
+
+
+@pytest.mark.parametrize("name, noise", [("calm_music", 1.0), ("calm_speech", 0.0),
+                                         ("pocket_tts", 0.0)])
+def test_music_is_trained_with_noise_on_the_past_and_speech_without(name, noise):
+    """Fault: pocket_tts.toml had noise 1.0; CALM's speech models have none."""
+    assert load(f"{ROOT}/configs/paper/{name}.toml").lm.noise == noise
