@@ -62,8 +62,8 @@ def test_the_cache_grows_with_the_clip_unless_it_has_a_window(figures):
     assert [row["seconds"] for row in whole] == [row["seconds"] for row in window] == seconds
     assert [row["positions"] for row in whole] == [24 + round(25 * s) for s in seconds]
     assert [row["positions"] for row in window] == [24 + 4] * 3
-    # once it has been trimmed: what is kept, and a buffer for twice that and a block, and 64 more
-    assert [row["bytes"] for row in window[1:]] == [256 * (28 + 2 * (28 + 4) + 64)] * 2
+    # one buffer, which trimming keeps: twice the text and a block, and 64 more
+    assert [row["bytes"] for row in window] == [256 * (2 * (24 + 4) + 64)] * 3
     for row in whole:                                         # a buffer: twice its start
         assert 256 * row["positions"] <= row["bytes"] <= 256 * (2 * row["positions"] + 64)
     for rows in (whole, window):
