@@ -13,9 +13,11 @@ as ./check.
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,15 @@ from tqdm import tqdm
 from cli import BadInput, Parser, cli
 from data import (AUDIO, KINDS, Clip, audio_files, clips_in_folder, encode_text, load_audio,
                   load_manifest, open_audio, read_text, rng, seconds_of, write_manifest)
+
+
+# audio and texts that scan does not read but names
+OTHER_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".oga", ".aif", ".aiff", ".au", ".caf",
+               ".w64", ".amr", ".mka", ".ape", ".wv", ".sph")
+OTHER_TEXTS = (".txt", ".lab", ".textgrid", ".srt", ".vtt")
+
+# folders that say what is in them, not who speaks
+NOT_SPEAKERS = ("audio", "clips", "data", "dev", "test", "train", "valid", "wav", "wavs")
 
 
 # ---------------------------------------------------------------------------- layouts of corpora
@@ -45,18 +56,89 @@ def first_file(paths):
     return next((path for path in paths if path.is_file()), None)
 
 
+def folder_of_audio(folder, kind):
+    """Any tree of audio files, texts in the .txt of the same stem. Speech: folders are speakers."""
+    clips = clips_in_folder(folder, kind) if audio_files(folder) else []
+    if kind != "speech":
+        return clips
+    return [replace(clip, speaker=speaker_of(Path(clip.audio).relative_to(folder)))
+            for clip in clips]
+
+
+def speaker_of(path):
+    """The first folder of a relative path that can be a speaker's name, or ""."""
+    return next((name for name in path.parts[:-1] if name.lower() not in NOT_SPEAKERS), "")
+
+
 def ljspeech(folder, kind):
-    """LJSpeech: metadata.csv (id|text|normalised text), wavs/id.wav."""
+    """LJSpeech: metadata.csv, see read_metadata; the audio is wavs/id.wav or of another format."""
     table = folder / "metadata.csv"
     if not table.is_file():
         raise BadInput(f"{folder}: no metadata.csv in it; give LJSpeech's top folder")
+
+    # every audio file under its path, with and without the ending
+    audio = {}
+    for path in audio_files(folder):
+        relative = path.relative_to(folder)
+        audio[relative.as_posix()] = path
+        audio.setdefault(relative.with_suffix("").as_posix(), path)
+
     clips = []
-    for line in read_text(table).splitlines():
-        if line.strip():
-            name, *texts = line.split("|")
-            text = texts[-1] if texts else ""
-            clips.append(make_clip(folder / "wavs" / f"{name}.wav", text, kind, "lj"))
+    for name, text, speaker in read_metadata(table):
+        path = audio.get(f"wavs/{name}") or audio.get(name)
+        clips.append(make_clip(path, text, kind, speaker or "lj"))
     return clips
+
+
+def read_metadata(table):
+    """A table of LJSpeech's form -> [(id, text, speaker or ""), ...].
+
+        id|text|normalised text     the normalised text, where it is not empty
+        id|text|speaker             where the third column holds single words, and not the text's
+        id|text                     further | belong to the text
+
+    Which of them a table is, all its rows decide together. Errors: BadInput where they do not, or
+    where a row has other columns.
+    """
+    lines = [line for line in read_text(table).split("\n") if line.strip()]
+    rows = [[name.strip(), *texts] for name, *texts in (line.split("|") for line in lines)]
+    thirds = [row for row in rows if "".join(row[2:]).strip()]
+    alike = sum(same_text(*text_halves(row)) for row in thirds)
+
+    if 2 * alike >= len(thirds):
+        return [normalised(row, f"{table}: '{line[:60]}'") for row, line in zip(rows, lines)]
+    if all(len(row) > 2 and len(row[-1].split()) == 1 for row in rows):
+        return [(row[0], "|".join(row[1:-1]), row[-1].strip()) for row in rows]
+    if any(len(row) == 2 for row in rows):
+        return [(row[0], "|".join(row[1:]), "") for row in rows]
+    raise BadInput(f"{table}: '{'|'.join(thirds[0])[:60]}': the third column is neither the text "
+                   "normalised nor a speaker; write id|text, id|text|normalised text or "
+                   "id|text|speaker")
+
+
+def text_halves(row):
+    """The columns after the id, in two halves: a | in a text stands in both its forms."""
+    texts = row[1:]
+    middle = len(texts) // 2
+    return "|".join(texts[:middle]), "|".join(texts[middle:])
+
+
+def normalised(row, where):
+    """A row id|text|normalised text, or without the last -> (id, text, "")."""
+    texts = row[1:]
+    if len(texts) < 2:
+        return row[0], "".join(texts), ""
+    if len(texts) % 2:
+        raise BadInput(f"{where}: has {len(row)} columns; write id|text|normalised text")
+    plain, spoken = text_halves(row)
+    return row[0], spoken if spoken.strip("| ") else plain, ""
+
+
+def same_text(plain, spoken):
+    """Whether two texts are one, normalised or not: they share half of the shorter one's words."""
+    plain, spoken = (set(re.findall(r"\w+", text.lower())) for text in (plain, spoken))
+    shorter = min(len(plain), len(spoken))
+    return shorter > 0 and 2 * len(plain & spoken) >= shorter
 
 
 def libritts(folder, kind):
@@ -64,7 +146,8 @@ def libritts(folder, kind):
     clips = []
     for path in sorted(folder.rglob("*.normalized.txt")):
         stem = path.name.removesuffix(".normalized.txt")
-        audio = first_file(path.with_name(stem + suffix) for suffix in AUDIO)
+        audio = first_file(path.with_name(stem + ending) for suffix in AUDIO
+                           for ending in (suffix, suffix.upper()))
         speaker = path.parent.parent.name
         clips.append(make_clip(audio, read_text(path), kind, speaker))
     return clips
@@ -72,7 +155,7 @@ def libritts(folder, kind):
 
 def vctk(folder, kind):
     """VCTK: txt/speaker/*.txt, wav48*/speaker/; microphone 1 where there are two."""
-    endings = ("_mic1.flac", ".flac", ".wav", "_mic2.flac")                 # the best first
+    endings = ("_mic1.flac", "_mic1.wav", ".flac", ".wav", "_mic2.flac", "_mic2.wav")  # best first
     clips = []
     for path in sorted(folder.glob("txt/*/*.txt")):
         speaker = path.parent.name
@@ -94,7 +177,7 @@ def audiocaps(folder, kind):
     audio = {path.stem: path for path in audio_files(table.parent)}
 
     clips = []
-    for row in csv.DictReader(read_text(table).splitlines()):
+    for row in csv.DictReader(io.StringIO(read_text(table))):               # captions of two lines
         if not {"audiocap_id", "youtube_id", "caption"} <= set(row):
             raise BadInput(f"{table}: needs columns audiocap_id, youtube_id, caption")
         youtube = row["youtube_id"]
@@ -104,26 +187,92 @@ def audiocaps(folder, kind):
     return clips
 
 
-LAYOUTS = {"folder": clips_in_folder, "ljspeech": ljspeech, "libritts": libritts, "vctk": vctk,
+LAYOUTS = {"folder": folder_of_audio, "ljspeech": ljspeech, "libritts": libritts, "vctk": vctk,
            "audiocaps": audiocaps}
 
 
-def find_clips(folder, layout="folder", kind="speech"):
+def find_clips(folder, layout="folder", kind="speech", speaker=None):
     """Finds the clips of a corpus on disk -> list[Clip], always in the same order.
 
-    Texts without audio are skipped and counted on stderr. Errors: BadInput when there is no such
-    folder, when it does not have the layout, or when nothing is found."""
+    speaker: the name of the only one, in place of the layout's; "" = none. What is left out is
+    counted and named on stderr. Errors: BadInput when there is no such folder, when it does not
+    have the layout, or when nothing is found."""
     root = Path(os.path.abspath(folder))
     if not root.exists():
         raise BadInput(f"{folder}: no such folder; correct the path")
     found = LAYOUTS[layout](root, kind)
-    clips = [clip for clip in found if clip is not None]
+
+    clips = [clip for clip in found if clip is not None and is_readable(clip)]
+    for sentence in left_out(root, layout, found, clips):
+        print(sentence, file=sys.stderr)
     if not clips:
         raise BadInput(f"{folder}: no clips in the {layout} layout; "
                        "see `python -m corpora.scan scan -h`")
-    if len(clips) < len(found):
-        print(f"{len(found) - len(clips)} texts have no audio file: skipped", file=sys.stderr)
+    if speaker is not None:
+        clips = [replace(clip, speaker=speaker) for clip in clips]
     return clips
+
+
+def is_readable(clip):
+    """Whether a clip's file is there and a manifest, which is UTF-8, can hold its name."""
+    return is_utf8(clip.audio) and os.path.isfile(clip.audio)
+
+
+def is_utf8(path):
+    """Whether a path is UTF-8; Python has surrogates for other bytes."""
+    return not re.search("[\ud800-\udfff]", str(path))
+
+
+def left_out(root, layout, found, clips):
+    """One sentence for each sort of thing below `root` that is in no clip, with count and names."""
+    top = root if root.is_dir() else root.parent
+    used = {clip.audio for clip in clips}
+    stems = {os.path.splitext(audio)[0] for audio in used}
+    sorts = {}
+    for folder, folders, files in os.walk(top):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for path in (os.path.join(folder, name) for name in (*links, *sorted(files))):
+            reason = "" if path in used else reason_left_out(path, layout, stems)
+            if reason:
+                sorts.setdefault(reason, []).append(os.path.relpath(path, top))
+
+    sentences = []
+    texts = sum(clip is None for clip in found)
+    if texts:
+        sentences.append(f"{texts} texts have no audio file: skipped")
+    for reason, paths in sorts.items():
+        shown = ", ".join(ascii(path) for path in paths[:3])
+        sentences.append(f"left out: {len(paths)} {reason}: {shown}"
+                         + (" ..." if len(paths) > 3 else ""))
+    return sentences
+
+
+def reason_left_out(path, layout, stems):
+    """What to say of a path that is no clip: "files ...; what to do", or "" for nothing.
+
+    stems: paths of the clips without their endings."""
+    stem, ending = os.path.splitext(path)
+    lower = ending.lower()
+    if os.path.basename(path).startswith("."):
+        return ""
+    if not is_utf8(path):
+        return "with names that are not UTF-8; rename them"
+    if os.path.isdir(path):
+        return "linked folders, which are not entered; copy them, or scan them by themselves"
+    if not os.path.exists(path):
+        return "links that lead nowhere"
+    if lower in AUDIO:
+        return "audio files that belong to no text of the layout"
+    if lower in OTHER_AUDIO:
+        return f"files {ending}, which are not read; convert them to .flac"
+
+    # texts: other layouts have them elsewhere
+    if layout == "folder" and ending == ".txt" and stem not in stems:
+        return "files .txt without an audio file of their name"
+    if layout == "folder" and lower in OTHER_TEXTS and ending != ".txt":
+        return f"files {ending}, which are not read; texts stand in .txt beside the audio"
+    return ""
 
 
 # ---------------------------------------------------------------------------- descriptions
@@ -193,11 +342,22 @@ def read_rewritten(path):
 
 # ---------------------------------------------------------------------------- commands
 
-def scan(folder, out, layout, kind):
+def scan(folder, out, layout, kind, speaker=None):
     """Writes a manifest of the clips of a corpus."""
-    clips = find_clips(folder, layout, kind)
+    clips = find_clips(folder, layout, kind, speaker)
     write_manifest(out, clips)
     print(f"{len(clips)} clips -> {out}")
+
+    # voice prompts need speakers
+    if kind == "speech" and layout != "audiocaps":
+        names = sorted({clip.speaker for clip in clips if clip.speaker})
+        without = sum(not clip.speaker for clip in clips)
+        if names:
+            print(f"speakers: {len(names)} ({', '.join(names[:5])}{' ...' if names[5:] else ''})"
+                  + ("; --speaker \"\" leaves them out" if speaker is None else ""))
+        if without:
+            print(f"speakers: {without} clips name none, and get no voice prompt from another "
+                  "clip; --speaker NAME names the only one, else one folder per speaker")
 
 
 def check(manifest, out):
@@ -277,15 +437,16 @@ ABOUT = {
         Find the clips of a corpus on disk and write a manifest. The word scan may be left out.
 
         layouts:
-          folder     any tree of audio files, the text of each in the same-stem .txt, if any
-          ljspeech   metadata.csv (id|text|normalised text), wavs/
+          folder     any tree of audio files, the text of each in the same-stem .txt, if any;
+                     folders of speech are named after the speaker
+          ljspeech   metadata.csv (id|text|normalised text, id|text|speaker or id|text), wavs/
           libritts   speaker/chapter/*.normalized.txt beside the audio
           vctk       txt/speaker/*.txt, wav48*/speaker/ (microphone 1 where there are two)
           audiocaps  a .csv with audiocap_id, youtube_id, start_time, caption, and audio files below
                      its folder, named by either id; where a folder has several .csv, give the .csv;
                      the kind is always "sound"
 
-        Texts without an audio file are skipped and counted.""",
+        Texts without an audio file, and files that are not read, are counted and named.""",
     "check": """\
         Read every file of a manifest and print the bad ones. Bad is a file that is missing,
         unreadable, empty, silent or not finite. Exit status 2 if there are any and no --out is
@@ -316,6 +477,8 @@ def arguments():
                    help="how the corpus is laid out, see above; default: folder")
     s.add_argument("--kind", choices=KINDS, default="speech",
                    help="kind of all clips; default: speech")
+    s.add_argument("--speaker", metavar="NAME",
+                   help="the speaker of all clips; \"\" = no names; default: as the layout says")
 
     for name in ("check", "info", "describe"):
         commands[name].add_argument("manifest", metavar="MANIFEST",
@@ -341,7 +504,7 @@ def main(argv=None):
     a = parser.parse_args(argv)
 
     if a.command == "scan":
-        scan(a.dir, a.out, a.layout, a.kind)
+        scan(a.dir, a.out, a.layout, a.kind, a.speaker)
     elif a.command == "check":
         check(a.manifest, a.out)
     elif a.command == "info":

@@ -33,7 +33,7 @@ def test_every_layout_is_scanned(tmp_path, capsys):
     write_text(folder / "x" / "one.txt", " hello\nyou ")
     tone(folder / "two.WAV")
     assert found(folder, "folder") == [("two.WAV", "", "speech", ""),
-                                       ("one.flac", "hello you", "speech", "")]
+                                       ("one.flac", "hello you", "speech", "x")]
 
     folder = tmp_path / "lj"
     tone(folder / "wavs" / "LJ1.wav")
@@ -70,6 +70,116 @@ def test_every_layout_is_scanned(tmp_path, capsys):
             scan.find_clips(tmp_path / "nothing", layout)
 
 
+TABLES = [    # the table, what it says: [(text, speaker), ...] of a and b
+    ("a|Hello world|\nb|Mr. Smith came|Mister Smith came", [("Hello world", "lj"),
+                                                          ("Mister Smith came", "lj")]),
+    ("a|In 1860|In eighteen sixty\nb|1861|eighteen sixty-one\n", [("In eighteen sixty", "lj"),
+                                                               ("eighteen sixty-one", "lj")]),
+    ("a|Hello world|anna\nb|Two words|bert\n", [("Hello world", "anna"), ("Two words", "bert")]),
+    ("a|Hello | big world\nb|two columns only\n", [("Hello | big world", "lj"),
+                                                  ("two columns only", "lj")]),
+    ("a|A | B in 5|A | B in five\nb|no more|no more\n", [("A | B in five", "lj"),
+                                                       ("no more", "lj")]),
+    ("a|Hello|world wide|anna\nb|Two words|bert\n", [("Hello|world wide", "anna"),
+                                                    ("Two words", "bert")]),
+    ("a.wav|Hello\nwavs/b.wav|Two\n", [("Hello", "lj"), ("Two", "lj")]),
+    ("\ufeffid|text\r\na|one\u2028line\r\nwavs/b|Two\r\n", [("one line", "lj"), ("Two", "lj")]),
+]
+
+
+@pytest.mark.parametrize("table, says", TABLES, ids=[table.strip() for table, _ in TABLES])
+def test_a_table_of_ljspeechs_form_loses_no_text_and_trains_no_speaker_as_text(
+        table, says, tmp_path):
+    """Fault: the last column was the text: an empty one, a speaker or what follows a | was trained
+    in its place; ids with an ending or a folder found no audio, and U+2028 ended a row.
+    """
+    tone(tmp_path / "wavs" / "a.wav")
+    tone(tmp_path / "wavs" / "b.wav")
+    (tmp_path / "metadata.csv").write_bytes(table.encode())
+    assert [(c.text, c.speaker) for c in scan.find_clips(tmp_path, "ljspeech")] == says
+
+
+def test_a_third_column_that_is_neither_text_nor_speaker_is_refused(tmp_path):
+    """Fault: "a remark" was trained as what is spoken."""
+    tone(tmp_path / "wavs" / "a.wav")
+    write_text(tmp_path / "metadata.csv", "a|Hello world|recorded at home\n")
+    with pytest.raises(BadInput, match="neither the text normalised nor a speaker"):
+        scan.find_clips(tmp_path, "ljspeech")
+
+
+@pytest.mark.parametrize("name", ["a.WAV", "a.flac", "a.ogg"])
+def test_audio_of_ljspeech_may_have_any_format_that_is_read(name, tmp_path):
+    """Fault: only wavs/ID.wav was found."""
+    tone(tmp_path / "wavs" / name)
+    write_text(tmp_path / "metadata.csv", "a|Hello|Hello\n")
+    assert found(tmp_path, "ljspeech") == [(name, "Hello", "speech", "lj")]
+
+
+def test_a_caption_of_two_lines_and_capital_endings_are_read(tmp_path):
+    """Fault: brothers of the above. A quoted line feed cut AudioCaps' caption, and LibriTTS with
+    .WAV or VCTK with _mic1.wav had no clips.
+    """
+    tone(tmp_path / "caps" / "1.wav")
+    write_text(tmp_path / "caps" / "t.csv", 'audiocap_id,youtube_id,start_time,caption\n'
+               '1,abc,30,"Rain,\nthen wind"\n')
+    assert found(tmp_path / "caps", "audiocaps") == [("1.wav", "Rain, then wind", "sound", "")]
+    tone(tmp_path / "libri" / "84" / "121" / "x.WAV")
+    write_text(tmp_path / "libri" / "84" / "121" / "x.normalized.txt", "A word.")
+    assert found(tmp_path / "libri", "libritts") == [("x.WAV", "A word.", "speech", "84")]
+    tone(tmp_path / "vctk" / "wav48" / "p1" / "p1_001_mic1.wav")
+    write_text(tmp_path / "vctk" / "txt" / "p1" / "p1_001.txt", "Please.")
+    assert found(tmp_path / "vctk", "vctk") == [("p1_001_mic1.wav", "Please.", "speech", "p1")]
+
+
+def test_what_scan_leaves_out_is_counted_and_named(tmp_path, capsys):
+    """Fault: other formats, other texts and linked folders were dropped without a word; a dead link
+    became a clip, and a name that is not UTF-8 a traceback.
+    """
+    folder = tmp_path / "c"
+    tone(folder / "one.wav")
+    tone(tmp_path / "elsewhere" / "two.wav")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "dead.wav").symlink_to(tmp_path / "gone.wav")
+    for name in ("x.m4a", "y.m4a", "one.lab", "three.txt", ".hidden.wav"):
+        write_text(folder / name, "")
+    with open(bytes(folder) + b"/caf\xe9.wav", "wb"):
+        pass
+    code, out, err = run(capsys, folder, "--out", tmp_path / "m.jsonl")
+    assert code == 0 and out.startswith("1 clips ->")
+    assert [Path(c.audio).name for c in load_manifest(tmp_path / "m.jsonl")] == ["one.wav"]
+    for sentence in ("1 linked folders, which are not entered; copy them, or scan them by "
+                     "themselves: 'linked'", "1 links that lead nowhere: 'dead.wav'",
+                     "2 files .m4a, which are not read; convert them to .flac: 'x.m4a', 'y.m4a'",
+                     "1 files .lab, which are not read; texts stand in .txt beside the audio",
+                     "1 files .txt without an audio file of their name: 'three.txt'",
+                     "1 with names that are not UTF-8; rename them: 'caf\\udce9.wav'"):
+        assert f"left out: {sentence}" in err, err
+    assert len(err.splitlines()) == 6
+
+    # none of it hides a corpus of one format alone
+    write_text(tmp_path / "b" / "x.m4a", "")
+    code, _, err = run(capsys, tmp_path / "b", "--out", tmp_path / "m.jsonl")
+    assert code == 2 and "files .m4a, which are not read" in err
+
+
+def test_folders_name_the_speakers_and_an_option_the_only_one(tmp_path, capsys):
+    """Fault: scan wrote no speaker, so that no row of a corpus had a voice prompt."""
+    for name in ("anna/a.wav", "train/wavs/bert/b.wav", "c.wav"):
+        tone(tmp_path / "d" / name)
+    manifest = tmp_path / "m.jsonl"
+
+    def speakers(*options):
+        _, out, _ = run(capsys, tmp_path / "d", "--out", manifest, *options)
+        return [c.speaker for c in load_manifest(manifest)], out
+
+    names, out = speakers()
+    assert sorted(names) == ["", "anna", "bert"]
+    assert "speakers: 2 (anna, bert)" in out and "speakers: 1 clips name none" in out
+    assert speakers("--speaker", "eve")[0] == ["eve"] * 3
+    assert speakers("--speaker", "")[0] == [""] * 3
+    assert speakers("--kind", "music")[0] == [""] * 3
+
+
 def run(capsys, *arguments):
     """The command line -> (exit status, stdout, stderr)."""
     code = 0
@@ -85,8 +195,8 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
     sf.write(tmp_path / "c" / "silent.wav", np.zeros(800), RATE)
     manifest = tmp_path / "m.jsonl"
     clean = tmp_path / "clean.jsonl"
-    assert run(capsys, "scan", tmp_path / "c", "--out", manifest)[:2] == (
-        0, f"4 clips -> {manifest}\n")
+    code, out, _ = run(capsys, "scan", tmp_path / "c", "--out", manifest)
+    assert code == 0 and out.splitlines()[0] == f"4 clips -> {manifest}"
 
     code, out, err = run(capsys, "check", manifest)
     assert code == 2 and "silent.wav: silent" in out + err and "Traceback" not in err
