@@ -338,13 +338,17 @@ def dump(cfg):
 
 # ---------------------------------------------------------------- run folders
 
+def table_changes(saved, cfg, table):
+    """[(line of `saved`, line of `cfg`), ...] where two configs differ in [table]."""
+    old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
+    return [(before, now) for before, now in zip(old, new) if before != now]
+
+
 def refuse_other_table(path, saved, cfg, table):
     """BadInput where a checkpoint's config differs from the run's in [table]."""
-    old, new = (dump(getattr(c, table)).splitlines() for c in (saved, cfg))
-    for before, now in zip(old, new):
-        if before != now:
-            raise BadInput(f"{path}: trained with [{table}] {before}, the config now says {now}; "
-                           "use --fresh to start over or --out for another run folder")
+    for before, now in table_changes(saved, cfg, table)[:1]:
+        raise BadInput(f"{path}: trained with [{table}] {before}, the config now says {now}; "
+                       "use --fresh to start over or --out for another run folder")
 
 
 def save_checkpoint(path, state):
@@ -366,13 +370,24 @@ def save_checkpoint(path, state):
                        f"free some disk space and run again{kept}") from None
 
 
+def folder_of_checkpoints(path):
+    """What to say where a folder was given for a checkpoint."""
+    names = sorted(name for name in os.listdir(path) if name.endswith(".pt"))
+    inside = f"give one of its checkpoints: {', '.join(names)}" if names else "it has no checkpoint"
+    return f"{path} is a folder; {inside}"
+
+
 def load_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote; tensors only, no code (weights_only)."""
+    if os.path.isdir(path):
+        raise BadInput(folder_of_checkpoints(path))
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint; "
                        "train it first: python train.py --config ...") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror}); correct its permissions") from None
     except Exception as e:                    # a truncated zip, a pickle, anything but a checkpoint
         raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__}); "
                        "delete it or restore a copy") from None
@@ -403,6 +418,8 @@ def open_run(run, stage="", device="cpu", kind=None):
     only one that will be generated; AudioCALM then leaves the experts of the others on disk.
     Averaged weights (EMA) are taken where there are any.
     """
+    if os.path.isfile(run):
+        raise BadInput(f"run {run}: is a file; give the folder that it lies in")
     if not os.path.isdir(run):
         raise BadInput(f"run {run}: no such folder; "
                        "train one first: python train.py --config configs/quickstart.toml")

@@ -76,7 +76,7 @@ class DataConfig:
     """The [data] table."""
     # training manifest (.jsonl) or folder of audio; "" = the toy corpus
     manifest: str = ""
-    # held-out manifest; "" = max(2 %, 8) random clips of `manifest`
+    # held-out manifest; "" = max(2 %, 8) random clips of `manifest`, at most a fifth of them
     valid: str = ""
     # share of each kind in a batch, {speech = 0.5, sound = 0.25, music = 0.25}; {} = natural
     # shares. Corpora differ a hundredfold in size, and a small kind would hardly be seen
@@ -298,9 +298,9 @@ def write_manifest(path, clips):
 def load_clips(cfg):
     """Read cfg.manifest and cfg.valid -> (train, valid), two list[Clip].
 
-    Without cfg.valid, the last max(2 %, 8) clips of a seeded shuffle are held out: at most half of
-    the clips; a speaker may be on both sides; a single clip is on both. Errors: BadInput, also when
-    the training manifest has none of the kinds that cfg.weights asks for.
+    Without cfg.valid, the last max(2 %, 8) clips of a seeded shuffle are held out: at most a fifth
+    of the clips; a speaker may be on both sides; a single clip is on both. Errors: BadInput, also
+    when the training manifest has none of the kinds that cfg.weights asks for.
     """
     clips = load_manifest(cfg.manifest)
     wanted = {kind for kind, weight in cfg.weights.items() if weight > 0}
@@ -313,7 +313,7 @@ def load_clips(cfg):
         return clips, load_manifest(cfg.valid)
 
     order = rng("split", cfg.seed).permutation(len(clips))
-    held_out = min(max(math.ceil(len(clips) / 50), 8), len(clips) // 2)
+    held_out = min(max(math.ceil(len(clips) / 50), 8), max(1, len(clips) // 5), len(clips) - 1)
     train = [clips[i] for i in order[:len(clips) - held_out]]
     valid = [clips[i] for i in order[len(clips) - held_out:]]
     return train, valid or list(clips)

@@ -38,6 +38,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import shutil
 import signal
@@ -48,11 +49,14 @@ import torch
 import torch.distributed as dist
 
 import stages
+from calm import CALM
 from cli import BadInput, Parser, cli
-from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log,
-                    refuse_other_table, resolve, save_checkpoint, stage_seed, vae_weights)
+from config import (LM_STAGES, STAGES, dump, folder_of_checkpoints, load, load_checkpoint,
+                    load_weights, read_log, refuse_other_table, resolve, save_checkpoint,
+                    stage_seed, table_changes, vae_weights)
 from corpora import toy
-from data import Prefetch, load_clips, load_manifest
+from data import Prefetch, load_clips, load_manifest, seconds_of
+from latents import digest
 from optim import make_optimizers, schedule
 from report import draw_losses
 
@@ -177,6 +181,7 @@ class Run:
         self.runtime = runtime
         self.stage_cfg = getattr(cfg.train, name)
         self.path = f"{cfg.out}/{name}.pt"
+        self.clips = digest_of(trainer.batch.clips)
         self.split_batch()
 
         trainer.model.to(runtime.device).train()
@@ -253,6 +258,10 @@ class Run:
             self.ema = EMA(self.trainer.averaged, self.stage_cfg.ema)
         self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
 
+        # the same shapes may mean something else
+        for old, new in table_changes(resolve(state["config"]), self.cfg, "vae"):
+            self.runtime.say(f"{self.name}: {path} was trained with [vae] {old}, here {new}")
+
     def batches(self, step):
         """This process's micro-batches of a step: [(rows of the global batch, batch), ...]."""
         first = self.runtime.rank * self.rows
@@ -293,6 +302,7 @@ class Run:
         if self.runtime.rank == 0:
             optimizers = {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()}
             save_checkpoint(self.path, {"stage": self.name, "step": step, "done": done,
+                                        "clips": self.clips,
                                         "config": dataclasses.asdict(self.cfg),
                                         "model": self.trainer.model.state_dict(),
                                         "ema": self.ema.state if self.ema else None,
@@ -487,6 +497,12 @@ def refuse_missing_init(cfg, fresh):
         begins = fresh or not os.path.exists(f"{cfg.out}/{name}.pt")
         if init and begins and not os.path.exists(init):
             raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
+        if init and begins and os.path.isdir(init):
+            raise BadInput(f"train.{name}.init: {folder_of_checkpoints(init)}")
+
+    teacher = cfg.train.distill.teacher
+    if "distill" in cfg.stages and os.path.isdir(teacher):
+        raise BadInput(f"train.distill.teacher: {folder_of_checkpoints(teacher)}")
 
 
 def check_same_model(cfg, path, name, saved):
@@ -495,22 +511,90 @@ def check_same_model(cfg, path, name, saved):
         refuse_other_table(path, saved, cfg, table)
 
 
-def note_changed_training(cfg, path, name, saved, say):
-    """Print what differs in [train.NAME] of a finished stage, which will not be trained again."""
+def note_changed_training(cfg, path, name, state, saved, clips, say):
+    """Print what of its training differs from the checkpoint's: of a finished stage, which will not
+    be trained again, and of one that resumes. clips: those of the run, for training.
+    """
+    if state["done"]:
+        sentence = (f"{name}: was trained with {{}}, not {{}}, and is finished; "
+                    f"to train on, use --out with --train.{name}.init {path}")
+        other_clips = f"{name}: was trained on other clips, and is finished"
+    else:
+        sentence = f"{name}: trained with {{}} to step {state['step']}, and resumes with {{}}"
+        other_clips = f"{name}: resumes on other clips than those of its first {state['step']} steps"
+
+    # [train.NAME], and what of [data] the batches depend on
+    for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg)]:
+        say(sentence.format(old, new))
+    if state.get("clips", "") not in ("", digest_of(clips)):
+        say(other_clips)
+
+
+def training_changes(saved, cfg, name):
+    """[("lr = 0.01", 0.02), ...] of [train.NAME], without what does not change the weights."""
     old, new = (dataclasses.asdict(getattr(c.train, name)) for c in (saved, cfg))
-    for key in old:
-        if old[key] != new[key] and not key.endswith("_every"):
-            say(f"{name}: was trained with {key} = {old[key]}, not {new[key]}, and is finished; "
-                f"to train on, use --out with --train.{name}.init {path}")
+    return [(f"{key} = {old[key]}", new[key]) for key in old
+            if old[key] != new[key] and not key.endswith("_every")]
 
 
-def announce_data(cfg, clips, valid, runtime):
-    runtime.say(f"data: {len(clips)} training clips, {len(valid)} held out")
+def data_changes(saved, cfg):
+    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed."""
+    ignored = ("manifest", "valid", "ram_gb", "workers")
+    old, new = (dataclasses.asdict(c.data) for c in (saved, cfg))
+    return [(f"data.{key} = {old[key]}", new[key]) for key in old
+            if old[key] != new[key] and key not in ignored]
+
+
+def digest_of(clips):
+    """16 hex digits that name the training clips, without their place on the disk."""
+    return digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
+
+
+def announce_data(cfg, clips, valid, say):
+    """Print what the corpus has and what it lacks. Errors: BadInput where it lacks word times."""
+    say(f"data: {len(clips)} training clips, {len(valid)} held out")
     wanted = {kind for kind, weight in cfg.data.weights.items() if weight > 0}
     missing = wanted - {c.kind for c in clips}
     if missing:
-        runtime.say(f"data: no {' and no '.join(sorted(missing))} there; the others share the "
-                    "weight of data.weights")
+        say(f"data: no {' and no '.join(sorted(missing))} there; the others share the "
+            "weight of data.weights")
+
+    speech = [c for c in clips if c.kind == "speech"]
+    if cfg.lm.monologue and any(STAGES[name].model is CALM for name in cfg.stages):
+        announce_words(cfg, speech, say)
+    if cfg.data.prompt_frames and speech and any(name in LM_STAGES for name in cfg.stages):
+        announce_prompts(cfg, speech, say)
+
+
+def announce_words(cfg, speech, say):
+    """How many clips can be trained with an inner monologue. BadInput where none can."""
+    aligned = sum(bool(clip.words) for clip in speech)
+    if not aligned:
+        raise BadInput(f"lm.monologue: no speech in {cfg.data.manifest or 'the toy corpus'} has "
+                       "word times; `python -m corpora.align train.jsonl --out aligned.jsonl` "
+                       "measures them; or set lm.monologue = false")
+    if aligned < len(speech):
+        say(f"data: {aligned} of {len(speech)} clips of speech have word times; the text of the "
+            "others stands before the audio, as without a monologue (see corpora.align)")
+
+
+def announce_prompts(cfg, speech, say):
+    """How many clips of speech can have a voice prompt (latents.LatentBatches.prompt_source)."""
+    shortest = math.ceil(cfg.data.prompt_frames / 2)
+    frames = [math.ceil(seconds_of(clip) * cfg.vae.frame_rate) for clip in speech]
+    voices = {}
+    for clip, n in zip(speech, frames):
+        if clip.speaker and n >= shortest:
+            voices.setdefault(clip.speaker, set()).add(clip.audio)
+
+    # another file of the speaker, or what the row leaves of a long clip
+    able = sum(bool(voices.get(clip.speaker, set()) - {clip.audio})
+               or n - cfg.data.frames >= shortest for clip, n in zip(speech, frames))
+    share = f"{cfg.data.prompt_prob:.0%} of their rows get one"
+    if not any(clip.speaker for clip in speech):
+        share += ("; the manifest names no speakers, `python -m corpora.scan DIR --speaker NAME` "
+                  "does" if able < len(speech) else "")
+    say(f"data: {able} of {len(speech)} clips of speech can have a voice prompt; {share}")
 
 
 def parse():
@@ -537,6 +621,7 @@ def main():
 
     # data first: a mistake in it must not cost what --fresh deletes
     clips, valid = corpus(cfg, runtime)
+    announce_data(cfg, clips, valid, runtime.say)
     refuse_missing_init(cfg, arguments.fresh)
     if arguments.fresh and runtime.rank == 0:
         start_over(cfg.out, cfg.stages)
@@ -552,12 +637,10 @@ def main():
             saved = resolve(state["config"])
             check_same_model(cfg, path, name, saved)
             done[name] = state["done"]
-            if done[name]:
-                note_changed_training(cfg, path, name, saved, runtime.say)
+            note_changed_training(cfg, path, name, state, saved, clips, runtime.say)
     if runtime.rank == 0:
         with open(f"{cfg.out}/config.toml", "w") as f:
             f.write(dump(cfg))
-    announce_data(cfg, clips, valid, runtime)
 
     for name in cfg.stages:
         if done[name]:

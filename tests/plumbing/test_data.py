@@ -125,9 +125,20 @@ def test_absent_and_empty_manifests_are_refused(tmp_path):
 def test_the_held_out_clips_are_split_off_and_no_clip_is_on_both_sides(tmp_path):
     corpus(tmp_path, 20)
     train, valid = load_clips(DataConfig(manifest=str(tmp_path)))
-    assert len(train) == 12 and len(valid) == 8
+    assert len(train) == 16 and len(valid) == 4
     assert not {c.audio for c in train} & {c.audio for c in valid}
     assert (train, valid) == load_clips(DataConfig(manifest=str(tmp_path)))
+
+
+@pytest.mark.parametrize("clips, held_out", [(2, 1), (4, 1), (14, 2), (30, 6), (100, 8), (500, 10)])
+def test_a_small_corpus_keeps_four_fifths_for_training(clips, held_out, tmp_path):
+    """Fault: 8 clips were held out of any corpus, and 14 became 7 and 7."""
+    with open(tmp_path / "m.jsonl", "w") as f:
+        for i in range(clips):
+            (tmp_path / f"{i}.wav").touch()
+            f.write(f'{{"audio": "{i}.wav"}}\n')
+    train, valid = load_clips(DataConfig(manifest=str(tmp_path / "m.jsonl")))
+    assert (len(train), len(valid)) == (clips - held_out, held_out)
 
 
 def test_a_manifest_of_one_kind_trains_with_the_weights_of_three_but_not_without_its_own(tmp_path):
@@ -135,7 +146,7 @@ def test_a_manifest_of_one_kind_trains_with_the_weights_of_three_but_not_without
     corpus(tmp_path, 20)
     weights = {"speech": 0.6, "sound": 0.1, "music": 0.3}
     train, _ = load_clips(DataConfig(manifest=str(tmp_path), weights=weights))
-    assert len(train) == 12
+    assert len(train) == 16
     assert {train[Order([c.kind for c in train], weights).index(i)].kind
             for i in range(20)} == {"speech"}
     with pytest.raises(BadInput, match="asks for music, .* has only speech"):

@@ -1,6 +1,7 @@
 """The loop: resume is exact, accumulation is a large batch, nothing is lost, every config builds.
 """
 import contextlib
+import dataclasses
 import functools
 import glob
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,10 +24,12 @@ import stages
 import train
 from cli import BadInput
 from config import (STAGES, Config, StageConfig, dump, load, load_checkpoint, make_model, open_run,
-                    save_checkpoint, stage_seed)
+                    resolve, save_checkpoint, stage_seed)
 from conftest import ROOT, TINY, logged, run, write
+from data import Clip
 from discrete import ResidualVQ
 from gan import Discriminators
+from latents import LatentBatches
 from schema import build
 from vae import VAE
 
@@ -522,3 +526,128 @@ def test_a_figure_named_max_is_the_largest_of_the_micro_batches_and_the_others_a
     batches = [(range(0, 3), torch.tensor(1.0)), (range(3, 4), torch.tensor(5.0))]
     figures = train.gradients(stage, batches, 0, runtime, seed=0, total=4)
     assert figures == {"lm": 2.0, "tangent_mean": 2.0, "tangent_max": 5.0}
+
+
+# ---------------------------------------------------------------- what the corpus has and lacks
+
+def speech(name, speaker="", seconds=1.0, words=None):
+    return Clip(f"/none/{name}.wav", "a word", "speech", speaker, words, seconds, name)
+
+
+def announced(cfg, clips):
+    lines = []
+    train.announce_data(cfg, clips, [], lines.append)
+    return lines[1:]
+
+
+def small(**data):
+    """frames: 2 s of 25 latents per second; a prompt of 13 to 25 latents."""
+    return resolve({"data": {"frames": 50, "prompt_frames": 25, **data}})
+
+
+def test_the_share_of_speech_that_can_have_a_voice_prompt_is_told_at_the_start():
+    """Fault: a folder of one speaker had no voice prompt in any of its rows, and nothing said so.
+
+    Of another file of the speaker with 13 latents or more, or of 13 that the row leaves.
+    """
+    clips = [speech("a", "anna"), speech("b", "anna", 0.5), speech("c", "bert"), speech("d"),
+             speech("e", seconds=2.6), speech("f", seconds=2.4)]
+    [line] = announced(small(), clips)
+    # b has a's 25 latents; a has only b's 13; e leaves 15 of its 65, f 10 of its 60
+    assert line == ("data: 3 of 6 clips of speech can have a voice prompt; "
+                    "50% of their rows get one")
+    [line] = announced(small(), [speech("a"), speech("b")])
+    assert line.startswith("data: 0 of 2 clips") and "corpora.scan DIR --speaker NAME" in line
+    assert announced(small(prompt_frames=0), clips) == []
+
+
+class Latents(list):
+    """A cache of zeros: the frames of every clip."""
+    dim = 2
+    levels = 0
+
+    def __init__(self, frames):
+        super().__init__(frames)
+        self.frames = frames
+
+    def get(self, i):
+        return np.zeros((self[i], 2 * self.dim), np.float16)
+
+
+def test_the_told_number_of_clips_is_that_of_the_batches(tmp_path):
+    """The claim above, against the rows of LatentBatches themselves, with a prompt in each."""
+    clips = [speech("a", "anna"), speech("b", "anna", 0.4), speech("c", "bert"),
+             speech("e", "eve", 2.6), speech("f", "fay", 2.4)]
+    cfg = small(prompt_prob=1.0)
+    batches = LatentBatches(clips, Latents([math.ceil(25 * c.duration) for c in clips]),
+                            cfg.data, batch=5, dim=2)
+    prompted = {batches.order.index(row) for row in range(200)
+                if batches.row(row)["prompt_len"] > 0}
+    [line] = announced(cfg, clips)
+    assert line.startswith(f"data: {len(prompted)} of 5 clips of speech can have")
+    assert prompted == {1, 3}
+
+
+def test_a_monologue_without_word_times_is_refused_before_anything_trains(tmp_path):
+    """Fault: it trained to the end with a text loss of 0, on another layout than it then spoke."""
+    cfg = resolve({"lm": {"monologue": True}, "data": {"manifest": "m.jsonl"}})
+    aligned = speech("a", words=[["a", 0.0, 0.1]])
+    with pytest.raises(BadInput, match="no speech in m.jsonl has word times; `python -m corpora.al"):
+        announced(cfg, [speech("a")])
+    assert announced(cfg, [aligned]) == []
+    [line] = announced(cfg, [aligned, speech("b"), speech("c")])
+    assert line.startswith("data: 1 of 3 clips of speech have word times")
+    assert announced(dataclasses.replace(cfg, stages=["vae"]), [speech("a")]) == []
+
+
+def test_a_folder_given_for_a_checkpoint_is_named_with_what_it_holds(finished, tmp_path):
+    """Fault: `--train.vae.init RUN` told the user to delete a finished run."""
+    out = f"{finished[0]}/run"
+    says = "run is a folder; give one of its checkpoints: consistency.pt, lm.pt, vae.pt"
+    with pytest.raises(BadInput, match=says) as error:
+        load_checkpoint(out)
+    assert "delete" not in str(error.value)
+    with pytest.raises(BadInput, match="it has no checkpoint"):
+        load_checkpoint(str(tmp_path))
+    for key in ("train.lm.init", "train.distill.teacher"):
+        done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", str(tmp_path / "x"),
+                   "--stages", "vae,lm,distill", f"--{key}", out, "--sample.cfg", "1",
+                   *(("--train.distill.teacher", "t.pt") if key == "train.lm.init" else ()))
+        assert done.returncode == 2 and f"error: {key}: {out} is a folder" in done.stderr
+    with pytest.raises(BadInput, match="is a file; give the folder"):
+        open_run(f"{out}/lm.pt")
+
+
+def test_a_stage_that_resumes_with_other_settings_or_other_clips_says_so(finished):
+    """Fault: other data or another learning rate went on in silence."""
+    saved = load(f"{finished[0]}/tiny.toml")
+    cfg = load(f"{finished[0]}/tiny.toml", ["--train.lm.lr", "0.123", "--data.text_len", "30",
+                                            "--train.lm.save_every", "7", "--data.workers", "2"])
+    clips = [speech("a"), speech("b")]
+    moved = [dataclasses.replace(c, audio=f"/moved/{c.id}.wav") for c in clips]
+
+    def noted(clips, **state):
+        lines = []
+        state = {"done": False, "step": 8, "clips": train.digest_of(moved), **state}
+        train.note_changed_training(cfg, "lm.pt", "lm", state, saved, clips, lines.append)
+        return lines
+
+    settings = ["lm: trained with lr = 0.001 to step 8, and resumes with 0.123",
+                "lm: trained with data.text_len = 32 to step 8, and resumes with 30"]
+    assert noted(clips) == settings
+    assert noted(clips[:1]) == [*settings,
+                                "lm: resumes on other clips than those of its first 8 steps"]
+    assert [line.split(";")[0] for line in noted(clips[:1], done=True)] == [
+        "lm: was trained with lr = 0.001, not 0.123, and is finished",
+        "lm: was trained with data.text_len = 32, not 30, and is finished",
+        "lm: was trained on other clips, and is finished"]
+
+
+def test_weights_of_another_sample_rate_are_started_from_aloud(finished, tmp_path):
+    """Fault: the shapes are the same, and nothing said that the latents mean something else."""
+    done = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", str(tmp_path / "new"),
+               "--stages", "vae", "--train.vae.init", f"{finished[0]}/run/vae.pt",
+               "--vae.sample_rate", "24000", "--train.vae.steps", "1")
+    assert done.returncode == 0, done.stderr
+    says = "vae.pt was trained with [vae] sample_rate = 16000, here sample_rate = 24000"
+    assert says in done.stdout
