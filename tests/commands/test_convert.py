@@ -1,4 +1,5 @@
 """Published weights in our modules give the outputs of the published models."""
+import json
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from data import KINDS, DataConfig, encode_text, pad_id, vocabulary
 from layers import ConvTranspose
 from tools.convert import __main__ as convert
 from tools.convert import mimi, pocket_tts, text_model
-from tools.convert.tensors import halves
+from tools.convert.tensors import halves, read
 from vae import VAE, VAEConfig
 
 
@@ -137,12 +138,59 @@ def test_a_tensor_that_is_missing_or_unknown_is_named():
     _, tensors = published(True)
     lost = dict(tensors)
     del lost["decoder_transformer.transformer.layers.0.norm1.bias"]
-    with pytest.raises(BadInput, match="decoder.transformer.blocks.0.norm1.bias is missing"):
+    with pytest.raises(BadInput, match="missing, the first: decoder.transformer.blocks.0.norm1.b"):
         mimi.to_vae(lost, heads=2, context=10)
-    with pytest.raises(BadInput, match="surplus is not understood"):
+    with pytest.raises(BadInput, match="1 tensors are not understood: surplus"):
         mimi.to_vae({**tensors, "surplus": torch.zeros(1)}, heads=2, context=10)
     with pytest.raises(BadInput, match="not the tensors of a Mimi"):
         mimi.to_vae({"lm_head.weight": torch.zeros(2, 2)})
+
+
+def test_all_that_is_missing_or_not_understood_is_counted():
+    """Fault: one tensor was named and the others were not counted."""
+    _, tensors = published(True)
+    surplus = {f"surplus{i}": torch.zeros(1) for i in range(4)}
+    with pytest.raises(BadInput, match="4 tensors are not understood: surplus0, surplus1, surpl"):
+        mimi.to_vae({**tensors, **surplus}, heads=2, context=10)
+    lost = {k: v for k, v in tensors.items() if "norm1.bias" not in k}
+    with pytest.raises(BadInput, match="3 tensors are missing"):
+        mimi.to_vae(lost, heads=2, context=10)
+    assert mimi.left_out({"mimi.quantizer.rvq_first.vq.a": 0, "quantizer.output_proj.weight": 0,
+                          "x": 0}) == ("left out: 1 tensors of the quantiser, behind which a VAE "
+                                       "has nothing, e.g. quantizer.rvq_first.vq.a")
+
+
+@pytest.mark.parametrize("option, value", [("--sample-rate", "0"), ("--heads", "-1"),
+                                           ("--context", "0.5")])
+def test_sizes_that_cannot_be_are_refused_by_their_option(option, value, monkeypatch):
+    """Fault: `--sample-rate 0` was a traceback, and -8000 a run that could not be opened."""
+    monkeypatch.setattr("sys.argv", ["tools.convert", "mimi", "x", "--out", "y", option, value])
+    with pytest.raises(BadInput, match=f"argument {option}: {value} is not possible"):
+        convert.main()
+
+
+def test_tensors_of_wrong_shapes_are_one_line():
+    """Fault: heads that do not divide the width, or a weight of another rank, were tracebacks."""
+    _, tensors = published(True)
+    with pytest.raises(BadInput, match="not the tensors of a Mimi codec"):
+        mimi.to_vae(tensors, heads=5, context=10)
+    for name in ("encoder.model.0.conv.weight", "quantizer.output_proj.weight"):
+        with pytest.raises(BadInput):
+            mimi.to_vae({**tensors, name: tensors[name][0]}, heads=2, context=10)
+    narrow = {**tensors, "upsample.convtr.convtr.weight": torch.zeros(3, 3, 3)}
+    with pytest.raises(BadInput):
+        mimi.to_vae(narrow, heads=2, context=10)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_quantised_weights_are_refused(dtype, tmp_path):
+    """Fault: FP8 codes were taken for weights without their scales (std 152.8 for 0.0488)."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    codes = (torch.randn(4, 4) * 50).to(getattr(torch, dtype))
+    safetensors.save_file({"a.weight": codes, "a.weight_scale_inv": torch.ones(1, 1),
+                           "steps": torch.zeros(1, dtype=torch.int64)}, tmp_path / "m.safetensors")
+    with pytest.raises(BadInput, match=f"1 tensors are quantised .{dtype}., e.g. a.weight; take"):
+        read(tmp_path / "m.safetensors")
 
 
 def test_a_converted_file_is_a_run_that_opens(tmp_path, monkeypatch):
@@ -450,6 +498,43 @@ def test_what_a_backbone_cannot_do_and_a_missing_shard_are_refused_by_name(tmp_p
     lost.unlink()
     with pytest.raises(BadInput, match=f"{lost.name}: missing"):
         text_model.to_backbone(tmp_path / "c")
+
+
+def change(folder, tensors=(), **keys):
+    """Write a text model again with other tensors {name: tensor} and keys of config.json."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    safetensors.save_file(dict(tensors), folder / "zz.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **keys}))
+
+
+def test_tensors_and_keys_of_a_text_model_that_no_rule_knows_are_refused(tmp_path):
+    """Fault: they were dropped in silence: biases, layers beyond the number of config.json, norms
+    of another model, soft caps.
+    """
+    text_folder(tmp_path, "llama")
+    text_model.to_backbone(tmp_path)
+    change(tmp_path, {"model.layers.0.self_attn.q_proj.bias": torch.ones(24),
+                      "model.layers.0.self_attn.k_proj.bias": torch.ones(12),
+                      "model.rotary_emb.inv_freq": torch.ones(3)})
+    with pytest.raises(BadInput, match="2 tensors are not understood: layers.0.self_attn.k_proj.b"):
+        text_model.to_backbone(tmp_path)
+    change(tmp_path, {"model.layers.2.mlp.down_proj.weight": torch.ones(24, 40)})
+    with pytest.raises(BadInput, match="1 tensors are not understood: layers.2.mlp.down_proj.weig"):
+        text_model.to_backbone(tmp_path)
+    change(tmp_path, {"x": torch.ones(1)}, logit_scale=0.5, residual_multiplier=2.0, use_a=False)
+    with pytest.raises(BadInput, match="config.json: 2 keys are not understood: logit_scale, resi"):
+        text_model.to_backbone(tmp_path)
+
+
+def test_a_text_model_whose_tensors_do_not_fit_its_config_is_one_line(tmp_path):
+    """Fault: a traceback of load_state_dict."""
+    text_folder(tmp_path, "llama")
+    change(tmp_path, {"x": torch.ones(1)}, intermediate_size=48)
+    (tmp_path / "zz.safetensors").unlink()
+    with pytest.raises(BadInput, match="mlp.up.weight is .80, 24., the sizes .* require .96, 24."):
+        text_model.to_backbone(tmp_path)
 
 
 def test_a_tokenizer_gives_ids_and_puts_the_kinds_behind_its_vocabulary(tmp_path):

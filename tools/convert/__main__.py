@@ -14,7 +14,7 @@
     published names ─► rename ─► reorder or fold, exactly ─► every name and shape checked ─► RUN
 
 The converted model computes what the published one does, to rounding. What cannot be converted
-exactly is refused. mimi.py, pocket_tts.py and text_model.py of tools/convert list every change.
+exactly is refused, and so are quantised weights, tensors and keys that no rule knows. mimi.py, pocket_tts.py and text_model.py of tools/convert list every change.
 
 --data MANIFEST measures the mean and standard deviation of Mimi's latents on about 400 clips, which
 a language model needs; without it they are 0 and 1.
@@ -29,6 +29,13 @@ from tools.convert import mimi, pocket_tts, text_model
 MODELS = {"mimi": mimi, "pocket-tts": pocket_tts, "qwen3": text_model, "llama": text_model}
 
 
+def positive(text):
+    """The argparse type of a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible, use a whole number of 1 or more")
+    return int(text)
+
+
 def options():
     parser = Parser(prog="python -m tools.convert", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,12 +44,12 @@ def options():
     parser.add_argument("weights", help="its .safetensors file, or the folder of a text model")
     parser.add_argument("--out", required=True, help="the run folder to make")
 
-    parser.add_argument("--heads", type=int, default=8,
+    parser.add_argument("--heads", type=positive, default=8,
                         help="mimi, pocket-tts: attention heads of Mimi (default 8)")
-    parser.add_argument("--context", type=int, default=250,
+    parser.add_argument("--context", type=positive, default=250,
                         help="mimi, pocket-tts: positions that a transformer layer of Mimi sees "
                         "(default 250)")
-    parser.add_argument("--sample-rate", type=int, default=24000,
+    parser.add_argument("--sample-rate", type=positive, default=24000,
                         help="mimi, pocket-tts: Hz (default 24000)")
     parser.add_argument("--data",
                         help="mimi: manifest or folder of audio to measure the latents on")

@@ -22,6 +22,7 @@ Changes to the weights, all exact:
   the decoder's width (output_proj), moshi does not (512 channels before its quantiser). The
   log-variance is the constant -12, since these codecs publish no posterior.
 """
+import dataclasses
 import math
 import re
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from cli import BadInput
 from config import Config
+from schema import build
 from data import load_audio, load_manifest
 from tools.convert.runs import save_run, vae_checkpoint
 from tools.convert.tensors import check_shapes, count, halves, read, rename
@@ -58,9 +60,19 @@ VAE_NAMES = (
 )
 
 
+def left_out(tensors):
+    """A line that counts the quantiser's tensors, which no rule converts, and names the first."""
+    names = sorted(name for name in one_naming(tensors) if name.startswith("quantizer.")
+                   and name != "quantizer.output_proj.weight")
+    return (f"left out: {len(names)} tensors of the quantiser, behind which a VAE has nothing"
+            + (f", e.g. {names[0]}" if names else ""))
+
+
 def run(args):
     """Write a run with a VAE."""
-    vae_cfg, state = to_vae(read(args.weights), args.heads, args.context, args.sample_rate)
+    tensors = read(args.weights)
+    vae_cfg, state = to_vae(tensors, args.heads, args.context, args.sample_rate)
+    print(left_out(tensors))
     vae = VAE(vae_cfg).eval()
     vae.load_state_dict(state)
 
@@ -93,10 +105,12 @@ def to_vae(tensors, heads=8, context=250, sample_rate=24000):
     tensors = one_naming(tensors)
     try:
         cfg = read_config(tensors, heads, context, sample_rate)
+        build(VAEConfig, dataclasses.asdict(cfg), "vae")
         expected = VAE(cfg).state_dict()
         state = vae_state(tensors, cfg)
-    except (KeyError, IndexError, ValueError) as e:
-        raise BadInput(f"these are not the tensors of a Mimi codec: {e}") from None
+    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise BadInput(f"these are not the tensors of a Mimi codec: {first}") from None
 
     check_shapes(expected, state, "Mimi")
     return cfg, state

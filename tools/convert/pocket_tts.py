@@ -35,7 +35,8 @@ from data import KINDS, DataConfig, pad_id, vocabulary
 from heads import HeadConfig
 from tools.convert import mimi
 from tools.convert.runs import keep_tokenizer, save_run, vae_checkpoint
-from tools.convert.tensors import below, check_shapes, count, halves, read, rename
+from tools.convert.tensors import (below, check_shapes, count, halves, read, refuse_leftovers,
+                                   rename)
 
 HEAD_DIM = 64                   # channels per attention head, in every published model
 
@@ -64,6 +65,8 @@ CALM_NAMES = (
 def run(args):
     """Write a run with a VAE and a language model, ready to speak."""
     tensors = read(args.weights)
+    refuse_leftovers(args.weights, "tensors are", (name for name in tensors
+                                                   if not name.startswith(("mimi.", "flow_lm."))))
     vae_cfg, vae_state = mimi.to_vae(below(tensors, "mimi."), args.heads, args.context,
                                      args.sample_rate)
     lm_cfg, lm_state, mean, std = to_calm(below(tensors, "flow_lm."), args.eos_threshold)
@@ -99,8 +102,9 @@ def to_calm(tensors, eos_threshold=-4.0):
         latent_dim = tensors["input_linear.weight"].shape[1]
         mean = tensors["emb_mean"]
         std = tensors["emb_std"]
-    except (KeyError, IndexError, ValueError) as e:
-        raise BadInput(f"these are not the tensors of Pocket TTS: {e}") from None
+    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise BadInput(f"these are not the tensors of Pocket TTS: {first}") from None
 
     with torch.device("meta"):
         expected = CALM(cfg, latent_dim, len(state["text.weight"]), KINDS).state_dict()

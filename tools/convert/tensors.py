@@ -1,27 +1,53 @@
 """Published tensors: read, renamed by rules, reordered for our rotary embedding, checked.
 
     *.safetensors ─► read ─► {name: fp32 tensor} ─► rename, halves ... ─► state dict ─► check_shapes
+                                                    └─► what no rule uses ─► refuse_leftovers
 """
 import glob
 import json
 import os
 import re
 
+import torch
 from einops import rearrange
 
 from cli import BadInput
 
+# what a weight may be stored as; anything else is a code that needs scales, e.g. 8-bit weights
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def read(path):
-    """Read a .safetensors file -> {name: tensor in fp32}."""
+    """Read a .safetensors file -> {name: tensor in fp32}. Errors: BadInput for quantised weights."""
     try:
         from safetensors.torch import load_file
     except ImportError:
         raise BadInput("convert: safetensors is not installed: pip install -e .[hf]") from None
     try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
     except Exception as e:                       # the library's own errors have no common class
         raise BadInput(f"{path}: not a readable .safetensors file ({e})") from None
+    refuse_quantised(path, tensors)
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def refuse_quantised(path, tensors):
+    """BadInput where weights are codes: without their scales they are other numbers."""
+    codes = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS
+             and (tensor.is_floating_point() or name.endswith("weight"))]
+    if codes:
+        dtype = str(tensors[codes[0]].dtype).removeprefix("torch.")
+        raise BadInput(f"{path}: {len(codes)} tensors are quantised ({dtype}), e.g. {codes[0]}; "
+                       "take the model's bf16 weights")
+
+
+def refuse_leftovers(where, what, names):
+    """BadInput that counts and names what of a model would be left out, if anything."""
+    names = sorted(names)
+    if names:
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        raise BadInput(f"{where}: {len(names)} {what} not understood: {shown}; "
+                       "without them it would be another model")
 
 
 def read_folder(folder):
@@ -71,9 +97,11 @@ def halves(weight, heads):
 
 def check_shapes(expected, found, model):
     """Raise BadInput unless `found` has every name and shape of `expected`, and nothing else."""
-    for name in expected.keys() ^ found.keys():
-        problem = "missing" if name in expected else "not understood"
-        raise BadInput(f"{model}: tensor {name} is {problem}; is this another version of it?")
+    refuse_leftovers(model, "tensors are", found.keys() - expected.keys())
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise BadInput(f"{model}: {len(missing)} tensors are missing, the first: {missing[0]}; "
+                       "is this another version of it?")
 
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:

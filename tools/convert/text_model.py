@@ -15,12 +15,26 @@ import json
 
 import torch
 
-from backbone import BackboneConfig
+from backbone import BackboneConfig, Transformer
 from cli import BadInput
 from config import Config, load, make_model
 from data import pad_id
 from tools.convert.runs import keep_tokenizer, save_run
-from tools.convert.tensors import read_folder
+from tools.convert.tensors import check_shapes, read_folder, refuse_leftovers
+
+# keys of config.json that are read here, and those that change no output of the backbone
+USED = {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "rope_theta",
+        "rope_parameters", "rope_scaling", "hidden_act", "attention_bias", "mlp_bias",
+        "use_sliding_window"}
+HARMLESS = {"architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
+            "initializer_range", "is_llama_config", "max_position_embeddings",
+            "max_window_layers", "pad_token_id",
+            "pretraining_tp", "sliding_window", "tie_word_embeddings", "torch_dtype",
+            "transformers.js_config",
+            "transformers_version", "use_cache", "vocab_size"}
+# tensors without a place in CALM: the output layer, and what RoPE is computed from
+UNUSED = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 def run(args):
@@ -74,11 +88,21 @@ def to_backbone(folder):
         cfg = read_config(config)
         tensors = {name.removeprefix("model."): tensor
                    for name, tensor in read_folder(folder).items()}
-        return cfg, backbone_state(tensors, cfg), tensors["embed_tokens.weight"]
+        table = tensors.pop("embed_tokens.weight")
+        state = backbone_state(tensors, cfg)
     except KeyError as e:
         raise BadInput(f"{folder}: {e.args[0]} is missing; is this a {kind} model?") from None
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise BadInput(f"{folder}/config.json: {e}") from None
+
+    # nothing is left over, and everything fits
+    refuse_leftovers(folder, "tensors are", (n for n in tensors if not n.endswith(UNUSED)))
+    with torch.device("meta"):
+        expected = Transformer(cfg).state_dict()
+    check_shapes(expected, state, folder)
+    if table.shape[1:] != (cfg.dim,):
+        raise BadInput(f"{folder}: embed_tokens is {tuple(table.shape)}, hidden_size is {cfg.dim}")
+    return cfg, state, table
 
 
 def rope_table(config):
@@ -103,6 +127,13 @@ def check_supported(folder, config):
         if present:
             raise BadInput(f"{folder}: backbone.py has no {part}")
 
+    # a key that we do not know may change the model, unless it is off
+    unknown = (key for key in config.keys() - USED - HARMLESS
+               if config[key] and not key.startswith("_"))
+    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
+    refuse_leftovers(f"{folder}/config.json", "keys are", {*unknown} - {"layer_types"})
+    refuse_leftovers(f"{folder}/config.json", "layer_types are", layer_types)
+
 
 def read_config(config):
     """config.json -> BackboneConfig."""
@@ -116,8 +147,8 @@ def read_config(config):
 
 
 def backbone_state(tensors, cfg):
-    """Tensors without their "model." -> state dict of Transformer."""
-    state = {"norm.weight": tensors["norm.weight"]}
+    """Tensors without their "model." -> state dict of Transformer; what it uses is taken out."""
+    state = {"norm.weight": tensors.pop("norm.weight")}
     for i in range(cfg.layers):
         get = functools.partial(join, tensors, i)
         block = f"blocks.{i}."
@@ -137,5 +168,5 @@ def backbone_state(tensors, cfg):
 
 
 def join(tensors, layer, *names):
-    """The weights of one layer under `names`, one below the other."""
-    return torch.cat([tensors[f"layers.{layer}.{name}.weight"] for name in names])
+    """Take the weights of one layer under `names` out of the tensors, one below the other."""
+    return torch.cat([tensors.pop(f"layers.{layer}.{name}.weight") for name in names])
