@@ -347,8 +347,16 @@ def train(trainer, name, cfg, runtime):
                     group["lr"] = peak * schedule(stage_cfg, step)
                 optimizer.zero_grad(set_to_none=True)
 
+            # a file that can no longer be read must not cost the steps since the last checkpoint
+            try:
+                batches = next(prefetch)
+            except BadInput:
+                if step > first:
+                    run.save(step)
+                raise
+
             # forward and backward over this process's micro-batches, summed over processes
-            figures = gradients(trainer, next(prefetch), step, runtime, seed, stage_cfg.batch)
+            figures = gradients(trainer, batches, step, runtime, seed, stage_cfg.batch)
             figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
 
             # a step that is not finite is skipped, ten in a row stop the run

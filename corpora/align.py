@@ -154,6 +154,7 @@ def main():
     aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
 
     aligned = 0
+    refused = []
     for i, clip in enumerate(tqdm(clips, unit="clip")):
         if clip.kind != "speech" or clip.words or not clip.text.split():
             continue
@@ -167,11 +168,16 @@ def main():
 
         words = aligner(wav, clip.text)
         clips[i] = replace(clip, words=words)
-        if words is not None:
+        if words is None:
+            refused.append(clip.audio)
+        else:
             aligned += 1
 
     write_manifest(arguments.out, clips)
     print(f"{aligned} of {len(clips)} clips aligned -> {arguments.out}")
+    if refused:
+        print(f"left without words: {len(refused)} clips over {LONGEST:g} s, over {TOKENS} tokens "
+              f"of text or under {FRAME:g} s, e.g. {refused[0]}")
 
 
 if __name__ == "__main__":

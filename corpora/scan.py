@@ -28,8 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import BadInput, Parser, cli
-from data import (AUDIO, KINDS, Clip, audio_files, clips_in_folder, encode_text, load_audio,
-                  load_manifest, open_audio, read_text, rng, seconds_of, write_manifest)
+from data import (AUDIO, KINDS, Clip, DataConfig, audio_files, clips_in_folder, encode_text,
+                  load_audio, load_manifest, open_audio, read_text, rng, seconds_of, write_manifest)
 
 
 # audio and texts that scan does not read but names
@@ -410,10 +410,11 @@ def info(manifest):
               f"  {quantiles:>26s} {np.mean(text_bytes > 0):9.0%} {text_bytes.max():10d}")
 
 
-def describe(manifest, out, seed, rewritten):
+def describe(manifest, out, seed, rewritten, text_len):
     """Writes a manifest whose texts are descriptions; `transcript` keeps the words of speech.
 
-    rewritten: None, or a .jsonl whose texts replace the templates."""
+    rewritten: None, or a .jsonl whose texts replace the templates. text_len: bytes of text in a row
+    of training; how many texts exceed it, before and after, is printed."""
     clips = load_manifest(manifest)
     texts = read_rewritten(rewritten) if rewritten else {}
     if rewritten and not set(texts) & {clip.id for clip in clips}:
@@ -428,6 +429,14 @@ def describe(manifest, out, seed, rewritten):
         described.append(replace(clip, text=text, transcript=clip.transcript or spoken))
     write_manifest(out, described)
     print(f"{len(clips)} clips -> {out}")
+
+    # a longer transcript is left out of training, a longer caption is cut
+    before, after = (np.array([len(encode_text(clip.text, clip.kind)) - 1 for clip in group])
+                     for group in (clips, described))
+    if (after > text_len).any():
+        print(f"text: {(after > text_len).sum()} of {len(clips)} exceed data.text_len = {text_len} "
+              f"bytes ({(before > text_len).sum()} did before); "
+              f"{math.ceil(np.quantile(after, 0.99))} holds 99 %, {after.max()} all")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -457,7 +466,8 @@ ABOUT = {
     "describe": """\
         Write a manifest whose texts are descriptions, in one form for all kinds. They are templates
         with paraphrases, or sentences from another tool. Train on it, and give sample.py such
-        sentences. The words of speech stay in the field "transcript".""",
+        sentences. The words of speech stay in the field "transcript". Descriptions are longer than
+        their texts: how many exceed --text-len is printed.""",
 }
 
 
@@ -491,6 +501,9 @@ def arguments():
 
     d = commands["describe"]
     d.add_argument("--seed", type=int, default=0, help="chooses the paraphrases; default: 0")
+    d.add_argument("--text-len", type=int, default=DataConfig().text_len, metavar="N",
+                   help="data.text_len of the training; how many texts exceed it is printed; "
+                   "default: %(default)s")
     d.add_argument("--rewritten", metavar="FILE",
                    help='.jsonl with {"id", "text"} per line, used in place of the templates')
     return p, tuple(commands)
@@ -510,7 +523,7 @@ def main(argv=None):
     elif a.command == "info":
         info(a.manifest)
     else:
-        describe(a.manifest, a.out, a.seed, a.rewritten)
+        describe(a.manifest, a.out, a.seed, a.rewritten, a.text_len)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ The error is half of the 95 % confidence interval of the mean over seeds (Studen
 seeds it is 12.7 standard errors, so two seeds establish few differences.
 
 Runs with the same manifest and equal [vae], [gan], [toy] and [train.vae] tables share one VAE and
-its latents: the first trains it (or --vae RUN has it), the others link to it. Seeds and rows then
-differ in the language model alone; --own-vae trains one VAE per run.
+its latents: the first trains it, the others link to it. Seeds and rows then differ in the language
+model alone; --own-vae trains one VAE per run. With --vae RUN all rows take the VAE of that run, with
+its [vae] and [gan] in place of the family's; what that changes is printed.
 Finished runs are not repeated (choose another --out for other settings); interrupted ones resume.
 Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -44,7 +46,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from cli import BadInput, Parser, atomic, check_writable, cli
-from config import LM_STAGES, Config, dump, load
+from config import LM_STAGES, Config, dump, load, load_checkpoint, resolve
 from report import draw_ablation
 from schema import build
 
@@ -133,12 +135,15 @@ def list_families(families):
 
 # ---------------------------------------------------------------- what is to be run
 
-def plan(name, family, rows, seeds, out, overrides):
+def plan(name, family, rows, seeds, out, overrides, vae=None):
     """The Run of every row and seed, in the order in which they are trained.
 
-    All configs are resolved here, so that a mistake in one stops the study before it trains.
+    vae: a run whose [vae] and [gan] replace the family's, unless a row or the command line sets
+    them. All configs are resolved here, so that a mistake in one stops the study before it trains.
     """
     common = split_options(family.common, f"{name}.common")
+    if vae:
+        common += options_of_vae(vae, load(family.config, common))
     options = {}
     resolved = {}
     for row in rows:
@@ -151,6 +156,36 @@ def plan(name, family, rows, seeds, out, overrides):
 
     return [Run(row, seed, f"{out}/{name}_{row}_{seed}", family.config, options[row], resolved[row])
             for seed in seeds for row in rows]
+
+
+def options_of_vae(source, cfg):
+    """Options that give a config the [vae] and [gan] of a trained run; prints what they change."""
+    saved = config_of_vae(source)
+    options = []
+    changes = []
+    for table in ("vae", "gan"):
+        old, new = (dataclasses.asdict(getattr(c, table)) for c in (cfg, saved))
+        for key in old:
+            if old[key] != new[key]:
+                options += [f"--{table}.{key}", toml(new[key])]
+                changes.append(f"{table}.{key} = {toml(new[key])} instead of {toml(old[key])}")
+    if changes:
+        print(f"rows take the VAE of {source}: {'; '.join(changes)}", file=sys.stderr)
+    return options
+
+
+def config_of_vae(source):
+    """The config of a run's VAE."""
+    if not os.path.exists(f"{source}/vae.pt"):
+        raise BadInput(f"--vae {source}: has no vae.pt; train it first, or leave --vae out")
+    return resolve(load_checkpoint(f"{source}/vae.pt")["config"])
+
+
+def toml(value):
+    """A value of a config, also a table, in one line of TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(v)}" for key, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def vae_settings(cfg):
@@ -169,12 +204,18 @@ def run_command(*command):
         raise BadInput(f"{name}: {last.removeprefix('error: ')}")
 
 
-def link_vae(source, folder):
-    """Link a finished VAE, its latents and toy corpus into a run folder that has none yet."""
-    if not os.path.exists(f"{source}/vae.pt"):
-        raise BadInput(f"{source}: has no vae.pt; train it first, or leave --vae out")
+def link_vae(source, folder, cfg):
+    """Link a finished VAE, its latents and toy corpus into a run folder that has none yet.
+
+    A toy corpus of other settings than those of cfg is left where it is: train.py would make it
+    anew through the link.
+    """
+    saved = config_of_vae(source)
+    names = ["vae.pt", "latents"]
+    if dump(saved.toy) == dump(cfg.toy) and saved.vae.sample_rate == cfg.vae.sample_rate:
+        names.append("toy")
     os.makedirs(folder, exist_ok=True)
-    for name in ("vae.pt", "latents", "toy"):
+    for name in names:
         if os.path.exists(f"{source}/{name}") and not os.path.lexists(f"{folder}/{name}"):
             os.symlink(os.path.abspath(f"{source}/{name}"), f"{folder}/{name}")
 
@@ -327,7 +368,7 @@ def parse():
     p.add_argument("--seeds", default="0,1", help="separated by commas (default 0,1)")
     p.add_argument("--out", default="out/ablation",
                    help="parent of the run folders FAMILY_ROW_SEED (default out/ablation)")
-    p.add_argument("--vae", help="a run with the VAE that all rows use")
+    p.add_argument("--vae", help="a run with the VAE that all rows use, with its [vae] and [gan]")
     p.add_argument("--own-vae", action="store_true", help="train a VAE in each run")
     p.add_argument("--evaluate", help="options for evaluate.py, in quotes")
     p.add_argument("--study", help="a study of tools.studies with its options, in quotes")
@@ -381,7 +422,7 @@ def main():
     rows = parse_rows(arguments.rows, family)
     evaluate_options, study = parse_evaluation(arguments, family)
     runs = plan(arguments.family, family, rows, parse_seeds(arguments.seeds),
-                os.path.abspath(arguments.out), overrides)
+                os.path.abspath(arguments.out), overrides, arguments.vae)
 
     # train and evaluate; the first run with some VAE settings trains it for all others
     figures = {row: [] for row in rows}
@@ -391,7 +432,7 @@ def main():
         if arguments.vae:
             trained[settings] = arguments.vae
         if settings in trained and not arguments.own_vae:
-            link_vae(trained[settings], run.folder)
+            link_vae(trained[settings], run.folder, run.resolved)
         train(run)
         trained.setdefault(settings, run.folder)
 

@@ -2,13 +2,13 @@
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from cli import BadInput
-from config import load, make_model
+from config import load, make_model, save_checkpoint
 from conftest import ROOT, run, write
 from gan import Discriminators
 from tools import ablate
@@ -163,6 +163,54 @@ def test_two_rows_give_a_table_and_share_a_vae(tmp_path):
     runs = f"{tmp_path}/runs"
     assert os.path.samefile(f"{runs}/tiny_a_3/vae.pt", f"{runs}/tiny_b_3/vae.pt")
     assert load(f"{runs}/tiny_b_3/config.toml").seed == 3
+
+
+def vae_run(folder, *overrides):
+    """A run folder with the vae.pt that a config's VAE would leave, untrained."""
+    cfg = load(f"{ROOT}/configs/quickstart.toml", overrides)
+    os.makedirs(f"{folder}/toy", exist_ok=True)
+    save_checkpoint(f"{folder}/vae.pt", {"stage": "vae", "config": asdict(cfg), "model": {},
+                                         "done": True})
+    return str(folder), cfg
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rows_of_every_family_take_the_vae_of_a_given_run(name, tmp_path, monkeypatch, capsys):
+    """Fault: `ablate --vae` of the newcomer's only VAE, the quickstart's, was refused by every row
+    that ships, since their [vae] and [gan] are older.
+    """
+    monkeypatch.chdir(ROOT)
+    folder, saved = vae_run(tmp_path / "q", "--gan.loss_weights.mel", "3.5")
+    family = FAMILIES[name]
+    plain = ablate.plan(name, family, list(family.rows), [0], "out", [])
+    runs = ablate.plan(name, family, list(family.rows), [0], "out", [], folder)
+    for before, run in zip(plain, runs):
+        assert (run.resolved.vae, run.resolved.gan) == (saved.vae, saved.gan)
+        assert replace(run.resolved, vae=before.resolved.vae, gan=before.resolved.gan
+                       ) == before.resolved
+        # what train.py gets says the same
+        assert load(family.config, run.options) == run.resolved
+    says = capsys.readouterr().err
+    assert says.startswith(f"rows take the VAE of {folder}: ") and "mel = 3.5" in says
+    if name == "toy":
+        assert "vae.stft_size = 320 instead of 0" in says
+    [row, *_] = family.rows
+    [own] = ablate.plan(name, family, [row], [0], "out", ["--vae.width", "48"], folder)
+    assert own.resolved.vae == replace(saved.vae, width=48)
+
+
+def test_a_toy_corpus_of_other_settings_is_not_made_anew_through_a_link(tmp_path):
+    """Fault: `ablate ... prompt --vae out/quickstart` (four voices) linked the quickstart's corpus
+    into its run folder, where train.py replaced it.
+    """
+    folder, saved = vae_run(tmp_path / "q")
+    ablate.link_vae(folder, str(tmp_path / "same"), saved)
+    assert os.path.samefile(tmp_path / "same" / "toy", f"{folder}/toy")
+    ablate.link_vae(folder, str(tmp_path / "other"),
+                    replace(saved, toy=replace(saved.toy, voices=4)))
+    assert sorted(os.listdir(tmp_path / "other")) == ["vae.pt"]
+    with pytest.raises(BadInput, match="has no vae.pt"):
+        ablate.link_vae(str(tmp_path), str(tmp_path / "x"), saved)
 
 
 @pytest.mark.parametrize("evaluation, study, scripts", [

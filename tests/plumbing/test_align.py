@@ -31,7 +31,8 @@ def test_quiet_ends_are_cut_at_35_decibels_below_the_loudest():
     assert align.loud_part(np.ones(100, np.float32)) == (0, 100)                  # below one frame
 
 
-def test_only_speech_with_a_text_and_without_words_is_aligned(tmp_path, monkeypatch):
+def test_only_speech_with_a_text_and_without_words_is_aligned(tmp_path, monkeypatch, capsys):
+    """Fault: what Whisper cannot process was left without words, and not counted."""
     noise = np.random.default_rng(0).normal(size=16000 * 31) * 0.1
     for name, seconds in (("short", 1), ("long", 31)):
         save_audio(tmp_path / f"{name}.wav", noise[:16000 * seconds], 16000)
@@ -56,6 +57,7 @@ def test_only_speech_with_a_text_and_without_words_is_aligned(tmp_path, monkeypa
     words = [c.words for c in load_manifest(tmp_path / "out.jsonl")]
     assert words == [None, [["a", 0.5, 0.6], ["b", 0.5, 0.6]], None, None, None,
                      [["a", 0.0, 0.1], ["b", 0.1, 0.2]]]
+    assert "left without words: 1 clips over 30 s" in capsys.readouterr().out
 
 
 def whisper_stub(encoder_rows):

@@ -258,6 +258,7 @@ def test_speech_says_who_and_how_fast_and_quotes_word_for_word():
 
 
 def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path, capsys):
+    """Fault: descriptions grew past data.text_len, and speech lost its text in silence."""
     corpus(tmp_path / "c", 3)
     manifest, out, other = (tmp_path / n for n in ("m.jsonl", "d.jsonl", "r.jsonl"))
     scan.main(["scan", str(tmp_path / "c"), "--out", str(manifest)])
@@ -269,6 +270,13 @@ def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path
     assert '"word 0"' in texts[0] and texts[1] == "a new sentence" and '"word 2"' in texts[2]
     # judges compare with the words, not with their description
     assert [c.transcript for c in load_manifest(out)] == ["word 0", "word 1", "word 2"]
+    texts = [len(t) for t in texts]
+    capsys.readouterr()
+    scan.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other),
+               "--text-len", "14"])
+    assert capsys.readouterr().out == (
+        f"3 clips -> {out}\ntext: {sum(n > 14 for n in texts)} of 3 exceed data.text_len = 14 bytes "
+        f"(0 did before); {max(texts)} holds 99 %, {max(texts)} all\n")
     other.write_text("{}\n")
     with pytest.raises(BadInput, match="line 1: needs"):
         scan.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])

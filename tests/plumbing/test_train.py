@@ -254,6 +254,30 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(
     assert capsys.readouterr().out.count("step skipped") == 9
 
 
+def test_a_file_that_is_gone_does_not_cost_the_steps_before_it(tmp_path):
+    """Fault: the run stopped with one line, and up to save_every steps of it were lost."""
+    cfg = load(write(str(tmp_path)), ["--stages", '["vae"]', "--train.vae.save_every", "100"])
+    runtime = train.Runtime(cfg)
+    os.makedirs(f"{cfg.out}/samples")
+    clips, valid = train.corpus(cfg, runtime)
+    stage = stages.VAEStage(cfg, runtime, clips, valid, "vae")
+    batch = stage.batch
+
+    class Batches:
+        clips = batch.clips
+
+        def __call__(self, step, rows):
+            if step == 5:
+                raise BadInput("gone.wav: no such audio file")
+            return batch(step, rows)
+
+    stage.batch = Batches()
+    with pytest.raises(BadInput, match="gone.wav"):
+        train.train(stage, "vae", cfg, runtime)
+    state = load_checkpoint(f"{cfg.out}/vae.pt")
+    assert (state["step"], state["done"]) == (5, False)
+
+
 def test_training_keeps_its_compiled_graphs_through_a_validation(finished, tmp_path, monkeypatch):
     """Bugs: lengths of validation made is_causal symbolic, and from then on the backbone ran
     uncompiled; each length of a cache compiled a graph of its own.

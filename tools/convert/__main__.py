@@ -14,7 +14,8 @@
     published names ─► rename ─► reorder or fold, exactly ─► every name and shape checked ─► RUN
 
 The converted model computes what the published one does, to rounding. What cannot be converted
-exactly is refused, and so are quantised weights, tensors and keys that no rule knows. mimi.py, pocket_tts.py and text_model.py of tools/convert list every change.
+exactly is refused, and so are quantised weights, tensors and keys that no rule knows. mimi.py,
+pocket_tts.py and text_model.py of tools/convert list every change.
 
 --data MANIFEST measures the mean and standard deviation of Mimi's latents on about 400 clips, which
 a language model needs; without it they are 0 and 1.
