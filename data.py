@@ -151,7 +151,7 @@ def seconds_of(clip):
 def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_silence=False):
     """Read `seconds` (None: all) from `start`, any format and rate -> float32 (channels, S).
 
-    A file with another number of channels is averaged to mono and repeated. At most
+    A file with another number of channels is mixed to mono (mix_down) and repeated. At most
     round(seconds * sample_rate) samples come back, fewer at the end of the file.
     Errors: BadInput naming the file when it is missing, unreadable, empty, silent (peak < 1e-4;
     unless allow_silence) or holds NaN or infinity.
@@ -169,7 +169,7 @@ def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_
 
     # channels, sample rate, length
     if wav.shape[1] != channels:
-        wav = wav.mean(1, keepdims=True)                                    # (S, 1)
+        wav = mix_down(wav)                                                 # (S, 1)
     if file_rate != sample_rate and len(wav):
         wav = soxr.resample(wav, file_rate, sample_rate)
     if seconds is not None:
@@ -182,6 +182,17 @@ def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_
     if not allow_silence and np.abs(wav).max() < 1e-4:
         raise BadInput(f"{path}: silent (peak below 0.0001); remove it")
     return np.ascontiguousarray(np.broadcast_to(wav.T, (channels, len(wav))), dtype=np.float32)
+
+
+def mix_down(wav):
+    """(S, channels) -> (S, 1): the average of the channels, or the loudest where they cancel
+    (opposite phase), so that the average has less than 1 % of its power.
+    """
+    mean = wav.mean(1, keepdims=True)
+    power = np.square(wav).sum(0)
+    loudest = power.argmax()
+    cancelled = np.square(mean).sum() < 0.01 * power[loudest]
+    return wav[:, loudest:loudest + 1] if cancelled else mean
 
 
 def save_audio(path, wav, sample_rate):
