@@ -283,7 +283,7 @@ class LMStage:
         longer = [c for c in clips if seconds_of(c) > cfg.sample.prompt_seconds + 1]
         for i, clip in enumerate(some_of(longer, cfg.sample.count)):
             wav = load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels,
-                             seconds=cfg.sample.prompt_seconds)
+                             seconds=cfg.sample.prompt_seconds, allow_silence=True)
             wav = torch.tensor(wav)[None].to(self.runtime.device)
             name = f"step{step:08d}_{self.name}_{kind}_continued{i + 1}"
             self.save_generation(model, name, kind, "", i,
