@@ -49,7 +49,7 @@ from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from judges import METRICS, Judges
 from report import draw_spectrograms
-from sample import encode_prompt, render, sampling_options
+from sample import encode_voice, render, sampling_options
 from vae import kl_loss
 
 BATCH = 32                          # texts generated at once
@@ -226,11 +226,13 @@ def voice_prompt(clip, clips, lm, vae, cfg):
     if clip.kind != "speech" or not cfg.data.prompt_frames or not others:
         return None
 
-    # its middle: no silence
-    wav = torch.tensor(load_audio(others[0].audio, vae.cfg.sample_rate, vae.cfg.channels))
-    latents = encode_prompt(lm, vae, wav[None])                                 # (1, T, D)
-    begin = (latents.shape[1] - cfg.data.prompt_frames) // 2
-    return latents[:, begin:begin + cfg.data.prompt_frames], wav
+    # the first one that is not silent; the same window of it that sample.py would take
+    for other in others:
+        latents, _ = encode_voice(lm, vae, other.audio, cfg.data.prompt_frames)     # (1, P, D)
+        if latents is not None:
+            return latents, torch.tensor(load_audio(other.audio, vae.cfg.sample_rate,
+                                                    vae.cfg.channels))
+    return None
 
 
 def choose_targets(clips, kind, cfg, limit):

@@ -12,27 +12,36 @@
        prompt ─► VAE encoder ─► latents ─► CALM, one latent at a time ─► VAE decoder ─► wav
                                                   └── --stream: written as it comes ──┘
 
-A text longer than those of training is spoken sentence by sentence (split at sentences, then at
-commas, then between words), in the voice of --prompt or else of the first sentence. A run that was
+A text longer than those of training is spoken in pieces: as many sentences as fit (a sentence that
+does not fit is cut at commas, then between words; Chinese or Japanese between letters), in the voice of --prompt or else of the first sentence. A run that was
 trained without voice prompts speaks each sentence in a voice of its own.
 --prompt alone is continued: the wav holds prompt and continuation. --prompt with --text lends its
-voice. With --prompt-text as well, the clip is continued with the new words, and only these are kept.
+voice: the stretch with the most speech, as long as the voice prompts of training. With --prompt-text as well, the clip is continued with the new words, and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
+import math
+import os
 import re
 import time
+import unicodedata
 import warnings
 
+import numpy as np
 import soundfile as sf
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from cli import BadInput, Parser, cli, number, threads
+from cli import BadInput, Parser, check_writable, cli, number, threads
 from config import LM_STAGES, open_run
-from data import KINDS, encode_text, load_audio, save_audio
+from data import KINDS, encode_text, load_audio, save_audio, seconds_in_file
 
 PROGRESS_FRAMES = 24                # latents between two lines of progress
+INT8_WEIGHTS = 1 << 16              # of a matrix from which int8 is faster (one thread, batch 1)
+PIECE_SECONDS = 30.0                # of a recording that is searched for speech, at a time
+SILENCE = -80.0                     # dB, mean power; digital silence lies below
+SPEECH_RANGE = 30.0                 # dB between loud speech and the faintest that counts
 
 
 @torch.no_grad()
@@ -66,8 +75,9 @@ def render(lm, vae, text, *, seconds, history=None, **options):
 
 def to_int8(lm, vae=None):
     """Round the large matrices of sampling to int8, in place: backbone, head, the decoder's
-    transformer. Layers that touch latents stay as they are: lm.latent, the head's first and last
-    layers and its condition.
+    transformer -> their number. Layers that touch latents stay as they are: lm.latent, the head's
+    first and last layers and its condition. So do matrices below INT8_WEIGHTS, which rounding the
+    activations makes slower: 0.92 times the speed at 192 x 192, 1.4 at 256 x 256.
 
     PyTorch's dynamic quantisation: weights are rounded once, one scale per matrix, activations at
     each call. Every latent reads every weight once, so a quarter of the bytes gives up to 2.8 times
@@ -76,14 +86,19 @@ def to_int8(lm, vae=None):
     47 dB below the audio. CPU only; the models cannot be trained or saved afterwards.
     """
     parts = lm.matrices() + ([vae.decoder.transformer] if vae else [])
+    count = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                   # torch says it will move to torchao
         for part in parts:
-            torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, dtype=torch.qint8,
-                                                   inplace=True)
+            large = {name for name, module in part.named_modules()
+                     if isinstance(module, nn.Linear) and module.weight.numel() >= INT8_WEIGHTS}
+            count += len(large)
+            if large:
+                torch.ao.quantization.quantize_dynamic(part, large, dtype=torch.qint8, inplace=True)
     if vae and vae.cfg.decoder == "conv" and torch.cpu._is_amx_tile_supported():
         conv = vae.decoder.conv.bfloat16()
         conv.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
+    return count
 
 
 def parse():
@@ -102,7 +117,8 @@ def parse():
                    help="most seconds of new audio, per sentence of a long text; "
                         "default: the config's")
     p.add_argument("--prompt-seconds", type=number(float, above=0),
-                   help="of a prompt to continue, use its last so many seconds")
+                   help="of a prompt to continue, use its last so many seconds; of one that lends "
+                        "its voice, so many of its most spoken")
 
     # how it is sampled
     p.add_argument("--steps", type=number(int, 1),
@@ -123,7 +139,8 @@ def parse():
     p.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--int8", action="store_true",
-                   help="CPU: round the large matrices to 8 bits, a conv decoder to bf16 (AMX)")
+                   help="CPU: round the large matrices (where that is faster) to 8 bits, a conv "
+                        "decoder to bf16 (AMX)")
     p.add_argument("--parallel", action="store_true",
                    help="decode in a second thread (with --threads 1 on two free cores)")
     p.add_argument("--out", default="sample.wav", help="default: sample.wav")
@@ -133,9 +150,13 @@ def parse():
 
 
 def check_arguments(a):
-    """BadInput for what cannot be generated, before anything is loaded."""
+    """BadInput for what cannot be generated or written, before anything is loaded."""
+    for option, text in (("text", a.text), ("prompt-text", a.prompt_text), ("out", a.out)):
+        check_unicode(option, text or "")
     if a.text is not None and not a.text.strip():
         raise BadInput("--text: is empty; say something")
+    if os.path.isdir(a.out):
+        raise BadInput(f"--out {a.out}: is a folder; name a .wav in it")
     if not a.out.lower().endswith(".wav"):
         raise BadInput(f"--out {a.out}: only .wav is written")
     if a.prompt_text and not (a.prompt and a.text):
@@ -143,6 +164,9 @@ def check_arguments(a):
                        "and --text (what comes next)")
     if a.text is None and not a.prompt:
         raise BadInput("give --text, --prompt or both (see -h)")
+    if a.prompt_seconds and (a.prompt_text or not a.prompt):
+        raise BadInput("--prompt-seconds: is for a --prompt without --prompt-text, which "
+                       "transcribes the whole of it")
     if a.int8 and a.device != "cpu":
         raise BadInput("--int8: is for --device cpu")
     try:
@@ -150,47 +174,191 @@ def check_arguments(a):
     except (RuntimeError, AssertionError) as e:
         raise BadInput(
             f"--device {a.device}: not available here ({str(e).splitlines()[0]})") from None
+    check_writable(a.out)
+
+
+def check_unicode(option, text):
+    """BadInput where a word of the command line was not UTF-8 (the shell's bytes become surrogates).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise BadInput(f"--{option}: is not UTF-8 at character {e.start + 1}; "
+                       "type it again in a UTF-8 terminal") from None
 
 
 # ---------------------------------------------------------------- text
 
+# where a text may be cut, the best place first
+SENTENCE_END = re.compile(r"""[.!?;:…]+["')\]”’»]*\s+|[。！？；：…]+[」』”’）]*\s*""")
+COMMA = re.compile(r",\s+|[，、]\s*")
+SPACE = re.compile(r"\s+")
+
+# full stops that end no sentence, before the next character: "Mr. S", "J. S", "U.S. A", "No. 5"
+ABBREVIATION = re.compile(r"""(?:^|[\s("'])(?:no\.\s+\d|(?:mr|mrs|ms|dr|prof|st|jr|sr|vs|fig|vol|approx|"""
+                          r"capt|gen|col|lt|sgt|rev|[^\W\dI]|\w(?:\.\w)+)\.\s+.)$", re.IGNORECASE)
+# letters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+                      r"\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
 def sentences(text, fits):
-    """Pieces of the text for which fits(piece) is true, in order: split behind sentences, else
-    behind commas, else in halves between words.
+    """Pieces of the text for which fits(piece) is true, in order, as few as go: cut behind
+    sentences; a sentence that does not fit behind commas, else in halves between words, else, in a
+    script without spaces, between letters. Errors: BadInput for a word that does not fit.
     """
     if fits(text):
         return [text]
-    for boundary in (r"(?<=[.!?;:])\s+", r"(?<=,)\s+"):
-        parts = re.split(boundary, text)
+    parts = cut_best(text)
+    if len(parts) == 1:
+        raise BadInput(f"--text: '{text[:40]}' is longer than this run was trained on "
+                       "(data.text_len)")
+
+    # neighbours that fit together stay together; a part that does not fit is cut further
+    pieces = []
+    joined = ""
+    for part in parts:
+        if joined and fits((joined + part).strip()):
+            joined += part
+            continue
+        if joined:
+            pieces += sentences(joined.strip(), fits)
+        joined = part
+    return pieces + sentences(joined.strip(), fits)
+
+
+def cut_best(text):
+    """The text cut at its best kind of place -> parts that join to it again; one part where there is
+    no place.
+    """
+    ends = [match.end() for match in SENTENCE_END.finditer(text)
+            if not ABBREVIATION.search(text[max(0, match.end() - 24):match.end() + 1])]
+    for ends in (ends, [match.end() for match in COMMA.finditer(text)]):
+        parts = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if text[a:b].strip()]
         if len(parts) > 1:
-            break
-    else:
-        words = text.split()
-        if len(words) == 1:
-            raise BadInput(f"--text: '{text[:40]}' (behind --prompt-text, if any) is longer than "
-                           "this run was trained on (data.text_len)")
-        half = len(words) // 2
-        parts = [" ".join(words[:half]), " ".join(words[half:])]
-    return [piece for part in parts for piece in sentences(part, fits)]
+            return parts
+
+    # halves
+    places = [match.end() for match in SPACE.finditer(text)]
+    places = places or [i for i in range(1, len(text)) if between_letters(text, i)]
+    if not places:
+        return [text]
+    middle = places[(len(places) - 1) // 2]
+    return [text[:middle], text[middle:]]
+
+
+def between_letters(text, i):
+    """May a text without spaces be cut before character i? Not before a mark or punctuation."""
+    return bool(UNSPACED.match(text[i - 1])) and unicodedata.category(text[i])[0] == "L"
 
 
 def texts_to_generate(a, cfg, lm):
-    """The pieces of --text, each short enough for the run; behind --prompt-text, if there is one."""
+    """The pieces of --text, each short enough for the run; the first behind --prompt-text, if there
+    is one.
+    """
     limit = cfg.data.text_len
+    unit = "tokens" if cfg.data.tokenizer else "bytes"
 
     def tokens(text):
         """Text tokens, without the one that names the kind."""
         return len(encode_text(text, a.kind, cfg.data)) - int(cfg.data.kind_token)
 
-    if a.kind != "speech" and tokens(a.text or "") > limit:
-        unit = "tokens" if cfg.data.tokenizer else "bytes"
-        raise BadInput(f"--text: {tokens(a.text)} {unit} are more than this run was "
-                       f"trained on (data.text_len = {limit})")
+    def too_long(option, text):
+        return BadInput(f"{option}: {tokens(text)} {unit} are more than this run was trained on "
+                        f"(data.text_len = {limit})")
 
     # a monologue's words run on from the prompt's end, a prefix holds the prompt's words too
+    text = " ".join((a.text or "").split())
     before = f"{a.prompt_text} " if a.prompt_text and not lm.monologue else ""
-    pieces = sentences((a.text or "").strip(), lambda text: tokens(before + text) <= limit)
-    return [before + pieces[0], *pieces[1:]]
+    if tokens(before) > limit:
+        raise too_long("--prompt-text", before)
+
+    # a caption is not cut
+    if a.kind != "speech":
+        if tokens(before + text) > limit:
+            raise too_long("--prompt-text and --text" if before else "--text", before + text)
+        return [before + text]
+
+    # the prompt's words take room from the first piece alone
+    pieces = sentences(text, lambda piece: tokens(piece) <= limit)
+    if not before or tokens(before + text) <= limit:
+        return [before + text] if before else pieces
+    try:
+        first = sentences(text, lambda piece: tokens(before + piece) <= limit)[0]
+    except BadInput:
+        raise BadInput(f"--prompt-text: {tokens(before)} {unit} leave too little room for --text "
+                       f"(data.text_len = {limit})") from None
+    return [before + first, *sentences(text[len(first):].strip(), lambda piece: tokens(piece) <= limit)]
+
+
+# ---------------------------------------------------------------- where a recording speaks
+
+def frame_levels(wav, hop):
+    """Level of the audio behind each latent: wav (ch, S) -> numpy (ceil(S / hop),), dB, at least
+    -100.
+    """
+    wav = F.pad(wav, (0, -wav.shape[-1] % hop))
+    power = wav.square().mean(0).unflatten(0, (-1, hop)).mean(1)            # (T,)
+    return (10 * power.clamp(min=1e-10).log10()).cpu().numpy()
+
+
+def file_levels(path, cfg):
+    """frame_levels of a whole file (cfg: VAEConfig), read in pieces, so that its length costs no
+    memory.
+    """
+    piece = round(PIECE_SECONDS * cfg.frame_rate) * cfg.hop / cfg.sample_rate       # seconds
+    levels = []
+    for i in range(math.ceil(seconds_in_file(path) / piece)):
+        wav = load_audio(path, cfg.sample_rate, cfg.channels, start=i * piece, seconds=piece,
+                         allow_silence=True)
+        levels.append(frame_levels(torch.tensor(wav), cfg.hop))
+    return np.concatenate(levels)
+
+
+def speech_window(levels, frames):
+    """The window of at most `frames` latents that holds the most speech -> (its first latent, how
+    many of its latents have speech; 0 = silence).
+
+    Speech is what lies at most 30 dB below the loud parts: the level that one in ten of the latents
+    that are not silent exceeds. Among equal windows the louder one (mean of dB), then the first.
+    """
+    audible = levels > SILENCE
+    if not audible.any():
+        return 0, 0
+    floor = np.quantile(levels[audible], 0.9) - SPEECH_RANGE
+    speech = audible & (levels > floor)
+
+    # every window: its latents with speech, and its level in whole dB
+    windows = np.lib.stride_tricks.sliding_window_view
+    n = min(frames, len(levels))
+    counts = windows(speech, n).sum(1)
+    loudness = windows(levels, n).mean(1).round()
+    first = int(np.lexsort((-loudness, -counts))[0])
+    return first, int(counts[first])
+
+
+def best_voice(latents, wav, cfg):
+    """The voice prompt (1, P, D) in latents (1, T, D) whose audio is wav (ch, S), or None where it
+    is silent.
+    """
+    first, speech = speech_window(frame_levels(wav, cfg.vae.hop), cfg.data.prompt_frames)
+    return latents[:, first:first + cfg.data.prompt_frames] if speech else None
+
+
+def encode_voice(lm, vae, path, frames):
+    """A recording -> the voice prompt it lends: the latents (1, n <= frames, D) of its window with
+    the most speech, or codes; and how many of them have speech. (None, 0) where all is silent.
+
+    Only that window is encoded.
+    """
+    cfg = vae.cfg
+    first, speech = speech_window(file_levels(path, cfg), frames)
+    if not speech:
+        return None, 0
+    wav = load_audio(path, cfg.sample_rate, cfg.channels, start=first * cfg.hop / cfg.sample_rate,
+                     seconds=frames * cfg.hop / cfg.sample_rate, allow_silence=True)
+    wav = torch.tensor(wav)[None].to(vae.latent_mean.device)            # (1, ch, S)
+    return encode_prompt(lm, vae, wav), speech
 
 
 # ---------------------------------------------------------------- prompt
@@ -201,18 +369,56 @@ def load_prompt(a, cfg, vae, lm):
     """
     if not a.prompt:
         return None, None
-    wav = torch.tensor(load_audio(a.prompt, cfg.vae.sample_rate, cfg.vae.channels)).to(a.device)
-    if a.text is None:
-        seconds = a.prompt_seconds or cfg.sample.prompt_seconds
-        wav = wav[:, -round(seconds * cfg.vae.sample_rate):]
-    latents = encode_prompt(lm, vae, wav[None])                             # (1, T, D) or codes
-    if a.text is None or a.prompt_text:
-        return None, latents
+    if a.text is not None and not a.prompt_text:
+        return load_voice(a, cfg, vae, lm), None
+    return None, load_history(a, cfg, vae, lm)
 
-    if not cfg.data.prompt_frames:
+
+def load_voice(a, cfg, vae, lm):
+    """The voice prompt (1, P, D) that --prompt lends: of --prompt-seconds, else as long as the
+    longest of training.
+    """
+    most = cfg.data.prompt_frames
+    if not most:
         raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
                        "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
-    return latents[:, :cfg.data.prompt_frames], None
+    frames = most
+    if a.prompt_seconds:
+        frames = max(1, round(a.prompt_seconds * cfg.vae.frame_rate))
+    if frames > most:
+        raise BadInput(f"--prompt-seconds: {a.prompt_seconds:g} is more than this run's voice "
+                       f"prompts have, {most / cfg.vae.frame_rate:g} s (data.prompt_frames)")
+
+    voice, speech = encode_voice(lm, vae, a.prompt, frames)
+    if voice is None:
+        raise BadInput(f"--prompt {a.prompt}: is silent, it has no voice; give another recording")
+    least = math.ceil(most / 2)
+    if speech < least:
+        print(f"--prompt {a.prompt}: {speech / cfg.vae.frame_rate:.2f} s with speech; the voice "
+              f"prompts of training had {least / cfg.vae.frame_rate:.2f} s or more")
+    return voice
+
+
+def load_history(a, cfg, vae, lm):
+    """The latents (1, n, D) to continue: all of --prompt where --prompt-text transcribes it, else
+    its end.
+    """
+    start = 0.0
+    if a.text is None:
+        seconds = a.prompt_seconds or cfg.sample.prompt_seconds
+        start = max(0.0, seconds_in_file(a.prompt) - seconds)
+    wav = load_audio(a.prompt, cfg.vae.sample_rate, cfg.vae.channels, start=start,
+                     allow_silence=True)
+    if a.text is None:
+        wav = wav[:, -round(seconds * cfg.vae.sample_rate):]
+
+    # silence is judged on what is used
+    if abs(wav).max() < 1e-4:
+        part = f"the last {wav.shape[1] / cfg.vae.sample_rate:g} s are silent" if start else \
+            "is silent"
+        raise BadInput(f"--prompt {a.prompt}: {part}, there is nothing to continue; cut the file "
+                       "where its sound ends")
+    return encode_prompt(lm, vae, torch.tensor(wav)[None].to(a.device))
 
 
 # ---------------------------------------------------------------- audio
@@ -301,11 +507,13 @@ def generate(a, cfg, vae, lm, texts):
         tokens = torch.tensor([encode_text(text, a.kind, cfg.data)], dtype=torch.long,
                               device=a.device)
         latents = []
+        wavs = []
         generated = lm.generate(tokens, kind=KINDS.index(a.kind), max_frames=max_frames,
                                 prompt=voice, history=history, generator=generator, **options)
         generated = keep_latents(generated, latents)
         for wav, n, _ in vae.decode_stream(generated, decoder_state, a.parallel):
             output.write(wav)
+            wavs.append(wav)
             new_frames += n
             first_audio = first_audio or time.perf_counter() - start
             if not a.stream and new_frames % PROGRESS_FRAMES < n:
@@ -314,8 +522,10 @@ def generate(a, cfg, vae, lm, texts):
 
         # the next sentence takes the voice of the prompt, or else of this one
         if cfg.data.prompt_frames and voice is None:
-            spoken = torch.stack(latents, 1) if history is None else history
-            voice = spoken[:, :cfg.data.prompt_frames]
+            if history is None:
+                voice = best_voice(torch.stack(latents, 1), torch.cat(wavs, -1)[0], cfg)
+            else:
+                voice = best_voice(history, lead[0], cfg)
         history = None
     output.write(vae.flush(decoder_state))
     output.close()
@@ -330,7 +540,10 @@ def main():
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
     if a.int8:
-        to_int8(lm, vae)
+        count = to_int8(lm, vae)
+        print(f"--int8: {count} matrices rounded" if count else
+              f"--int8: no matrix has {INT8_WEIGHTS} weights, from which 8 bits are faster; "
+              "none is rounded")
 
     texts = texts_to_generate(a, cfg, lm)
     new, first, took = generate(a, cfg, vae, lm, texts)

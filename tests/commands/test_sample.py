@@ -3,6 +3,8 @@ import json
 import os
 import shutil
 import sys
+import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ import soundfile as sf
 
 import sample as sample_script
 import train
-from config import open_run
 from cli import BadInput
-from sample import sentences
+from config import Config, build, open_run
+from sample import sentences, texts_to_generate
 from conftest import run, write
 
 
@@ -55,6 +57,55 @@ def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():
     assert sentences("short", fits) == ["short"] and sentences("", fits) == [""]
     with pytest.raises(BadInput, match="data.text_len"):
         sentences("incomprehensibilities", fits)
+
+
+def test_pieces_of_a_text_are_as_few_as_fit_and_cut_where_a_reader_would():
+    """Fault: "Mr." and "e.g." ended sentences, and every short sentence was spoken by itself."""
+    fits = lambda text: len(text) <= 40
+    text = ("Mr. Smith paid 3.5 dollars, e.g. for J. Doe of the U.S. Army. He left. So. We did too. "
+            "Yes!")
+    assert sentences(text, fits) == ["Mr. Smith paid 3.5 dollars,",
+                                     "e.g. for J. Doe of the U.S. Army.",
+                                     "He left. So. We did too. Yes!"]
+    fits = lambda text: len(text) <= 20
+    assert sentences("See No. 5 there. He said no. Then Dr. Who left. Bye.", fits) == [
+        "See No. 5 there.", "He said no.", "Then Dr. Who left.", "Bye."]
+
+
+def test_a_text_without_spaces_is_cut_at_its_own_punctuation_and_else_between_letters():
+    """Fault: long Chinese and Japanese texts were refused: one word of more than text_len bytes."""
+    fits = lambda text: len(text.encode()) <= 63          # 21 letters
+    assert sentences("今天天气很好。我们去公园散步吧，然后回家吃饭。" + "很" * 24, fits) == [
+        "今天天气很好。", "我们去公园散步吧，然后回家吃饭。", "很" * 12, "很" * 12]
+    thai = "ภาษาไทยเป็นภาษาที่ไม่มีการเว้นวรรค"
+    pieces = sentences(thai, fits)
+    assert "".join(pieces) == thai and all(map(fits, pieces))
+    assert not any(unicodedata.category(piece[0]) == "Mn" for piece in pieces)
+
+
+def generated_texts(text_len=20, kind="speech", **arguments):
+    cfg = build(Config, {"data": {"text_len": text_len}})
+    a = types.SimpleNamespace(**{"text": None, "prompt_text": None, "kind": kind, **arguments})
+    return texts_to_generate(a, cfg, types.SimpleNamespace(monologue=False))
+
+
+def test_the_words_of_a_prompt_take_room_from_the_first_piece_alone():
+    assert generated_texts(text="three four. five six seven.", prompt_text="one two") == [
+        "one two three four.", "five six seven."]
+    assert generated_texts(text="three.", prompt_text="one two") == ["one two three."]
+
+
+def test_the_option_that_is_too_long_is_the_one_that_is_named():
+    """Fault: with a long --prompt-text the error line was about --text."""
+    for arguments, says in [
+            ({"text": "six", "prompt_text": "x" * 21}, "--prompt-text: 21 bytes are more than"),
+            ({"text": "seven", "prompt_text": "x" * 18}, "--prompt-text: 18 bytes leave too little"),
+            ({"text": "x" * 21, "prompt_text": "one"}, "--text: 'xxx.*' is longer than this run"),
+            ({"text": "x" * 21, "kind": "sound"}, "--text: 21 bytes are more than"),
+            ({"text": "x" * 18, "prompt_text": "one", "kind": "sound"},
+             "--prompt-text and --text: 22 bytes are more than")]:
+        with pytest.raises(BadInput, match=says):
+            generated_texts(**arguments)
 
 
 def test_a_long_text_is_spoken_sentence_by_sentence(trained):

@@ -1,0 +1,179 @@
+"""Which part of a recording lends its voice, or is continued; what a prompt without it is told."""
+import dataclasses
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import calm
+import evaluate
+import sample
+from cli import BadInput
+from config import load, make_model
+from conftest import write
+from data import Clip, load_audio
+from vae import VAE
+
+RATE = 16000
+HOP = 640
+
+
+def tone(seconds, level=0.3, frequency=300):
+    return level * np.sin(2 * np.pi * frequency * np.arange(round(seconds * RATE)) / RATE)
+
+
+def silence(seconds):
+    return np.zeros(round(seconds * RATE))
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run folder with random weights whose voice prompts have 4 latents (0.16 s)."""
+    folder = tmp_path_factory.mktemp("untrained")
+    cfg = load(write(str(folder)))
+    torch.manual_seed(0)
+    models = {"vae": VAE(cfg.vae), "lm": make_model(cfg, "lm")}
+    (folder / "run").mkdir()
+    for stage, model in models.items():
+        torch.save({"stage": stage, "step": 1, "done": True, "config": dataclasses.asdict(cfg),
+                    "model": {}, "ema": model.state_dict(), "optimizers": {}},
+                   folder / "run" / f"{stage}.pt")
+    return folder
+
+
+def speak(folder, monkeypatch, *arguments):
+    """sample.py in this process -> the options of every call of generate()."""
+    calls = []
+    generate = calm.CALM.generate
+
+    def spy(self, text, **options):
+        calls.append(options)
+        return generate(self, text, **options)
+    monkeypatch.setattr(calm.CALM, "generate", spy)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{folder}/run", "--seconds", "0.4",
+                                      "--threads", "1", "--out", f"{folder}/x.wav", *arguments])
+    sample.main()
+    return calls
+
+
+def encoded(folder, wav):
+    """Normalised latents (1, T, D) of a numpy waveform, by the run's VAE."""
+    _, vae, lm, _ = sample.open_run(f"{folder}/run")
+    return sample.encode_prompt(lm, vae, torch.tensor(wav, dtype=torch.float32)[None, None])
+
+
+def test_the_window_with_the_most_speech_is_the_first_of_the_loudest_full_ones():
+    quiet, soft, loud = -90.0, -35.0, -15.0
+    assert sample.speech_window(np.array([quiet] * 5 + [loud] * 3 + [quiet] * 2), 3) == (5, 3)
+    assert sample.speech_window(np.array([soft] * 3 + [loud] * 3), 3) == (3, 3)
+    assert sample.speech_window(np.array([loud, quiet, loud, loud, quiet]), 3) == (0, 2)
+    assert sample.speech_window(np.array([loud] * 9), 4) == (0, 4)
+    assert sample.speech_window(np.array([quiet, loud]), 4) == (0, 1)      # a short recording
+    assert sample.speech_window(np.array([quiet] * 6), 3) == (0, 0)
+    # noise 45 dB below the voice is not speech; a click is not all that counts
+    assert sample.speech_window(np.array([-60.0] * 8 + [loud] * 4 + [-60.0] * 8), 4) == (8, 4)
+    assert sample.speech_window(np.array([0.0] + [-60.0] * 5 + [loud] * 20), 4)[0] == 6
+
+
+def test_a_voice_prompt_is_the_speech_of_a_recording_and_not_its_silence(untrained, monkeypatch):
+    """Fault: the prompt was the first prompt_frames latents; behind 1.5 s of silence it held no
+    voice, and two voices gave the same audio.
+    """
+    wav = np.concatenate([silence(1.6), tone(0.8), silence(1)])
+    sf.write(untrained / "late.wav", wav, RATE, subtype="FLOAT")
+    call, = speak(untrained, monkeypatch, "--text", "two", "--prompt", f"{untrained}/late.wav")
+    start = 40 * HOP                                      # 1.6 s are 40 latents
+    torch.testing.assert_close(call["prompt"], encoded(untrained, wav[start:start + 4 * HOP]))
+
+
+def test_evaluation_takes_the_same_window_as_sampling_and_passes_over_silent_clips(untrained):
+    """Fault: evaluate.py took the middle of a clip, sample.py its beginning."""
+    cfg, vae, lm, _ = sample.open_run(f"{untrained}/run")
+    sf.write(untrained / "mute.wav", silence(2), RATE)
+    sf.write(untrained / "half.wav", np.concatenate([tone(1), silence(2)]), RATE, subtype="FLOAT")
+    clips = [Clip(f"{untrained}/{name}.wav", "one", "speech", "anna")
+             for name in ("target", "mute", "half")]
+    latents, wav = evaluate.voice_prompt(clips[0], clips, lm, vae, cfg)
+    torch.testing.assert_close(latents, encoded(untrained, tone(1)[:4 * HOP]))
+    assert wav.shape == (1, 3 * RATE)                     # the whole clip, to compare voices with
+    assert evaluate.voice_prompt(clips[0], clips[:2], lm, vae, cfg) is None
+
+
+def test_later_sentences_take_the_voice_where_the_first_one_speaks():
+    """Fault: the voice handed on was the first latents of a sentence, silent or not."""
+    cfg = types.SimpleNamespace(vae=types.SimpleNamespace(hop=10),
+                                data=types.SimpleNamespace(prompt_frames=2))
+    latents = torch.arange(6.0).view(1, 6, 1)
+    wav = torch.cat([torch.zeros(1, 30), torch.full((1, 20), 0.2), torch.zeros(1, 6)], 1)
+    assert sample.best_voice(latents, wav, cfg).flatten().tolist() == [3, 4]
+    assert sample.best_voice(latents, 0 * wav, cfg) is None
+
+
+def test_the_next_sentence_gets_latents_of_the_sentence_before(untrained, monkeypatch):
+    calls = speak(untrained, monkeypatch, "--text", "one two one two. " * 3)
+    assert [call["prompt"] is None for call in calls] == [True] + [False] * (len(calls) - 1)
+    assert len(calls) > 1 and calls[1]["prompt"].shape == (1, min(4, calls[1]["prompt"].shape[1]), 4)
+
+
+def test_a_recording_of_any_length_is_read_in_pieces_and_only_its_window_is_encoded(
+        untrained, monkeypatch):
+    """Fault: 10 minutes of reference were read and encoded whole, 2.6 GB."""
+    cfg, vae, lm, _ = sample.open_run(f"{untrained}/run")
+    sf.write(untrained / "long.wav", np.concatenate([silence(95), tone(1), silence(4)]), RATE)
+    read = []
+
+    def spy(path, rate, channels, **options):
+        read.append(load_audio(path, rate, channels, **options))
+        return read[-1]
+    encoded_samples = []
+    encode = vae.encode
+    vae.encode = lambda wav: encoded_samples.append(wav.shape[-1]) or encode(wav)
+    monkeypatch.setattr(sample, "load_audio", spy)
+    latents, speech = sample.encode_voice(lm, vae, f"{untrained}/long.wav", 4)
+    assert speech == 4 and latents.shape == (1, 4, 4)
+    assert max(wav.shape[1] for wav in read) == 30 * RATE and encoded_samples == [4 * HOP]
+    assert abs(read[-1]).max() > 0.29                     # the tone
+
+
+def test_prompt_seconds_sets_the_length_of_a_voice(untrained, monkeypatch):
+    """Fault: --prompt-seconds was ignored where a prompt lends its voice."""
+    sf.write(untrained / "tone.wav", tone(2), RATE)
+    prompt = ["--text", "two", "--prompt", f"{untrained}/tone.wav", "--prompt-seconds"]
+    call, = speak(untrained, monkeypatch, *prompt, "0.12")
+    assert call["prompt"].shape == (1, 3, 4)
+    with pytest.raises(BadInput, match="--prompt-seconds: 1 is more than .* 0.16 s"):
+        speak(untrained, monkeypatch, *prompt, "1")
+    with pytest.raises(BadInput, match="--prompt-seconds: is for a --prompt without"):
+        speak(untrained, monkeypatch, *prompt, "0.1", "--prompt-text", "one")
+
+
+def test_silence_is_judged_on_the_part_that_is_used(untrained, monkeypatch):
+    """Fault: a prompt that ends in silence was continued from its silence: the whole was judged."""
+    sf.write(untrained / "ends.wav", np.concatenate([tone(2), silence(3)]), RATE)
+    sf.write(untrained / "mute.wav", silence(2), RATE)
+    go_on = ["--kind", "music", "--prompt", f"{untrained}/ends.wav", "--prompt-seconds"]
+    with pytest.raises(BadInput, match="ends.wav: the last 2 s are silent"):
+        speak(untrained, monkeypatch, *go_on, "2")
+    call, = speak(untrained, monkeypatch, *go_on, "3.2")
+    assert call["history"].shape == (1, 80, 4)
+    with pytest.raises(BadInput, match="mute.wav: is silent, it has no voice"):
+        speak(untrained, monkeypatch, "--text", "two", "--prompt", f"{untrained}/mute.wav")
+
+
+def test_a_scrap_of_a_voice_is_used_and_said(untrained, monkeypatch, capsys):
+    sf.write(untrained / "scrap.wav", np.concatenate([silence(1), tone(0.04), silence(1)]), RATE)
+    speak(untrained, monkeypatch, "--text", "two", "--prompt", f"{untrained}/scrap.wav")
+    assert "0.04 s with speech; the voice prompts of training had 0.08 s or more" in \
+        capsys.readouterr().out
+
+
+def test_channels_in_opposite_phase_are_heard(tmp_path):
+    """Fault: their average is zero, and a loud stereo file was refused as silent."""
+    wav = tone(0.5)
+    sf.write(tmp_path / "opposite.wav", np.stack([wav, -wav], 1), RATE, subtype="FLOAT")
+    sf.write(tmp_path / "other.wav", np.stack([wav, 0 * wav], 1), RATE, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(str(tmp_path / "opposite.wav"), RATE)[0], wav, atol=1e-6)
+    np.testing.assert_allclose(load_audio(str(tmp_path / "other.wav"), RATE)[0], wav / 2, atol=1e-6)
