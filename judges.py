@@ -12,11 +12,13 @@
 
 pesq: wide band. stoi. visqol: speech mode, lattice; only for originals from 0.75 s that are not
 silent. dnsmos: overall. wer: word errors of Whisper's transcript / words of the text.
-sim: cosine of the d-vectors (Resemblyzer) of a generation and of the clip that gave its voice.
+sim: cosine of the d-vectors (Resemblyzer, with its preprocessing) of a generation and of the clip
+that gave its voice.
 All of them at 16 kHz, on the first channel. A package is imported when its metric is asked for.
 """
 import math
 
+import numpy as np
 import soxr
 
 from cli import BadInput
@@ -92,8 +94,21 @@ class Judges:
 
         # one clip and its voice prompt
         if metric == "sim":
-            from resemblyzer import VoiceEncoder
-            self.embed_voice = VoiceEncoder("cpu", verbose=False).embed_utterance
+            from resemblyzer import VoiceEncoder, preprocess_wav
+            self.voice_encoder = VoiceEncoder("cpu", verbose=False)
+            self.preprocess_voice = preprocess_wav
+
+    def embed_voice(self, wav):
+        """The unit d-vector of the speech in wav (S,) at 16 kHz; zeros where there is none.
+
+        Resemblyzer's preprocessing comes first, as its encoder was trained: quiet wavs are raised to
+        -30 dB of full scale, long silences cut out.
+        """
+        if abs(wav).max() > 1e-3:
+            wav = self.preprocess_voice(wav)
+            if len(wav):
+                return self.voice_encoder.embed_utterance(wav)
+        return np.zeros(256)
 
     def add(self, figure, value, weight=1):
         """Add `weight` observations to a figure, `value` their sum."""
@@ -135,7 +150,7 @@ class Judges:
             reference = split_words(text)
             self.add(f"wer {name}", word_errors(reference, transcript), len(reference))
 
-        # the embeddings are unit vectors
+        # the embeddings are unit vectors, of a silent wav 0
         if "sim" in self.metrics and voice is not None:
             similarity = self.embed_voice(wav) @ self.embed_voice(resample(voice, rate))
             self.add(f"sim {name}", float(similarity))

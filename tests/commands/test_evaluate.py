@@ -1,6 +1,7 @@
 """Figures have their definitions."""
 import json
 import math
+import sys
 import types
 
 import numpy as np
@@ -144,12 +145,53 @@ def test_a_generation_is_compared_with_the_voice_that_it_was_given():
     assert found["sim generation"] == pytest.approx(0.6) and found["wer generation"] == 0.25
 
 
+def test_voices_are_compared_after_the_preprocessing_of_their_encoder(monkeypatch):
+    """Fault: d-vectors were taken of raw wavs; Resemblyzer's encoder knows normalised levels and no
+    long silence. A silent generation resembles nobody: 0, not NaN.
+    """
+    embedded = []
+
+    def embed_utterance(wav):
+        embedded.append(wav)
+        return np.array([0.6, 0.8])
+    package = types.ModuleType("resemblyzer")
+    package.VoiceEncoder = lambda device, verbose: types.SimpleNamespace(
+        embed_utterance=embed_utterance)
+    package.preprocess_wav = lambda wav: wav[wav != 0] / 2
+    monkeypatch.setitem(sys.modules, "resemblyzer", package)
+    judges = Judges(["sim"])
+    wav = torch.tensor([[0.5, 0.0, 0.5, 0.0]])
+    judges.judge("generation", wav, 16000, "", wav)
+    assert [w.tolist() for w in embedded] == [[0.25, 0.25]] * 2
+    assert judges.pop_figures() == {"sim generation": 1.0}
+    judges.embed_voice = lambda wav: np.ones(256) / 16 if wav.any() else Judges.embed_voice(judges, wav)
+    judges.judge("generation", 0 * wav, 16000, "", wav)
+    assert judges.pop_figures() == {"sim generation": 0.0}
+
+
+def test_a_metric_that_cannot_be_loaded_is_the_one_that_is_named(monkeypatch):
+    """Fault: whatever failed, the error line was about --whisper."""
+    def fail(*arguments, **options):
+        raise RuntimeError("no weights")
+    voices = types.ModuleType("resemblyzer")
+    voices.VoiceEncoder = fail
+    voices.preprocess_wav = None
+    whisper = types.ModuleType("faster_whisper")
+    whisper.WhisperModel = fail
+    monkeypatch.setitem(sys.modules, "resemblyzer", voices)
+    monkeypatch.setitem(sys.modules, "faster_whisper", whisper)
+    with pytest.raises(BadInput, match=r"--metrics sim: cannot be loaded \(no weights\)"):
+        Judges(["sim"])
+    with pytest.raises(BadInput, match=r"--whisper tiny: cannot be loaded \(no weights\)"):
+        Judges(["wer"], "tiny")
+
+
 def test_a_choice_of_texts_is_evenly_spaced():
     assert evaluate.evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
     assert evaluate.evenly_spaced([1, 2], 9) == [1, 2]
 
 
 def test_a_judge_that_is_not_installed_names_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pystoi", None)
+    monkeypatch.setitem(sys.modules, "pystoi", None)
     with pytest.raises(BadInput, match=r"pystoi is not installed: pip install -e .\[eval\]"):
         Judges(["stoi"])
