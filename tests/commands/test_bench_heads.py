@@ -49,6 +49,27 @@ def test_every_part_of_a_frame_runs_and_calls_its_network_as_often_as_its_steps(
     assert calls[-1] == (2, 375, dtype)
 
 
+def test_a_timed_position_appends_to_a_buffer_that_has_room(monkeypatch):
+    """Fault: "backbone" timed a move of the whole cache to a new buffer in every call (69.9 against
+    64.3 ms), which a generation does once in hundreds of latents.
+    """
+    calm, rq = (load(f"{ROOT}/configs/paper/{kind}_music.toml", TINY) for kind in ("calm", "rq"))
+    parts = bench.frame_parts(calm, rq, "cpu", torch.float32)
+    moved = []
+    forward = bench.Transformer.forward
+
+    def spy(self, x, cache):
+        before = [cache.buffers[i].keys.data_ptr() for i in cache.kv]
+        y = forward(self, x, cache)
+        moved.append(before != [cache.buffers[i].keys.data_ptr() for i in cache.kv])
+        return y
+    monkeypatch.setattr(bench.Transformer, "forward", spy)
+    for _ in range(3):
+        parts["backbone"]()
+        parts["short context"]()
+    assert moved == [False] * 6
+
+
 def test_figures_are_ratios_of_the_same_repeats_and_only_calm_pays_for_the_short_context():
     times = {"backbone": [0.004, 0.008], "short context": [0.001, 0.002],
              "consistency 1 step": [0.001, 0.002], "rq 8 levels": [0.012, 0.024]}

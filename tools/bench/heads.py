@@ -117,12 +117,12 @@ def frame_parts(calm, rq, device, dtype):
 
     # what makes z
     history = max(1, round(HISTORY * calm.vae.frame_rate))
-    parts = {"backbone": inference(one_position(backbone, history, device, dtype), z[:, None],
-                                   precision=autocast)}
+    position = one_position(backbone, history, device, dtype, autocast)
+    parts = {"backbone": inference(position, z[:, None], precision=autocast)}
     if calm.lm.short_layers:
         short = BackboneConfig(**{**vars(backbone), "layers": calm.lm.short_layers,
                                   "window": calm.lm.short_context})
-        position = one_position(short, calm.lm.short_context - 1, device, dtype)
+        position = one_position(short, calm.lm.short_context - 1, device, dtype, autocast)
         parts["short context"] = inference(position, z[:, None], precision=autocast)
 
     # continuous heads: TrigFlow shares the network, which saves memory
@@ -147,23 +147,24 @@ def frame_parts(calm, rq, device, dtype):
     return parts
 
 
-def one_position(cfg, history, device, dtype):
+def one_position(cfg, history, device, dtype, autocast):
     """A function of x (1, 1, C): one position of a Transformer behind `history` cached ones.
 
-    The cache starts anew in each call, so that it does not grow from repeat to repeat.
+    Each call reads a copy of the cache, which shares its buffers: the cache does not grow from
+    repeat to repeat, and as in most positions of a generation there is room to append to it.
     """
     net = filled(lambda: Transformer(cfg), device, dtype)
     heads = cfg.kv_heads or cfg.heads
-    shape = (2, 1, heads, history, cfg.dim // cfg.heads)
-    past = {layer: tuple(torch.randn(shape, device=device, dtype=dtype).unbind())
-            for layer in range(cfg.layers)}                    # k, v (1, heads, history, width)
+    shape = (2, 1, heads, history - 1, cfg.dim // cfg.heads)
+    cache = KVCache()
+    cache.kv = {layer: tuple(torch.randn(shape, device=device, dtype=dtype).unbind())
+                for layer in range(cfg.layers)}                # k, v (1, heads, history - 1, width)
+    cache.pos = history - 1
 
-    def run(x):
-        cache = KVCache()
-        cache.kv = dict(past)
-        cache.pos = history
-        net(x, cache)
-    return run
+    # the last position of the history moves the others to buffers with room
+    x = torch.randn(1, 1, cfg.dim, device=device, dtype=dtype)
+    inference(net, x, cache, precision=autocast)()
+    return lambda x: net(x, cache.copy())
 
 
 def filled(make, device, dtype):
