@@ -13,11 +13,39 @@ Exit status of every command: 0 done, 2 the user's mistake (one line says which)
 1 anything else.
 """
 import argparse
+import importlib.util
 import math
 import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+# what requirements.txt installs and every command imports
+PACKAGES = ("torch", "numpy", "soundfile", "soxr", "einops", "tqdm")
+
+
+def check_packages():
+    """End a script with one line where a package that it needs is missing; before it is imported."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: {', '.join(missing)} not installed in {sys.executable}; activate the "
+              "environment (source .venv/bin/activate) or pip install -r requirements.txt",
+              file=sys.stderr)
+        sys.exit(2)
+
+
+def explain_library():
+    """End `python heads.py -h` with what the file is: one that is not a command has no -h itself."""
+    file = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if file.parent.resolve() != Path(__file__).parent.resolve() or "-h" not in sys.argv[1:]:
+        return
+    if "__main__" not in file.read_text(encoding="utf-8"):
+        print(f"{file.name} is a library: import it, or use train.py, sample.py, evaluate.py or "
+              "report.py; README.md lists every command")
+        sys.exit()
+
+
+explain_library()                       # every file but layers.py imports this one
 
 
 class BadInput(Exception):

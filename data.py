@@ -471,6 +471,12 @@ def rng(purpose, *numbers):
     return np.random.default_rng([int.from_bytes(purpose.encode(), "little"), *numbers])
 
 
+def kinds_seen(clips, weights):
+    """The kinds of clips that have rows, in the order of KINDS. weights: {kind: share}; {} = all."""
+    present = {clip.kind for clip in clips}
+    return [kind for kind in KINDS if kind in present and (not weights or weights.get(kind, 0) > 0)]
+
+
 class Order:
     """The endless order of clips: .index(row) -> clip number, row = step * global batch + i.
 
@@ -614,6 +620,11 @@ class AudioBatches:
                 self.decoded[i] = pcm
                 self.bytes_left -= pcm.nbytes
         return {"audio": torch.from_numpy(np.stack([crop for crop, _, _ in results]))}
+
+    @property
+    def seen(self):
+        """What the rows hold, for the checkpoint: kinds."""
+        return {"kinds": kinds_seen(self.clips, self.cfg.weights)}
 
     def row(self, number):
         """One row of the run -> (crop float32 (channels, S), clip number, its int16 or None)."""

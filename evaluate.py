@@ -37,6 +37,11 @@ import json
 import math
 import os
 
+from cli import check_packages
+
+if __name__ == "__main__":
+    check_packages()                # before the imports that need them
+
 import torch
 from tqdm import tqdm
 

@@ -29,6 +29,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,8 @@ import torch
 from tqdm import tqdm
 
 from cli import BadInput, atomic
-from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, late_words,
-                  load_audio, pad_id, rng, seconds_of, word_stream)
+from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, kinds_seen,
+                  late_words, load_audio, pad_id, rng, seconds_of, word_stream)
 
 
 # ---------------------------------------------------------------------------- the cache on disk
@@ -300,6 +301,16 @@ class LatentBatches:
     def __call__(self, step, rows):
         made = [self.row(number) for number in global_rows(step, rows, self.batch)]
         return {name: torch.stack([row[name] for row in made]) for name in made[0]}
+
+    @cached_property
+    def seen(self):
+        """What the rows hold, for the checkpoint: kinds, and whether some have a voice prompt."""
+        cfg = self.cfg
+        speech = [i for i, clip in enumerate(self.clips) if clip.kind == "speech"]
+        has_source = any(self.prompt_source(i, 0, min(cfg.frames, self.cache.frames[i]), 0.0)
+                         is not None for i in speech)
+        prompts = cfg.prompt_frames > 0 and cfg.prompt_prob > 0 and has_source
+        return {"kinds": kinds_seen(self.clips, cfg.weights), "voice_prompts": prompts}
 
     def row(self, number):
         """One row of the run -> dict of tensors, as above without the batch axis."""

@@ -27,6 +27,11 @@ import time
 import unicodedata
 import warnings
 
+from cli import check_packages
+
+if __name__ == "__main__":
+    check_packages()                # before the imports that need them
+
 import numpy as np
 import soundfile as sf
 import torch
@@ -379,9 +384,6 @@ def load_voice(a, cfg, vae, lm):
     longest of training.
     """
     most = cfg.data.prompt_frames
-    if not most:
-        raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
-                       "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
     frames = most
     if a.prompt_seconds:
         frames = max(1, round(a.prompt_seconds * cfg.vae.frame_rate))
@@ -532,6 +534,27 @@ def generate(a, cfg, vae, lm, texts):
     return new_frames / cfg.vae.frame_rate, first_audio, time.perf_counter() - start
 
 
+def check_trained(a, cfg, stage):
+    """BadInput where the run never saw the kind, or a voice prompt, in training.
+
+    Its checkpoint says what it saw; one of before 2026-11-27 does not, and its config is asked.
+    """
+    state = torch.load(f"{a.run}/{stage}.pt", mmap=True, weights_only=True)
+    seen = state.get("seen", {})
+    weighted = [kind for kind in KINDS if cfg.data.weights.get(kind, 0) > 0]
+    kinds = seen.get("kinds") or weighted or (KINDS if cfg.data.manifest else cfg.toy.kinds)
+    if a.kind not in kinds:
+        raise BadInput(f"--kind {a.kind}: {a.run} was trained on {', '.join(kinds)} alone; use "
+                       f"--kind {kinds[0]}")
+    lends_voice = a.prompt and a.text is not None and not a.prompt_text
+    if lends_voice and not cfg.data.prompt_frames:
+        raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
+                       "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
+    if lends_voice and not seen.get("voice_prompts", True):
+        raise BadInput(f"--prompt: no training row of {a.run} had a voice prompt (no speaker in its "
+                       "manifest has two clips); add --prompt-text to continue the clip instead")
+
+
 def main():
     a = parse()
     if a.threads:
@@ -539,6 +562,7 @@ def main():
     cfg, vae, lm, stage = open_run(a.run, a.stage, a.device, a.kind)
     if lm is None:
         raise BadInput(f"{a.run}: has no language model yet; train it with \"lm\" in stages")
+    check_trained(a, cfg, stage)
     if a.int8:
         count = to_int8(lm, vae)
         print(f"--int8: {count} matrices rounded" if count else

@@ -45,6 +45,11 @@ import signal
 import sys
 import time
 
+from cli import check_packages
+
+if __name__ == "__main__":
+    check_packages()                # before the imports that need them
+
 import torch
 import torch.distributed as dist
 
@@ -304,6 +309,7 @@ class Run:
             save_checkpoint(self.path, {"stage": self.name, "step": step, "done": done,
                                         "clips": self.clips,
                                         "config": dataclasses.asdict(self.cfg),
+                                        "seen": self.trainer.batch.seen,
                                         "model": self.trainer.model.state_dict(),
                                         "ema": self.ema.state if self.ema else None,
                                         "optimizers": optimizers})

@@ -46,6 +46,7 @@ def place(tmp_path_factory):
                        ("gone.jsonl", '{"audio": "gone.wav"}\n')):
         with open(f"{folder}/{name}", "w") as f:
             f.write(text)
+    os.makedirs(f"{folder}/folder.wav")
     os.makedirs(f"{folder}/corrupt")
     with open(f"{folder}/run/vae.pt", "rb") as f, open(f"{folder}/corrupt/vae.pt", "wb") as g:
         g.write(f.read()[:5000])
@@ -99,7 +100,13 @@ CASES = [  # command line, what the line must say
     (SAMPLE + " --text hi --temperature -1", "--temperature: must be a number in 0 .. inf, got -1"),
     (SAMPLE + " --text hi --noise 2", "--noise: must be a number in 0 .. 1, got 2"),
     (SAMPLE + " --text hi --device cuda:99", "--device cuda:99: not available"),
-    (SAMPLE + " --text hi --out {0}/good.wav/x.wav", "x.wav"),
+    (SAMPLE + " --text hi --out {0}/good.wav/x.wav", "x.wav: cannot be written"),
+    (SAMPLE + " --text hi --out {0}", "is a folder; name a .wav in it"),
+    (SAMPLE + " --text hi --out {0}/folder.wav", "folder.wav: is a folder"),
+    (SAMPLE + " --text hi\udcff", "--text: is not UTF-8 at character 3"),
+    (SAMPLE + " --text hi --out {0}/\udcff.wav", "--out: is not UTF-8"),
+    (SAMPLE + " --prompt {0}/good.wav --text ho --prompt-text \ud800", "--prompt-text: is not UTF-8"),
+    (SAMPLE + " --text hi --prompt-seconds 1", "--prompt-seconds: is for a --prompt without"),
     (SAMPLE + " --prompt {0}/none.wav", "none.wav"),
     (SAMPLE + " --prompt {0}/text.wav", "text.wav"),
     (SAMPLE + " --prompt {0}/empty.wav", "empty.wav"),
@@ -198,6 +205,29 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(
     lines = [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]
     assert end.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
+
+
+LIBRARIES = ["audiocalm", "backbone", "calm", "config", "data", "discrete", "gan", "heads", "judges",
+             "latents", "moe", "optim", "schema", "stages", "vae"]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_file_that_is_no_command_says_so(name):
+    """Fault: `python heads.py -h` printed nothing."""
+    done = run(f"{name}.py", "-h")
+    assert done.returncode == 0 and done.stdout.startswith(f"{name}.py is a library: "), done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+def test_a_missing_package_is_named_in_one_line(script):
+    """Fault: without the environment a newcomer got a traceback."""
+    without = ("import runpy, importlib.util as u; find = u.find_spec; "
+               "u.find_spec = lambda name: None if name in ('torch', 'soxr') else find(name); "
+               f"runpy.run_path('{script}', run_name='__main__')")
+    done = run("-c", without)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: torch, soxr not installed in ")
+    assert "source .venv/bin/activate" in done.stderr
 
 
 def test_the_shell_sees_exit_code_2_and_no_traceback():

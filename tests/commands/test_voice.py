@@ -12,9 +12,10 @@ import calm
 import evaluate
 import sample
 from cli import BadInput
-from config import load, make_model
+from config import build, load, make_model
 from conftest import write
-from data import Clip, load_audio
+from data import Clip, DataConfig, load_audio
+from latents import LatentBatches
 from vae import VAE
 
 RATE = 16000
@@ -177,3 +178,47 @@ def test_channels_in_opposite_phase_are_heard(tmp_path):
     sf.write(tmp_path / "other.wav", np.stack([wav, 0 * wav], 1), RATE, subtype="FLOAT")
     np.testing.assert_allclose(load_audio(str(tmp_path / "opposite.wav"), RATE)[0], wav, atol=1e-6)
     np.testing.assert_allclose(load_audio(str(tmp_path / "other.wav"), RATE)[0], wav / 2, atol=1e-6)
+
+
+def with_seen(folder, **seen):
+    """The run's language model with what its rows held."""
+    path = folder / "run" / "lm.pt"
+    torch.save(torch.load(path) | {"seen": seen}, path)
+
+
+def test_a_kind_or_a_voice_prompt_that_training_never_had_is_refused(untrained, monkeypatch):
+    """Fault: a run of music spoke, and a run without a single voice prompt took --prompt; both gave
+    noise in silence.
+    """
+    sf.write(untrained / "tone.wav", tone(2), RATE)
+    voice = ["--text", "two", "--prompt", f"{untrained}/tone.wav"]
+    with_seen(untrained, kinds=["sound", "speech"], voice_prompts=False)
+    with pytest.raises(BadInput, match="--kind music: .* was trained on sound, speech alone"):
+        speak(untrained, monkeypatch, "--text", "two", "--kind", "music")
+    with pytest.raises(BadInput, match="no training row of .* had a voice prompt"):
+        speak(untrained, monkeypatch, *voice)
+    speak(untrained, monkeypatch, *voice, "--prompt-text", "one")
+    with_seen(untrained, kinds=["speech"], voice_prompts=True)
+    assert speak(untrained, monkeypatch, *voice)
+
+
+def test_a_checkpoint_says_which_kinds_and_voice_prompts_its_rows_had(tmp_path):
+    cfg = build(DataConfig, {"frames": 8, "prompt_frames": 4, "weights": {"speech": 1.0}})
+
+    class Cache(types.SimpleNamespace):
+        def __len__(self):
+            return len(self.frames)
+
+    def seen(clips, frames, **more):
+        frames = np.array(frames)
+        cache = Cache(dim=1, levels=0, frames=frames, get=lambda i: np.zeros((frames[i], 2)))
+        return LatentBatches(clips, cache, dataclasses.replace(cfg, **more), 2, 1).seen
+
+    anna = [Clip(f"{i}.wav", "a", "speech", "anna") for i in range(2)]
+    nobody = [Clip(f"{i}.wav", "a", "speech") for i in range(2)]
+    music = [Clip("m.wav", "a", "music")]
+    assert seen(anna + music, [8, 8, 8]) == {"kinds": ["speech"], "voice_prompts": True}
+    assert seen(anna + music, [8, 8, 8], weights={})["kinds"] == ["speech", "music"]
+    assert not seen(nobody, [8, 9])["voice_prompts"]      # each clip fills its row
+    assert seen(nobody, [8, 10])["voice_prompts"]         # two frames are left: half a prompt
+    assert not seen(anna, [8, 8], prompt_prob=0.0)["voice_prompts"]
