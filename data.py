@@ -1,4 +1,4 @@
-"""Audio files and text on their way to the models.
+"""Manifests and text on their way to the models, and batches of audio.
 
     manifest.jsonl ── load_manifest ──> [Clip]         {"audio": "a/b.flac", "text": "...", ...}
     or a folder                            │
@@ -21,7 +21,7 @@ sound and music.
 Where this differs from the papers: text is bytes with one special token for the kind, not
 SentencePiece tokens or T5 embeddings, so that nothing is downloaded.
 Precision: audio float32 in a batch, int16 in memory.
-corpora/scan.py makes manifests.
+audio.py reads the files, corpora/scan.py makes manifests.
 """
 import json
 import math
@@ -35,10 +35,9 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import numpy as np
-import soundfile as sf
-import soxr
 import torch
 
+from audio import load_audio, save_audio, seconds_in_file    # save_audio: for who asks here
 from cli import BadInput, atomic
 from schema import Kind, Range
 
@@ -63,7 +62,7 @@ class Clip:
     speaker: str = ""
     # [[word, start, end], ...] in seconds; None = not aligned
     words: list | None = None
-    # length in seconds; None = read it from the file's header
+    # length in seconds; None = measure the file
     duration: float | None = None
     # name of the clip; by default the stem of the audio file
     id: str = ""
@@ -116,104 +115,14 @@ class DataConfig:
             raise ValueError("weights: must not all be zero; {} means the natural shares")
 
 
-# ---------------------------------------------------------------------------- audio in and out
-
-def open_audio(path):
-    """Open an audio file -> sf.SoundFile. Errors: BadInput when it is missing, unreadable or
-    empty.
-    """
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such audio file; correct the path")
-    try:
-        f = sf.SoundFile(path)
-    except (RuntimeError, TypeError, OSError) as e:
-        reason = getattr(e, "error_string", str(e)).strip().rstrip(".")
-        raise BadInput(f"{path}: cannot be read as audio ({reason}); convert or remove it") from e
-    if f.frames <= 0 or f.frames > 1 << 40:     # a damaged Ogg reports 2^63 - 1
-        f.close()
-        raise BadInput(f"{path}: holds 0 samples or is damaged; remove it")
-    return f
-
-
-def seconds_in_file(path):
-    """Length of an audio file in seconds, from its header."""
-    with open_audio(path) as f:
-        return f.frames / f.samplerate
-
+# ---------------------------------------------------------------------------- manifests
 
 def seconds_of(clip):
-    """Length of a Clip in seconds, from the manifest or else from the file's header."""
+    """Length of a Clip in seconds, from the manifest or else from the file."""
     if clip.duration is not None:
         return clip.duration
     return seconds_in_file(clip.audio)
 
-
-def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_silence=False):
-    """Read `seconds` (None: all) from `start`, any format and rate -> float32 (channels, S).
-
-    A file with another number of channels is mixed to mono (mix_down) and repeated. At most
-    round(seconds * sample_rate) samples come back, fewer at the end of the file.
-    Errors: BadInput naming the file when it is missing, unreadable, empty, silent (peak < 1e-4;
-    unless allow_silence) or holds NaN or infinity.
-    """
-    with open_audio(path) as f:
-        file_rate = f.samplerate
-        samples = -1 if seconds is None else math.ceil(seconds * file_rate)
-        try:
-            f.seek(min(int(start * file_rate), f.frames))
-            wav = f.read(samples, dtype="float32", always_2d=True)          # (S, file's channels)
-        except RuntimeError as e:
-            raise BadInput(f"{path}: damaged audio ({e}); remove it") from e
-    if not np.isfinite(wav).all():
-        raise BadInput(f"{path}: holds NaN or infinite samples; export it again or remove it")
-
-    # channels, sample rate, length
-    if wav.shape[1] != channels:
-        wav = mix_down(wav)                                                 # (S, 1)
-    if file_rate != sample_rate and len(wav):
-        wav = soxr.resample(wav, file_rate, sample_rate)
-    if seconds is not None:
-        wav = wav[:round(seconds * sample_rate)]
-
-    # empty or silent
-    if len(wav) == 0:
-        where = f" after {start:g} s" if start else ""
-        raise BadInput(f"{path}: 0 samples{where}; remove it or start earlier")
-    if not allow_silence and np.abs(wav).max() < 1e-4:
-        raise BadInput(f"{path}: silent (peak below 0.0001); remove it")
-    return np.ascontiguousarray(np.broadcast_to(wav.T, (channels, len(wav))), dtype=np.float32)
-
-
-def mix_down(wav):
-    """(S, channels) -> (S, 1): the average of the channels, or the loudest where they cancel
-    (opposite phase), so that the average has less than 1 % of its power.
-    """
-    mean = wav.mean(1, keepdims=True)
-    power = np.square(wav).sum(0)
-    loudest = power.argmax()
-    cancelled = np.square(mean).sum() < 0.01 * power[loudest]
-    return wav[:, loudest:loudest + 1] if cancelled else mean
-
-
-def save_audio(path, wav, sample_rate):
-    """Write wav, a tensor or array (channels, S) or (S,), as 16-bit .wav, limited to +-1.
-
-    Atomic (temporary file, then rename); makes parent folders. Errors: BadInput when `path` is
-    not a .wav or cannot be written, ValueError when wav is not finite.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".wav":
-        raise BadInput(f"{path}: only .wav is written; name the file {path.stem}.wav")
-    if torch.is_tensor(wav):
-        wav = wav.detach().float().cpu().numpy()
-    wav = np.atleast_2d(np.asarray(wav, dtype=np.float32))
-    if not np.isfinite(wav).all():
-        raise ValueError(f"save_audio({path}): the audio is not finite")
-    with atomic(path) as temp:
-        sf.write(temp, np.clip(wav.T, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
-
-
-# ---------------------------------------------------------------------------- manifests
 
 def load_manifest(path, must_exist=True):
     """Read a .jsonl manifest, or a folder of audio (same-stem .txt is the text) -> list[Clip].
@@ -645,7 +554,7 @@ class AudioBatches:
                                   seconds=crop_seconds, allow_silence=True)
             else:
                 wav = load_audio(path, self.sample_rate, self.channels, allow_silence=True)
-                pcm = np.rint(wav.clip(-1, 1) * 32767).astype(np.int16)
+                pcm = np.rint(wav * 32767).astype(np.int16)
 
         # else cut it from the whole clip: the same samples whether kept or just read
         if pcm is not None:

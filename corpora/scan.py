@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from audio import inspect
 from cli import BadInput, Parser, cli
 from data import (AUDIO, KINDS, Clip, DataConfig, audio_files, clips_in_folder, encode_text,
-                  load_audio, load_manifest, open_audio, read_text, rng, seconds_of, write_manifest)
+                  load_manifest, read_text, rng, seconds_of, write_manifest)
 
 
 # audio and texts that scan does not read but names
@@ -367,7 +368,9 @@ def check(manifest, out):
     clips = load_manifest(manifest, must_exist=False)
     good = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for clip, error in tqdm(pool.map(measured, clips), total=len(clips), unit="clip"):
+        for clip, error, remarks in tqdm(pool.map(measured, clips), total=len(clips), unit="clip"):
+            for remark in remarks:
+                tqdm.write(f"note: {remark}")
             if error:
                 tqdm.write(f"bad: {error}")
             else:
@@ -384,14 +387,12 @@ def check(manifest, out):
 
 
 def measured(clip):
-    """Reads the whole file of a clip -> (clip with its duration, None) or (clip, what is wrong)."""
+    """Reads the whole file of a clip -> (clip with its duration, what is wrong or None, remarks)."""
     try:
-        with open_audio(clip.audio) as f:
-            sample_rate = f.samplerate
-        wav = load_audio(clip.audio, sample_rate)
+        seconds, remarks = inspect(clip.audio, clip.duration)
     except BadInput as e:
-        return clip, str(e)
-    return replace(clip, duration=wav.shape[1] / sample_rate), None
+        return clip, str(e), []
+    return replace(clip, duration=seconds), None, remarks
 
 
 def info(manifest):
@@ -458,8 +459,10 @@ ABOUT = {
         Texts without an audio file, and files that are not read, are counted and named.""",
     "check": """\
         Read every file of a manifest and print the bad ones. Bad is a file that is missing,
-        unreadable, empty, silent or not finite. Exit status 2 if there are any and no --out is
-        given, or if none is good.""",
+        unreadable, empty, silent, not finite, shorter than its header says, or of which more than
+        1 % is above full scale. Notes name fewer samples above full scale, which are clipped, and
+        durations of the manifest that are wrong; --out writes the right ones. Exit status 2 if
+        there are bad files and no --out is given, or if none is good.""",
     "info": """\
         Print clips, hours, speakers, durations and texts, by kind. "bytes max" is the longest text:
         a row holds data.text_len bytes.""",
