@@ -413,8 +413,8 @@ def mix_down(wav):
 
 def in_range(wav, channels):
     """(S, 1 or channels) -> (channels, S), clipped to +-1."""
-    wav = np.broadcast_to(wav.T.clip(-1, 1), (channels, len(wav)))
-    return np.ascontiguousarray(wav, dtype=np.float32)
+    wav = np.ascontiguousarray(wav.T, dtype=np.float32).clip(-1, 1)
+    return np.repeat(wav, channels // len(wav), 0)
 
 
 # ---------------------------------------------------------------------------- checking

@@ -36,9 +36,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from audio import audio_pieces, load_audio, seconds_in_file
 from cli import BadInput, atomic
 from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, kinds_seen,
-                  late_words, load_audio, pad_id, rng, seconds_of, word_stream)
+                  late_words, pad_id, rng, word_stream)
 
 
 # ---------------------------------------------------------------------------- the cache on disk
@@ -86,11 +87,13 @@ class LatentCache:
     cache.get(i)         np.memmap (T, 2D) float16, [mean | log-variance], or codes (T, K) int16
     cache.dim            D
     cache.levels         K, 0 for latents
+    cache.path           its folder
     """
 
     def __init__(self, path):
         """Open a complete cache, folder/key. Errors: BadInput when it is missing or unfinished."""
         path = Path(path)
+        self.path = path
         index = read_index(path)
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
             raise BadInput(f"{path}: the latent cache is unfinished; build it first")
@@ -123,45 +126,54 @@ class LatentCache:
               levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
         """Encode every clip once -> LatentCache. After an interruption it continues.
 
-        encode: float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D), [mean | log-var];
-        with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
-        key names the encoder and the data (see digest). Another list of files, or a file of another
-        size, under the same key starts over. Every shard that is written is kept.
+        encode(audio): float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D),
+        [mean | log-var]; with levels = K > 0 codes instead, (B, S / hop, K), below 2^15.
+        A clip longer than batch_seconds is read and encoded in pieces of that length, with
+        encode(audio, state), state as for VAE.encode: memory does not grow with its length.
+
+        key names the encoder and the list of files (see digest). Files that have changed since
+        (size or time) start the cache over, which is said. Every shard that is written is kept.
         Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
         than dim says or are not finite in float16.
         """
         # an unfinished cache of the same files, or a new one
         path = Path(folder) / key
-        files = [[c.audio, os.path.getsize(c.audio)] for c in clips]
-        files_digest = digest(files, sample_rate, channels, hop, dim, *([levels] if levels else []))
+        files_digest = digest(state_of_files(clips), sample_rate, channels, hop, dim, levels)
         index = read_index(path)
-        if index is None or index["names"] != files_digest:
+        if index is not None and index["names"] != files_digest:
+            if show:
+                print(f"latents: audio files have changed since {path} was encoded; encoding again")
+            index = None
+        if index is None:
             index = {"names": files_digest, "n": len(clips), "dim": dim, "levels": levels,
                      "shards": []}
 
-        # what is left to encode
-        seconds = [seconds_of(c) for c in clips]
-        done = {i for shard in index["shards"] for i in shard["clips"]}
-        missing = set(range(len(clips))) - done
-        shard_seconds = max(shard_seconds, sum(seconds) / 256)              # few open files
-        plan = plan_shards(seconds, missing, batch_seconds, shard_seconds)
-        batches = [batch for shard in plan for batch in shard]
-
+        # what is left to encode, by the length of the files, whatever the manifest says
         pool = ThreadPoolExecutor(workers)
+        done = {i for shard in index["shards"] for i in shard["clips"]}
+        missing = [i for i in range(len(clips)) if i not in done]
+        lengths = pool.map(lambda i: seconds_in_file(clips[i].audio), missing)
+        seconds = dict(zip(missing, lengths))
+        total = sum(seconds.values())
+        plan = plan_shards(seconds, batch_seconds, max(shard_seconds, total / 256))  # few open files
+        batches = [batch for shard in plan for batch in shard]
+        piece = max(1, round(batch_seconds * sample_rate / hop)) * hop
 
         def load(b):
-            return load_batch([clips[i] for i in batches[b]], pool, sample_rate, channels, hop)
+            members = [clips[i] for i in batches[b]]
+            if seconds[batches[b][0]] > batch_seconds:
+                return load_long_clip(members[0], sample_rate, channels, hop, piece)
+            return load_batch(members, pool, sample_rate, channels, hop)
 
         # encode while a thread loads the next batches
-        seconds_done = sum(seconds[i] for i in done)
-        bar = tqdm(total=round(sum(seconds)), initial=round(seconds_done), desc="latents",
-                   unit=" s of audio", disable=not (show and missing))
+        seconds_done = 0.0
+        bar = tqdm(total=round(total), desc="latents", unit=" s of audio",
+                   disable=not (show and missing))
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
             for shard in plan:
                 latents = []
                 for batch in shard:
-                    audio, frames = next(loaded)
-                    latents += encode_batch(encode, audio, frames, hop, dim, levels,
+                    latents += encode_batch(encode, next(loaded), hop, dim, levels,
                                             [clips[i].audio for i in batch])
                     seconds_done += sum(seconds[i] for i in batch)
                     bar.update(round(seconds_done) - bar.n)
@@ -169,15 +181,27 @@ class LatentCache:
         return cls(path)
 
 
-def plan_shards(seconds, missing, batch_seconds, shard_seconds):
-    """Numbers of clips to encode -> shards, each a list of batches, each a list of clip numbers.
+def state_of_files(clips):
+    """[[path, size, time of the last change in ns], ...]: what tells that an audio file is new."""
+    states = []
+    for clip in clips:
+        try:
+            status = os.stat(clip.audio)
+        except OSError as e:
+            raise BadInput(f"{clip.audio}: {e.strerror}; correct the path") from e
+        states.append([clip.audio, status.st_size, status.st_mtime_ns])
+    return states
 
-    seconds: length of every clip. Clips of similar length share a batch of about batch_seconds of
-    audio, longest first; a clip that is longer than that is a batch by itself. A shard is complete
-    when its batches hold shard_seconds.
+
+def plan_shards(seconds, batch_seconds, shard_seconds):
+    """{number of a clip: seconds} to encode -> shards, lists of batches, lists of clip numbers.
+
+    Clips of similar length share a batch of about batch_seconds of audio, longest first; a clip
+    that is longer than that is a batch by itself. A shard is complete when its batches hold
+    shard_seconds.
     """
     batches = []
-    for i in sorted(missing, key=lambda i: (-seconds[i], i)):
+    for i in sorted(seconds, key=lambda i: (-seconds[i], i)):
         if batches and (len(batches[-1]) + 1) * seconds[batches[-1][0]] <= batch_seconds:
             batches[-1].append(i)
         else:
@@ -195,7 +219,7 @@ def plan_shards(seconds, missing, batch_seconds, shard_seconds):
 
 
 def load_batch(clips, pool, sample_rate, channels, hop):
-    """Read clips in the threads of pool -> audio (B, channels, S), frames per clip.
+    """Read clips in the threads of pool -> [(audio (B, channels, S), frames per clip, None)].
 
     Clips are padded with zeros at the end; S is a multiple of hop; frames = ceil(samples / hop).
     """
@@ -204,24 +228,38 @@ def load_batch(clips, pool, sample_rate, channels, hop):
     frames = [math.ceil(wav.shape[1] / hop) for wav in wavs]
     S = max(frames) * hop
     audio = np.stack([np.pad(wav, ((0, 0), (0, S - wav.shape[1]))) for wav in wavs])
-    return torch.from_numpy(audio), frames
+    return [(torch.from_numpy(audio), frames, None)]
 
 
-def encode_batch(encode, audio, frames, hop, dim, levels, paths):
-    """Encode audio (B, channels, S) -> B arrays (frames[i], 2D) float16, or (frames[i], K) int16.
+def load_long_clip(clip, sample_rate, channels, hop, piece):
+    """Yield one clip in pieces of `piece` samples, as load_batch's (audio, frames, state)."""
+    state = {}
+    for wav in audio_pieces(clip.audio, sample_rate, channels, piece):
+        frames = math.ceil(wav.shape[1] / hop)
+        wav = np.pad(wav, ((0, 0), (0, frames * hop - wav.shape[1])))
+        yield torch.from_numpy(wav)[None], [frames], state
 
-    paths: of the audio files, for the error message. Errors: ValueError, see LatentCache.build.
+
+def encode_batch(encode, pieces, hop, dim, levels, paths):
+    """Encode the pieces of B clips -> B arrays (frames, 2D) float16, or (frames, K) int16.
+
+    pieces: of load_batch or load_long_clip. paths: of the audio files, for the error message.
+    Errors: ValueError, see LatentCache.build.
     """
-    latents = encode(audio).detach().cpu()                                  # (B, T, 2D or K)
-    width = levels or 2 * dim
-    if latents.shape != (len(frames), audio.shape[-1] // hop, width):
-        raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                         f" not (B, S / {hop}, {width})")
-    if levels and latents.max() >= 1 << 15:
-        raise ValueError("encode: codes do not fit into int16")
+    parts = []
+    for audio, frames, state in pieces:
+        latents = encode(audio) if state is None else encode(audio, state)
+        latents = latents.detach().cpu()                                    # (B, T, 2D or K)
+        width = levels or 2 * dim
+        if latents.shape != (len(frames), audio.shape[-1] // hop, width):
+            raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
+                             f" not (B, S / {hop}, {width})")
+        if levels and latents.max() >= 1 << 15:
+            raise ValueError("encode: codes do not fit into int16")
+        latents = latents.short() if levels else latents.half()
+        parts.append([x[:T].numpy() for x, T in zip(latents, frames)])
 
-    latents = latents.short() if levels else latents.half()
-    arrays = [x[:T].numpy() for x, T in zip(latents, frames)]
+    arrays = [np.concatenate(clip_parts) for clip_parts in zip(*parts)]
     for path, array in zip(paths, arrays):
         if not np.isfinite(array).all():
             raise ValueError(f"encode: latents of {path} are not finite")

@@ -140,6 +140,7 @@ class LMStage:
         self.code_levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0
         train_latents = self.cache_latents(clips, weights)
         valid_latents = self.cache_latents(valid, weights)
+        self.note_other_caches(train_latents.path, valid_latents.path)
 
         # the model; some stages start from another's weights
         self.model = make_model(cfg, name)
@@ -183,18 +184,22 @@ class LMStage:
         return state
 
     def cache_latents(self, clips, weights):
-        """The LatentCache of clips; its key names the VAE's weights, the files and the levels."""
+        """The LatentCache of clips. Its key names what the latents depend on but the state of the
+        files, which LatentCache.build compares: the VAE's weights, config and precision, the files
+        and the levels.
+        """
         cfg = self.cfg
         names = [clip.audio for clip in clips]
-        key = digest(weights, names, *([self.code_levels] if self.code_levels else []))
+        precision = "bf16" if self.runtime.bf16 else "fp32"
+        key = digest(weights, cfg.vae, precision, names, self.code_levels)
 
         @torch.no_grad()
-        def encode(wav):
+        def encode(wav, state=None):
             wav = wav.to(self.runtime.device)
             with self.runtime.autocast():
                 if self.code_levels:
-                    return self.vae.encode_codes(wav).cpu()
-                return torch.cat(self.vae.encode(wav), -1).cpu()
+                    return self.vae.encode_codes(wav, state)
+                return torch.cat(self.vae.encode(wav, state), -1)
 
         def build(show):
             return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
@@ -208,6 +213,14 @@ class LMStage:
         if self.runtime.world > 1:
             dist.barrier()
         return build(show=False)
+
+    def note_other_caches(self, *used):
+        """Say how many caches this stage does not use: they are left to the user to delete."""
+        folder = used[0].parent
+        others = [path for path in folder.iterdir() if path not in used]
+        if others:
+            self.runtime.say(f"latents: {len(others)} other caches in {folder}, of other weights, "
+                             "settings or clips, are not used by this stage")
 
     def load_stage_before(self, before):
         """Load the weights of the stage `before`, whose objective was another one."""

@@ -350,16 +350,7 @@ class VAE(nn.Module):
         Offline the end is padded with zeros to a whole latent. With a state T counts the latents
         that are complete, and the remaining samples wait in the state.
         """
-        hop = self.cfg.hop
-        if state is None:
-            wav = F.pad(wav, (0, -wav.shape[-1] % hop))
-        else:
-            if "pending" in state:
-                wav = torch.cat([state["pending"], wav], -1)
-            whole = wav.shape[-1] // hop * hop
-            state["pending"] = wav[..., whole:]
-            wav = wav[..., :whole]
-
+        wav = self.whole_latents(wav, state)
         if wav.shape[-1] == 0:
             empty = wav.new_zeros(wav.shape[0], 0, self.cfg.latent_dim)
             return empty, empty
@@ -370,10 +361,26 @@ class VAE(nn.Module):
         mean, logvar = h.chunk(2, -1)
         return mean, logvar.clamp(-12.0, 4.0)   # std 0.0025 to 7.4: no overflow, no division by 0
 
-    def encode_codes(self, wav):
-        """rvq: wav (B, ch, S) -> codes (B, T, K), int64; denormalize(codes) is encode's mean."""
-        wav = F.pad(wav, (0, -wav.shape[-1] % self.cfg.hop))
-        return self.quantizer.encode(self.encoder(wav).float())
+    def whole_latents(self, wav, state):
+        """The samples of wav, and of those that wait in the state, that make whole latents."""
+        hop = self.cfg.hop
+        if state is None:
+            return F.pad(wav, (0, -wav.shape[-1] % hop))
+        if "pending" in state:
+            wav = torch.cat([state["pending"], wav], -1)
+        whole = wav.shape[-1] // hop * hop
+        state["pending"] = wav[..., whole:]
+        return wav[..., :whole]
+
+    def encode_codes(self, wav, state=None):
+        """rvq: wav (B, ch, S) -> codes (B, T, K), int64; denormalize(codes) is encode's mean.
+
+        With a state as encode.
+        """
+        wav = self.whole_latents(wav, state)
+        if wav.shape[-1] == 0:
+            return wav.new_zeros(wav.shape[0], 0, self.cfg.codebooks, dtype=torch.long)
+        return self.quantizer.encode(self.encoder(wav, state).float())
 
     def decode(self, z, state=None):
         """z (B, T, D) -> wav (B, ch, T · hop).

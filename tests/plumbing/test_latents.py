@@ -1,5 +1,8 @@
 """latents.py: the cache on disk and the rows that are read from it."""
+import dataclasses
+import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,9 +10,11 @@ import torch
 
 import latents
 from cli import BadInput
-from clips import RATE, corpus, decode_text, same
+from clips import RATE, corpus, decode_text, same, tone
 from data import PAD, AudioBatches, Clip, DataConfig, load_audio
 from latents import LatentBatches, LatentCache
+from stages import LMStage
+from vae import VAE, VAEConfig
 
 HOP = 400
 D = 3
@@ -98,6 +103,91 @@ def test_an_interrupted_cache_goes_on_without_encoding_finished_shards_again(tmp
     assert calls == []                                                      # nothing left to do
     build(clips[:8], folder, counts)
     assert sum(calls) == 8                                                  # other clips: afresh
+
+
+def test_a_file_that_changed_is_encoded_again_though_its_size_is_the_same(tmp_path, capsys):
+    """Fault: caches were keyed by path and size: another sound kept the latents of the old one."""
+    clips = corpus(tmp_path, 3)
+    before = build(clips, tmp_path / "latents").get(1).copy()
+    tone(tmp_path / "speech1.wav", 0.3 + 1.7 / 3, hz=900)
+    size = os.path.getsize(clips[1].audio)
+    os.utime(clips[1].audio, ns=(1, 10 ** 18))
+    cache = LatentCache.build(clips, encode, folder=tmp_path / "latents", key="k", hop=HOP, dim=D,
+                              sample_rate=RATE, channels=1)
+    assert os.path.getsize(clips[1].audio) == size and before.shape == cache.get(1).shape
+    assert (cache.get(1) == build(clips, tmp_path / "fresh").get(1)).all()
+    assert not (cache.get(1) == before).all()
+    assert "audio files have changed" in capsys.readouterr().out
+
+
+def tiny_vae(**config):
+    small = {"latent_dim": D, "ratios": [5, 4, 4, 5], "stft_hop": 20, "width": 2, "width_max": 8,
+             "dim": 16, "heads": 2, "context": 0.4}
+    torch.manual_seed(0)
+    return VAE(VAEConfig(sample_rate=RATE, **small | config)).eval()
+
+
+@pytest.mark.parametrize("levels, config", [
+    (0, {"encoder": "conv", "decoder": "conv"}),
+    (0, {"inner": 2, "ratios": [5, 4, 2, 5], "stft_hop": 10}),
+    (2, {"bottleneck": "rvq", "codebooks": 2})])
+@torch.no_grad()
+def test_a_long_clip_is_encoded_in_pieces_and_has_the_latents_of_the_whole(
+        tmp_path, levels, config):
+    """Fault: the whole clip went through the encoder at once: 9.3 GB for 20 minutes."""
+    vae = tiny_vae(**config)
+    clips = [Clip(tone(tmp_path / "long.wav", 5.33, rate=11025)), Clip(tone(tmp_path / "a.wav"))]
+    longest = []
+
+    def encode(audio, state=None):
+        longest.append(audio.shape[-1])
+        if levels:
+            return vae.encode_codes(audio, state)
+        return torch.cat(vae.encode(audio, state), -1)
+
+    cache = LatentCache.build(clips, encode, folder=tmp_path / "latents", key="k", levels=levels,
+                              sample_rate=RATE, channels=1, hop=HOP, dim=D, batch_seconds=1.0)
+    assert max(longest) == RATE and len(longest) == 7
+    whole = torch.from_numpy(load_audio(clips[0].audio, RATE))[None]
+    direct = encode(whole)[0]
+    assert cache.get(0).shape == direct.shape
+    assert np.allclose(cache.get(0), direct, atol=2e-3)
+
+
+def test_a_wrong_duration_in_the_manifest_does_not_make_a_long_clip_a_batch(tmp_path):
+    """Fault: batches were planned by the manifest's durations: 1 s said, an hour read."""
+    clips = corpus(tmp_path, 2)
+    clips.append(Clip(tone(tmp_path / "long.wav", 5.0), duration=0.1))
+    longest = []
+
+    def counts(audio, state=None):
+        longest.append(audio.shape[0] * audio.shape[-1])
+        return encode(audio)
+
+    cache = build(clips, tmp_path / "latents", counts, batch_seconds=1.0)
+    assert cache.frames[2] == 100 and max(longest) <= 3 * RATE
+
+
+@pytest.mark.parametrize("change", ["nothing", "vae", "precision", "weights", "levels"])
+def test_a_cache_is_used_again_only_if_all_that_decides_its_latents_is_the_same(tmp_path, change):
+    """Fault: the key left out [vae] and the precision."""
+    clips = corpus(tmp_path, 2)
+    vae = tiny_vae(bottleneck="rvq", codebooks=2)
+
+    def key(cfg, weights, bf16=False, levels=0):
+        runtime = SimpleNamespace(bf16=bf16, device="cpu", rank=0, world=1,
+                                  autocast=lambda: torch.autocast("cpu", torch.bfloat16, bf16))
+        stage = SimpleNamespace(cfg=SimpleNamespace(out=str(tmp_path), vae=cfg), runtime=runtime,
+                                code_levels=levels, vae=vae)
+        return LMStage.cache_latents(stage, clips, weights).path.name
+
+    weights = vae.state_dict()
+    other = {"nothing": lambda: key(vae.cfg, weights),
+             "vae": lambda: key(dataclasses.replace(vae.cfg, heads=4), weights),
+             "precision": lambda: key(vae.cfg, weights, bf16=True),
+             "weights": lambda: key(vae.cfg, {k: v + 1 for k, v in weights.items()}),
+             "levels": lambda: key(vae.cfg, weights, levels=2)}[change]
+    assert (key(vae.cfg, weights) == other()) == (change == "nothing")
 
 
 def test_latents_of_a_wrong_shape_or_not_finite_are_refused(tmp_path):
