@@ -208,7 +208,7 @@ def mp3_header(four):
 
 
 def xing_count(head):
-    """The number of frames that a Xing header claims (0: it does not say); None for other frames."""
+    """Number of frames that a Xing header claims (0: it does not say); None for other frames."""
     place = max(head.find(b"Xing", 4, 44), head.find(b"Info", 4, 44))
     if place < 0:
         return None
@@ -262,7 +262,7 @@ def ogg_parts(path, f):
 
 
 def ogg_links(data):
-    """Bytes of an Ogg file -> first byte of each link of the chain, and whether its end is there."""
+    """Bytes of an Ogg file -> first byte of each link, and whether the end of the last is there."""
     links = []
     position = 0
     flags = 0                                       # 2: first page of a stream, 4: last

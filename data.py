@@ -26,8 +26,9 @@ audio.py reads the files, corpora/scan.py makes manifests.
 import json
 import math
 import os
+import sys
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -70,6 +71,9 @@ class Clip:
     transcript: str = ""
 
 
+FIELDS = {f.name for f in fields(Clip)}
+
+
 @dataclass
 class DataConfig:
     """The [data] table."""
@@ -94,6 +98,10 @@ class DataConfig:
     # latent frames per row, 2.6 s at the default 25 Hz; speech with text should fit whole, since
     # only then is its end seen together with its text
     frames: Annotated[int, Range(1)] = 64
+    # share of the rows of speech that begin where their clip begins, where the clip has text and is
+    # longer than `frames`: only those have the text. All other rows begin anywhere, evenly: music,
+    # sound, speech without text
+    beginning_prob: Annotated[float, Range(0, 1)] = 0.5
     # latent frames kept for the voice prompt; 0 = no voice prompts
     prompt_frames: Annotated[int, Range(0)] = 0
     # share of speech rows with a voice prompt; from the others the model learns to do without
@@ -128,8 +136,8 @@ def load_manifest(path, must_exist=True):
     """Read a .jsonl manifest, or a folder of audio (same-stem .txt is the text) -> list[Clip].
 
     Each line is a JSON object. `audio` is required, relative to the manifest; the other fields are
-    Clip's; further keys are ignored. Errors: BadInput naming file and line; with must_exist also
-    when audio files are missing, naming the first and how many.
+    Clip's; further keys are ignored, and counted on stderr. Errors: BadInput naming file and line;
+    with must_exist also when audio files are missing, naming the first and how many.
     """
     path = Path(path)
     if path.is_dir():
@@ -141,17 +149,22 @@ def load_manifest(path, must_exist=True):
 
     clips = []
     missing = []
+    ignored = Counter()
     folder = os.path.dirname(os.path.abspath(path))
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        row = parse_row(line, where)
+        values = parse_line(line, where)
+        row = row_of(values)
         check_row(row, where)
+        ignored.update(values.keys() - FIELDS - {"said"})
 
         audio = os.path.normpath(os.path.join(folder, row["audio"]))
         if must_exist and not os.path.isfile(audio):
             missing.append(f"{where}: audio file {audio} is missing")
+        if "words" in row:
+            row["words"] = [[plain(word), *times] for word, *times in row["words"]]
         clips.append(Clip(**{"id": Path(audio).stem, **row, "audio": audio}))
 
     if missing:
@@ -159,20 +172,32 @@ def load_manifest(path, must_exist=True):
                        f"`python -m corpora.scan check {path} --out clean.jsonl` drops those lines")
     if not clips:
         raise BadInput(f"{path}: holds no clips; each line is {{\"audio\": \"a/b.flac\", ...}}")
+    if ignored and os.environ.get("RANK", "0") == "0":
+        keys = ", ".join(f"{key!r} ({n:,} lines)" for key, n in ignored.most_common())
+        print(f"{path}: ignored keys: {keys}; a clip has {', '.join(sorted(FIELDS))}",
+              file=sys.stderr)
     return clips
 
 
-def parse_row(line, where):
-    """One line of a manifest -> {field of Clip: value}, without fields that are null."""
+def parse_line(line, where):
+    """One line of a manifest -> its JSON object, which has "audio"."""
     try:
-        row = json.loads(line)
+        values = json.loads(line)
     except json.JSONDecodeError as e:
         raise BadInput(f"{where}: not JSON ({e.msg} at column {e.colno}); correct it") from e
-    if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
+    except (RecursionError, ValueError) as e:           # brackets in brackets, 5,000 digits
+        raise BadInput(f"{where}: not a line of a manifest ({e}); correct it") from e
+    if not isinstance(values, dict) or not isinstance(values.get("audio"), str) \
+            or not values["audio"]:
         raise BadInput(f'{where}: needs {{"audio": "path", ...}}; it is {line.strip()[:60]}')
+    return values
+
+
+def row_of(values):
+    """The JSON object of a line -> {field of Clip: value}, without fields that are null."""
     # manifests written before 2026-11-27 call it said
-    row.setdefault("transcript", row.get("said"))
-    return {f.name: row[f.name] for f in fields(Clip) if row.get(f.name) is not None}
+    values = {"transcript": values.get("said"), **values}
+    return {name: values[name] for name in FIELDS if values.get(name) is not None}
 
 
 def check_row(row, where):
@@ -180,12 +205,27 @@ def check_row(row, where):
     for name in ("text", "transcript", "kind", "speaker", "id"):
         if not isinstance(row.get(name, ""), str):
             raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
+    for name in ("text", "transcript", "speaker"):
+        check_characters(row.get(name, ""), f"{where}: {name}")
     if row.get("kind", "speech") not in KINDS:
         raise BadInput(f"{where}: unknown kind {row['kind']!r}; use {', '.join(KINDS)}")
     seconds = row.get("duration", 1)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+    if not is_seconds(seconds) or not seconds > 0:
         raise BadInput(f"{where}: duration must be positive seconds; it is {seconds!r}")
     check_words(row.get("words", []), where)
+
+
+def check_characters(text, where):
+    """Raise BadInput where a text has half a character, which no UTF-8 file can hold."""
+    halves = [character for character in text if "\ud800" <= character <= "\udfff"]
+    if halves:
+        raise BadInput(f"{where} holds half a character (the surrogate {ascii(halves[0])}) in "
+                       f"{ascii(text[:40])}; correct it")
+
+
+def is_seconds(value):
+    """Whether a value of a manifest is a finite number, below 30 years."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def check_words(words, where):
@@ -195,8 +235,9 @@ def check_words(words, where):
         raise BadInput(f"{form}; it is {words!r}")
     for word in words:
         if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
-                and all(isinstance(seconds, (int, float)) for seconds in word[1:])):
+                and all(is_seconds(seconds) for seconds in word[1:])):
             raise BadInput(f"{form}; one is {word!r}")
+        check_characters(word[0], f"{where}: words")
 
     # words may overlap: aligners produce that
     starts = [start for _, start, _ in words]
@@ -212,7 +253,10 @@ def write_manifest(path, clips):
             row = {name: value for name, value in vars(clip).items() if value not in ("", None)}
             if clip.audio.startswith(folder):
                 row["audio"] = os.path.relpath(clip.audio, folder)
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # names that are not UTF-8 hold surrogates, which JSON writes as \udce9
+            readable = all(character < "\ud800" or character > "\udfff"
+                           for character in row["audio"] + row.get("id", ""))
+            out.write(json.dumps(row, ensure_ascii=not readable) + "\n")
 
 
 def load_clips(cfg):
@@ -301,14 +345,18 @@ def vocabulary(cfg=None):
     return pad_id(cfg) + 1 + len(KINDS)
 
 
+def plain(text):
+    """NFKC, white space and line ends made single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
 def encode_text(text, kind, cfg=None):
-    """Text -> token ids: the kind's special, then the ids of the text (NFKC, white space made
-    single spaces).
+    """Text -> token ids: the kind's special, then the ids of the plain text.
 
     cfg: DataConfig, whose tokenizer gives the ids (with the specials that it adds by itself, e.g.
     Llama's begin-of-text) and whose kind_token may leave out the kind; None = UTF-8 bytes.
     """
-    text = " ".join(unicodedata.normalize("NFKC", text).split())
+    text = plain(text)
     if cfg and cfg.tokenizer:
         ids = load_tokenizer(cfg.tokenizer).encode(text).ids
     else:
@@ -318,9 +366,40 @@ def encode_text(text, kind, cfg=None):
     return [pad_id(cfg) + 1 + KINDS.index(kind), *ids]
 
 
+def text_tokens(text, kind, cfg):
+    """Number of tokens of a text, without the one that names the kind."""
+    return len(encode_text(text, kind, cfg)) - int(cfg.kind_token)
+
+
 def fits(text, kind, cfg):
     """Whether a text has at most cfg.text_len tokens, without the one that names the kind."""
-    return len(encode_text(text, kind, cfg)) <= int(cfg.kind_token) + cfg.text_len
+    return text_tokens(text, kind, cfg) <= cfg.text_len
+
+
+def texts_left_out(clips, cfg, words_beside=False):
+    """Sentences that count the texts that are too long for cfg.text_len, by kind.
+
+    words_beside: an inner monologue takes the text of clips with word times, of any length.
+    Errors: BadInput when speech has transcripts and none is short enough.
+    """
+    sentences = []
+    for kind in KINDS:
+        with_text = [clip for clip in clips if clip.kind == kind and clip.text]
+        before_audio = [clip for clip in with_text if not (words_beside and clip.words)]
+        lengths = sorted(text_tokens(clip.text, kind, cfg) for clip in before_audio)
+        too_long = sum(length > cfg.text_len for length in lengths)
+        if too_long == 0:
+            continue
+
+        # how many, and which length would do
+        texts = "transcripts" if kind == "speech" else f"captions of {kind}"
+        enough = lengths[math.ceil(0.99 * len(lengths)) - 1]
+        sentence = (f"text: {too_long:,} of {len(with_text):,} {texts} exceed data.text_len = "
+                    f"{cfg.text_len}; {enough} holds 99 %")
+        if kind == "speech" and too_long == len(with_text):
+            raise BadInput(f"{sentence}; none is left to learn from")
+        sentences.append(sentence + ("" if kind == "speech" else "; their ends are cut"))
+    return sentences
 
 
 def word_frames(words, frame_rate, per_frame=1):

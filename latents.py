@@ -155,7 +155,8 @@ class LatentCache:
         lengths = pool.map(lambda i: seconds_in_file(clips[i].audio), missing)
         seconds = dict(zip(missing, lengths))
         total = sum(seconds.values())
-        plan = plan_shards(seconds, batch_seconds, max(shard_seconds, total / 256))  # few open files
+        shard_seconds = max(shard_seconds, total / 256)                     # few open files
+        plan = plan_shards(seconds, batch_seconds, shard_seconds)
         batches = [batch for shard in plan for batch in shard]
         piece = max(1, round(batch_seconds * sample_rate / hop)) * hop
 
@@ -306,9 +307,11 @@ class LatentBatches:
     one; words is then empty), frame_rate the frames per second of the latents; aligned are the
     clips whose manifest has words. late_words: data.late_words of the clips.
 
-    A clip longer than `frames` starts at 0 with probability 1/2, else anywhere. Speech that starts
-    later has no text, since the text is not aligned, and neither has speech whose text exceeds
-    text_len. Captions describe any part of their clip: they stay, cut at a whole character.
+    Rows of a clip longer than `frames` begin anywhere, evenly; speech with text begins at 0 with
+    probability beginning_prob. Speech that begins later has no text, since the text is not aligned,
+    and neither has speech whose text exceeds text_len. Captions describe any part of their clip:
+    they stay, cut at a whole character.
+
     Voice prompt, for a share prompt_prob of the speech rows: n frames, n uniform in
     prompt_frames / 2 .. prompt_frames, from another clip of the speaker; else from the same clip
     outside the row; else none.
@@ -328,6 +331,11 @@ class LatentBatches:
         self.width = cache.levels or 2 * dim
         self.dtype = np.int64 if cache.levels else np.float32
         self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
+
+        # clips of which the beginning is needed more than the rest: speech with its text
+        self.needs_beginning = [clip.kind == "speech" and bool(clip.text)
+                                and (self.is_aligned(clip) or fits(clip.text, clip.kind, cfg))
+                                for clip in clips]
 
         # speaker -> numbers of the clips that are long enough for a prompt
         self.prompt_min = math.ceil(cfg.prompt_frames / 2)
@@ -361,15 +369,13 @@ class LatentBatches:
         # the window [start, end) of the clip
         T = len(latents)
         n = min(T, cfg.frames)
-        late = g.random() >= 0.5
-        position = g.random()
-        start = 1 + int(position * (T - n)) if late and T > n else 0
+        start = self.first_frame(i, T - n, g)
         end = start + n
 
         # text: before the frames, or beside them where the words are aligned
         ids = self.tokens(clip, start)
         words = np.zeros((0, self.monologue))
-        aligned = bool(self.monologue and clip.words)
+        aligned = self.is_aligned(clip)
         if aligned:
             ids = ids[:1]
             words = word_stream(clip.words, T, self.frame_rate, self.monologue)[start:end]
@@ -385,6 +391,31 @@ class LatentBatches:
                 "kind": torch.tensor(KINDS.index(clip.kind)),
                 "prompt_len": torch.tensor(len(prompt)),
                 "aligned": torch.tensor(aligned)}
+
+    def is_aligned(self, clip):
+        """Whether the text of a clip lies beside its frames."""
+        return bool(self.monologue and clip.words)
+
+    def first_frame(self, i, spare, g):
+        """The first frame of a row of clip i, which may be 0 .. spare."""
+        late = g.random() >= self.cfg.beginning_prob
+        position = g.random()
+        if not self.needs_beginning[i]:
+            return int(position * (spare + 1))
+        return 1 + int(position * spare) if late and spare > 0 else 0
+
+    def clips_cut(self):
+        """A sentence that counts the clips of speech whose end is never seen with their text, or
+        None.
+        """
+        frames = self.cache.frames[np.flatnonzero(self.needs_beginning)]
+        longer = int((frames > self.cfg.frames).sum())
+        if longer == 0:
+            return None
+        enough = int(np.quantile(frames, 0.99, method="higher"))
+        return (f"frames: {longer:,} of {len(frames):,} clips of speech with text are longer than "
+                f"data.frames = {self.cfg.frames}, and their ends are never seen with their text; "
+                f"{enough} holds 99 %")
 
     def tokens(self, clip, start):
         """The ids of a clip's text for a row that starts at frame `start`; at most 1 + text_len."""

@@ -156,8 +156,9 @@ class LMStage:
         data = dataclasses.replace(cfg.data, seed=stage_seed(cfg.data.seed, name))
         self.batch = LatentBatches(clips, train_latents, data, batch_size, cfg.vae.latent_dim,
                                    frame_rate, monologue)
-        if self.batch.late_words:
-            runtime.say(self.batch.late_words)
+        for sentence in (self.batch.late_words, self.batch.clips_cut()):
+            if sentence:
+                runtime.say(sentence)
         self.held_out = LatentBatches(valid, valid_latents,
                                       dataclasses.replace(cfg.data, weights={}), len(valid),
                                       cfg.vae.latent_dim, frame_rate, monologue)

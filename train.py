@@ -60,7 +60,7 @@ from config import (LM_STAGES, STAGES, dump, folder_of_checkpoints, load, load_c
                     load_weights, read_log, refuse_other_table, resolve, save_checkpoint,
                     stage_seed, table_changes, vae_weights)
 from corpora import toy
-from data import Prefetch, load_clips, load_manifest, seconds_of
+from data import Prefetch, load_clips, load_manifest, seconds_of, texts_left_out
 from latents import digest
 from optim import make_optimizers, schedule
 from report import draw_losses
@@ -567,6 +567,9 @@ def digest_of(clips):
 def announce_data(cfg, clips, valid, say):
     """Print what the corpus has and what it lacks. Errors: BadInput where it lacks word times."""
     say(f"data: {len(clips)} training clips, {len(valid)} held out")
+    if set(cfg.stages) & set(LM_STAGES):
+        for sentence in texts_left_out(clips, cfg.data, cfg.lm.monologue):
+            say(sentence)
     wanted = {kind for kind, weight in cfg.data.weights.items() if weight > 0}
     missing = wanted - {c.kind for c in clips}
     if missing:

@@ -387,7 +387,7 @@ def check(manifest, out):
 
 
 def measured(clip):
-    """Reads the whole file of a clip -> (clip with its duration, what is wrong or None, remarks)."""
+    """Reads the whole file of a clip -> (clip with its duration, what is wrong or None, notes)."""
     try:
         seconds, remarks = inspect(clip.audio, clip.duration)
     except BadInput as e:

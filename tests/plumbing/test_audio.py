@@ -13,7 +13,7 @@ MP3_RATE = 44100
 
 
 def wave(seconds, rate):
-    """Seconds of near silence and of a rising tone with noise in turn: a VBR encoder's bits vary."""
+    """Silence and a rising tone with noise in turn, so that the bits of a VBR encoder vary."""
     t = np.arange(round(seconds * rate)) / rate
     g = np.random.default_rng(0)
     loud = np.sin(2 * np.pi * t / 3) > -0.5

@@ -1,6 +1,7 @@
 """data.py: each test's name is the property it checks. Clips are made with numpy in tmp_path."""
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_a_manifest_round_trips_and_its_paths_are_relative(tmp_path):
     ('{"audio": "a.wav", "words": [["a", 0]]}', "words must be"),
     ('{"audio": "a.wav", "words": [["a", 2, 3], ["b", 1, 2]]}', "must not go backwards"),
     ('{"audio": "a.wav", "words": [["a", 2, 1]]}', "must not go backwards"),
+    ('{"audio": "a.wav", "duration": Infinity}', "duration must be positive seconds; it is inf"),
+    ('{"audio": "a.wav", "duration": 1' + 400 * "0" + "}", "duration must be positive seconds"),
+    ('{"audio": "a.wav", "duration": 1' + 5000 * "0" + "}", "not a line of a manifest"),
+    ('{"audio": "a.wav", "words": [["a", 0, Infinity]]}', "words must be"),
+    ('{"audio": "a.wav", "words": [["a", NaN, 1]]}', "words must be"),
+    ('{"audio": "a.wav", "words": [["a", false, true]]}', "words must be"),
+    ("[" * 100000, "not a line of a manifest"),
+    ('{"audio": "a.wav", "text": "hi \\ud83d"}',
+     r"text holds half a character (the surrogate '\ud83d')"),
+    ('{"audio": "a.wav", "words": [["\\udc00", 0, 1]]}', "words holds half a character"),
+    ('{"audio": "a\\u0000.wav"}', "is missing"),
     ('{"audio": "b.wav"}', "b.wav is missing (1 of 2 are)")])
 def test_a_bad_manifest_line_is_named_by_file_and_number(tmp_path, line, message):
     tone(tmp_path / "a.wav")
@@ -101,6 +113,64 @@ def test_a_bad_manifest_line_is_named_by_file_and_number(tmp_path, line, message
     with pytest.raises(BadInput) as e:
         load_manifest(tmp_path / "m.jsonl")
     assert f"{tmp_path / 'm.jsonl'}, line 2" in str(e.value) and message in str(e.value)
+
+
+def test_ignored_keys_of_a_manifest_are_counted_and_named(tmp_path, capsys):
+    """Fault: mistyped keys were dropped in silence, and a corpus trained without its texts."""
+    tone(tmp_path / "a.wav")
+    good = '{"audio": "a.wav", "said": "old"}\n'
+    (tmp_path / "m.jsonl").write_text(2 * '{"audio": "a.wav", "txt": "hi"}\n' + good
+                                      + '{"audio": "a.wav", "txt": "hi", "Kind": "music"}\n')
+    load_manifest(tmp_path / "m.jsonl")
+    assert "ignored keys: 'txt' (3 lines), 'Kind' (1 lines); a clip has" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_text(good)
+    load_manifest(tmp_path / "m.jsonl")
+    assert capsys.readouterr().err == ""
+
+
+def test_line_ends_of_unicode_in_texts_are_white_space(tmp_path):
+    """Fault: a line feed within a word was the monologue's mark of the end, and words were not in
+    the normal form of the text that is given when sampling."""
+    tone(tmp_path / "a.wav")
+    text = "two\nlines\u2028three\x85"
+    row = {"audio": "a.wav", "text": text, "words": [["ﬁne\n", 0, 1], ["a\u2028b", 1, 2]]}
+    for ensure_ascii in (False, True):
+        (tmp_path / "m.jsonl").write_text(json.dumps(row, ensure_ascii=ensure_ascii), "utf-8")
+        clip, = load_manifest(tmp_path / "m.jsonl")
+        assert clip.text == text and clip.words == [["fine", 0, 1], ["a b", 1, 2]]
+        assert decode_text(encode_text(clip.text, "sound")) == "two lines three"
+
+
+def test_a_name_that_is_not_utf8_round_trips_through_a_manifest(tmp_path):
+    """Fault: UnicodeEncodeError when the manifest was written."""
+    other = Path(tone(tmp_path / "a.wav")).rename(tmp_path / "caf\udce9.wav")
+    clip = Clip(str(other), "é", id=other.stem)
+    write_manifest(tmp_path / "m.jsonl", [clip])
+    assert load_manifest(tmp_path / "m.jsonl") == [clip]
+
+
+def test_texts_that_are_too_long_are_counted_and_speech_without_any_text_is_refused():
+    """Fault: a transcript over text_len was left out in silence, from every clip of a corpus."""
+    def clips(kind, lengths, words=None):
+        return [Clip("a.wav", n * "x", kind, words=words) for n in lengths]
+
+    speech = clips("speech", [*range(1, 101), 0])
+    captions = clips("music", [10, 70, 65])
+    assert data.texts_left_out(speech[:64] + captions[:1], DataConfig(text_len=64)) == []
+    assert data.texts_left_out(speech + captions, DataConfig(text_len=64)) == [
+        "text: 36 of 100 transcripts exceed data.text_len = 64; 99 holds 99 %",
+        "text: 2 of 3 captions of music exceed data.text_len = 64; 70 holds 99 %; "
+        "their ends are cut"]
+    # without the token of the kind as many bytes fit
+    assert data.fits("x" * 64, "speech", DataConfig(text_len=64, kind_token=False))
+    assert not data.fits("x" * 65, "speech", DataConfig(text_len=64, kind_token=False))
+
+    with pytest.raises(BadInput, match="text: 36 of 36 transcripts exceed .* 99 %; none is left"):
+        data.texts_left_out(speech[64:100], DataConfig(text_len=64))
+    aligned = clips("speech", [90], words=[["x", 0, 1]])
+    assert data.texts_left_out(aligned, DataConfig(text_len=64), words_beside=True) == []
+    with pytest.raises(BadInput):
+        data.texts_left_out(aligned, DataConfig(text_len=64))
 
 
 def test_the_old_name_of_the_transcript_is_still_read(tmp_path):

@@ -240,6 +240,44 @@ def test_rows_are_windows_of_their_clip_padded_with_zeros(tmp_path):
     assert 0.4 < np.mean(np.array(starts) == 0) < 0.6 and max(starts) == 22
 
 
+@pytest.mark.parametrize("kind, text, rows", [
+    ("music", "abc", "even"), ("sound", "", "even"), ("speech", "", "even"),
+    ("speech", "abcdefg", "even"), ("speech", "abc", "half")])
+def test_rows_of_a_long_clip_begin_anywhere_but_half_of_speech_with_text_at_its_beginning(
+        kind, text, rows):
+    """Fault: half of the rows of every long clip began at 0: of 200 s songs the first 30 s were
+    seen 6.2 times as often as the middle."""
+    starts = [row["start"] for _, row in latent_rows([208], steps=1000, kinds=[kind], text=text,
+                                                     frames=8, text_len=6)]
+    # 201 places; 20 bins of ten of them, 8,000 rows: 398 +- 19.5 each
+    counts = np.bincount(starts, minlength=201)
+    if rows == "half":
+        assert abs(counts[0] - 4000) < 4 * 44.7
+        bins = counts[1:].reshape(20, 10).sum(1)
+        assert abs(bins - 200).max() < 4 * 14
+    else:
+        assert counts[0] < 40 + 4 * 6.3
+        bins = counts[:200].reshape(20, 10).sum(1)
+        assert abs(bins - 398).max() < 4 * 19.5
+
+    always, never = ([row["start"] for _, row in latent_rows(
+        [208], kinds=[kind], text=text, frames=8, text_len=6, beginning_prob=p)] for p in (1, 0))
+    assert (max(always) == 0) == (rows == "half") and max(never) > 150
+
+
+def test_speech_whose_end_is_never_seen_with_its_text_is_counted():
+    """Fault: clips of speech longer than data.frames lost their ends in silence."""
+    lengths = [*range(1, 101), 200, 200]
+    kinds = ["speech"] * 101 + ["music"]
+    clips = [Clip("a.wav", "abc", kind) for kind in kinds]
+    batches = LatentBatches(clips, Numbered(lengths), DataConfig(frames=96), 4, D)
+    assert batches.clips_cut().startswith("frames: 5 of 101 clips of speech with text are longer "
+                                          "than data.frames = 96,")
+    assert batches.clips_cut().endswith("100 holds 99 %")
+    batches = LatentBatches(clips, Numbered(lengths), DataConfig(frames=200), 4, D)
+    assert batches.clips_cut() is None
+
+
 def test_speech_that_starts_late_has_no_text_but_captions_stay(tmp_path):
     kinds = ["speech", "sound", "music"]
     late = Counter()
