@@ -108,7 +108,7 @@ def opened(path, file=None):
     if file is None:
         file = os.fsencode(path) if os.name == "posix" else path   # names that are not UTF-8
     try:
-        f = Decoder(file)
+        f = Decoder(file, closefd=False)
     except (RuntimeError, TypeError, OSError) as e:
         reason = getattr(e, "error_string", str(e)).strip().rstrip(".")
         raise BadInput(f"{path}: cannot be read as audio ({reason}); convert or remove it") from e
@@ -234,10 +234,7 @@ def piped(path, offsets):
     try:
         yield reading
     finally:
-        try:
-            os.close(reading)
-        except OSError:                             # libsndfile has closed it
-            pass
+        os.close(reading)
         thread.join()
 
 

@@ -7,7 +7,8 @@ import audio
 from audio import audio_pieces, inspect, load_audio, seconds_in_file
 from cli import BadInput
 from clips import RATE, tone
-from data import AudioBatches, Clip, DataConfig
+from corpora import scan
+from data import AudioBatches, Clip, DataConfig, load_manifest, write_manifest
 
 MP3_RATE = 44100
 
@@ -187,6 +188,25 @@ def test_a_file_far_above_full_scale_is_bad_and_a_spike_is_noted(tmp_path):
     sf.write(tmp_path / "spike.wav", quiet, RATE, subtype="FLOAT")
     seconds, remarks = inspect(tmp_path / "spike.wav")
     assert seconds == 1.0 and "1 samples above full scale (peak 1e+29)" in remarks[0]
+
+
+def test_check_names_what_is_wrong_and_writes_the_lengths_that_the_decoder_gives(tmp_path, capsys):
+    """Fault: truncated files passed, and wrong durations stayed in the manifest."""
+    tone(tmp_path / "good.wav", 2.0)
+    data = open(tone(tmp_path / "half.wav", 2.0), "rb").read()
+    (tmp_path / "half.wav").write_bytes(data[:len(data) // 2])
+    mp3_data, offsets = mp3(tmp_path / "bare.mp3")
+    (tmp_path / "bare.mp3").write_bytes(mp3_data[offsets[0, 0]:])
+    write_manifest(tmp_path / "m.jsonl", [Clip(str(tmp_path / name), duration=5.0)
+                                          for name in ("good.wav", "half.wav", "bare.mp3")])
+    with pytest.raises(BadInput, match="1 bad clips"):
+        scan.main(["check", str(tmp_path / "m.jsonl")])
+    scan.main(["check", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "clean.jsonl")])
+    out = capsys.readouterr()
+    assert "half.wav: is not whole, 1.00 of 2.00 s are there" in out.out + out.err
+    assert "good.wav: lasts 2.00 s, the manifest says 5.00" in out.out + out.err
+    assert [clip.duration for clip in load_manifest(tmp_path / "clean.jsonl")] == [
+        2.0, 1152 * len(offsets) / MP3_RATE]
 
 
 @pytest.mark.parametrize("rate", [RATE, 11025, 44100])
