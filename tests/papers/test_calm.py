@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from backbone import BackboneConfig, Transformer
-from calm import CALM, CALMConfig, Monologue, pack
+from calm import CALM, CALMConfig, pack
 from sample import to_int8
 from heads import HeadConfig
+from monologue import Monologue
 from sample import render
 from vae import VAE, VAEConfig
 
