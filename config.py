@@ -386,8 +386,8 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint; "
                        "train it first: python train.py --config ...") from None
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror}); correct its permissions") from None
+    except PermissionError:
+        raise BadInput(f"{path}: may not be read; correct its permissions") from None
     except Exception as e:                    # a truncated zip, a pickle, anything but a checkpoint
         raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__}); "
                        "delete it or restore a copy") from None

@@ -38,7 +38,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import math
 import os
 import shutil
 import signal
@@ -53,15 +52,13 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
+import checks
 import stages
-from calm import CALM
 from cli import BadInput, Parser, cli
-from config import (LM_STAGES, STAGES, dump, folder_of_checkpoints, load, load_checkpoint,
-                    load_weights, read_log, refuse_other_table, resolve, save_checkpoint,
-                    stage_seed, table_changes, vae_weights)
+from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
+                    save_checkpoint, stage_seed, table_changes, vae_weights)
 from corpora import toy
-from data import Prefetch, load_clips, load_manifest, seconds_of, texts_left_out
-from latents import digest
+from data import Prefetch, load_clips, load_manifest
 from optim import make_optimizers, schedule
 from report import draw_losses
 
@@ -186,7 +183,7 @@ class Run:
         self.runtime = runtime
         self.stage_cfg = getattr(cfg.train, name)
         self.path = f"{cfg.out}/{name}.pt"
-        self.clips = digest_of(trainer.batch.clips)
+        self.clips = checks.digest_of(trainer.batch.clips)
         self.split_batch()
 
         trainer.model.to(runtime.device).train()
@@ -504,114 +501,20 @@ def start_over(out, names):
         shutil.rmtree(f"{out}/latents", ignore_errors=True)
 
 
-def refuse_missing_init(cfg, fresh):
-    """BadInput where a stage that begins now is to start from a checkpoint that is not there."""
-    for name in cfg.stages:
-        init = getattr(cfg.train, name).init
-        begins = fresh or not os.path.exists(f"{cfg.out}/{name}.pt")
-        if init and begins and not os.path.exists(init):
-            raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
-        if init and begins and os.path.isdir(init):
-            raise BadInput(f"train.{name}.init: {folder_of_checkpoints(init)}")
-
-    teacher = cfg.train.distill.teacher
-    if "distill" in cfg.stages and os.path.isdir(teacher):
-        raise BadInput(f"train.distill.teacher: {folder_of_checkpoints(teacher)}")
-
-
-def check_same_model(cfg, path, name, saved):
-    """BadInput where a checkpoint's config `saved` has other model tables than the run's."""
-    for table in ("vae", "gan") if name == "vae" else ("vae", STAGES[name].table):
-        refuse_other_table(path, saved, cfg, table)
-
-
-def note_changed_training(cfg, path, name, state, saved, clips, say):
-    """Print what of its training differs from the checkpoint's: of a finished stage, which will not
-    be trained again, and of one that resumes. clips: those of the run, for training.
-    """
-    if state["done"]:
-        sentence = (f"{name}: was trained with {{}}, not {{}}, and is finished; "
-                    f"to train on, use --out with --train.{name}.init {path}")
-        other_clips = f"{name}: was trained on other clips, and is finished"
-    else:
-        sentence = f"{name}: trained with {{}} to step {state['step']}, and resumes with {{}}"
-        other_clips = f"{name}: resumes on other clips than those of its first {state['step']} steps"
-
-    # [train.NAME], and what of [data] the batches depend on
-    for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg)]:
-        say(sentence.format(old, new))
-    if state.get("clips", "") not in ("", digest_of(clips)):
-        say(other_clips)
-
-
-def training_changes(saved, cfg, name):
-    """[("lr = 0.01", 0.02), ...] of [train.NAME], without what does not change the weights."""
-    old, new = (dataclasses.asdict(getattr(c.train, name)) for c in (saved, cfg))
-    return [(f"{key} = {old[key]}", new[key]) for key in old
-            if old[key] != new[key] and not key.endswith("_every")]
-
-
-def data_changes(saved, cfg):
-    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed."""
-    ignored = ("manifest", "valid", "ram_gb", "workers")
-    old, new = (dataclasses.asdict(c.data) for c in (saved, cfg))
-    return [(f"data.{key} = {old[key]}", new[key]) for key in old
-            if old[key] != new[key] and key not in ignored]
-
-
-def digest_of(clips):
-    """16 hex digits that name the training clips, without their place on the disk."""
-    return digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
-
-
-def announce_data(cfg, clips, valid, say):
-    """Print what the corpus has and what it lacks. Errors: BadInput where it lacks word times."""
-    say(f"data: {len(clips)} training clips, {len(valid)} held out")
-    if set(cfg.stages) & set(LM_STAGES):
-        for sentence in texts_left_out(clips, cfg.data, cfg.lm.monologue):
-            say(sentence)
-    wanted = {kind for kind, weight in cfg.data.weights.items() if weight > 0}
-    missing = wanted - {c.kind for c in clips}
-    if missing:
-        say(f"data: no {' and no '.join(sorted(missing))} there; the others share the "
-            "weight of data.weights")
-
-    speech = [c for c in clips if c.kind == "speech"]
-    if cfg.lm.monologue and any(STAGES[name].model is CALM for name in cfg.stages):
-        announce_words(cfg, speech, say)
-    if cfg.data.prompt_frames and speech and any(name in LM_STAGES for name in cfg.stages):
-        announce_prompts(cfg, speech, say)
-
-
-def announce_words(cfg, speech, say):
-    """How many clips can be trained with an inner monologue. BadInput where none can."""
-    aligned = sum(bool(clip.words) for clip in speech)
-    if not aligned:
-        raise BadInput(f"lm.monologue: no speech in {cfg.data.manifest or 'the toy corpus'} has "
-                       "word times; `python -m corpora.align train.jsonl --out aligned.jsonl` "
-                       "measures them; or set lm.monologue = false")
-    if aligned < len(speech):
-        say(f"data: {aligned} of {len(speech)} clips of speech have word times; the text of the "
-            "others stands before the audio, as without a monologue (see corpora.align)")
-
-
-def announce_prompts(cfg, speech, say):
-    """How many clips of speech can have a voice prompt (latents.LatentBatches.prompt_source)."""
-    shortest = math.ceil(cfg.data.prompt_frames / 2)
-    frames = [math.ceil(seconds_of(clip) * cfg.vae.frame_rate) for clip in speech]
-    voices = {}
-    for clip, n in zip(speech, frames):
-        if clip.speaker and n >= shortest:
-            voices.setdefault(clip.speaker, set()).add(clip.audio)
-
-    # another file of the speaker, or what the row leaves of a long clip
-    able = sum(bool(voices.get(clip.speaker, set()) - {clip.audio})
-               or n - cfg.data.frames >= shortest for clip, n in zip(speech, frames))
-    share = f"{cfg.data.prompt_prob:.0%} of their rows get one"
-    if not any(clip.speaker for clip in speech):
-        share += ("; the manifest names no speakers, `python -m corpora.scan DIR --speaker NAME` "
-                  "does" if able < len(speech) else "")
-    say(f"data: {able} of {len(speech)} clips of speech can have a voice prompt; {share}")
+@contextlib.contextmanager
+def locked(out, rank=0):
+    """Keep other trainings out of the run folder. The first process asks for all."""
+    if rank != 0 or os.name != "posix":
+        yield
+        return
+    import fcntl
+    with open(f"{out}/.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"out: another training writes to {out}; wait for its end or use --out"
+                           ) from None
+        yield
 
 
 def parse():
@@ -622,6 +525,31 @@ def parse():
     p.add_argument("--fresh", action="store_true", help="start this run over")
     p.add_argument("--print", action="store_true", help="show the resolved config and stop")
     return p.parse_known_args()
+
+
+def run_stages(cfg, runtime, fresh):
+    """Check the corpus and what is in the run folder, then train what is not finished."""
+    # data first: a mistake in it must not cost what --fresh deletes
+    clips, valid = corpus(cfg, runtime)
+    checks.announce_data(cfg, clips, valid, runtime.say)
+    checks.refuse_missing_init(cfg, fresh)
+    if fresh and runtime.rank == 0:
+        start_over(cfg.out, cfg.stages)
+    runtime.wait()                                     # nobody looks before the old ones are gone
+
+    # what is there already must fit the config
+    done = checks.check_checkpoints(cfg, clips, runtime.say)
+    if runtime.rank == 0:
+        with open(f"{cfg.out}/config.toml", "w") as f:
+            f.write(dump(cfg))
+
+    for name in cfg.stages:
+        if done[name]:
+            runtime.say(f"{name}: finished before, skipped")
+            continue
+        torch.manual_seed(cfg.seed)
+        trainer_class = getattr(stages, STAGES[name].trainer)
+        train(trainer_class(cfg, runtime, clips, valid, name), name, cfg, runtime)
 
 
 def main():
@@ -636,36 +564,8 @@ def main():
     except OSError as e:
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
 
-    # data first: a mistake in it must not cost what --fresh deletes
-    clips, valid = corpus(cfg, runtime)
-    announce_data(cfg, clips, valid, runtime.say)
-    refuse_missing_init(cfg, arguments.fresh)
-    if arguments.fresh and runtime.rank == 0:
-        start_over(cfg.out, cfg.stages)
-    runtime.wait()                                     # nobody looks before the old ones are gone
-
-    # what is there already must fit the config
-    done = {}
-    for name in cfg.stages:
-        path = f"{cfg.out}/{name}.pt"
-        done[name] = False
-        if os.path.exists(path):
-            state = load_checkpoint(path, "cpu")
-            saved = resolve(state["config"])
-            check_same_model(cfg, path, name, saved)
-            done[name] = state["done"]
-            note_changed_training(cfg, path, name, state, saved, clips, runtime.say)
-    if runtime.rank == 0:
-        with open(f"{cfg.out}/config.toml", "w") as f:
-            f.write(dump(cfg))
-
-    for name in cfg.stages:
-        if done[name]:
-            runtime.say(f"{name}: finished before, skipped")
-            continue
-        torch.manual_seed(cfg.seed)
-        trainer_class = getattr(stages, STAGES[name].trainer)
-        train(trainer_class(cfg, runtime, clips, valid, name), name, cfg, runtime)
+    with locked(cfg.out, runtime.rank):
+        run_stages(cfg, runtime, arguments.fresh)
 
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
     if runtime.world > 1:

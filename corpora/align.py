@@ -35,7 +35,7 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from cli import BadInput, Parser, cli, threads
+from cli import BadInput, Parser, check_writable, cli, threads
 from data import load_audio, load_manifest, write_manifest
 
 # Whisper's sample rate, Hz
@@ -150,6 +150,7 @@ def parse():
 
 def main():
     arguments = parse()
+    check_writable(arguments.out)
     clips = load_manifest(arguments.manifest)
     aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
 

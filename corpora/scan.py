@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from audio import inspect
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, check_writable, cli
 from data import (AUDIO, KINDS, Clip, DataConfig, audio_files, clips_in_folder, encode_text,
                   load_manifest, read_text, rng, seconds_of, write_manifest)
 
@@ -518,6 +518,8 @@ def main(argv=None):
     if argv and argv[0] not in (*commands, "-h", "--help"):
         argv = ["scan", *argv]
     a = parser.parse_args(argv)
+    if a.command != "info" and a.out:
+        check_writable(a.out)
 
     if a.command == "scan":
         scan(a.dir, a.out, a.layout, a.kind, a.speaker)

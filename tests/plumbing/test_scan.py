@@ -208,6 +208,14 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
     assert code == 0 and "speech        3" in out
 
 
+@pytest.mark.parametrize("command", ["scan", "check", "describe"])
+def test_an_out_that_is_a_folder_is_refused_before_the_work(command, tmp_path, capsys):
+    """Fault: a traceback after every file had been read."""
+    corpus(tmp_path / "c", 2)
+    code, out, err = run(capsys, command, tmp_path / "c", "--out", tmp_path)
+    assert code == 2 and out == "" and err.startswith(f"error: {tmp_path}: cannot be written")
+
+
 def test_a_first_word_that_is_no_command_is_a_folder_and_check_is_one_as_a_path(
         tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import checks
 import optim
 import stages
 import train
@@ -560,7 +561,7 @@ def speech(name, speaker="", seconds=1.0, words=None):
 
 def announced(cfg, clips):
     lines = []
-    train.announce_data(cfg, clips, [], lines.append)
+    checks.announce_data(cfg, clips, [], lines.append)
     return lines[1:]
 
 
@@ -622,6 +623,22 @@ def test_a_monologue_without_word_times_is_refused_before_anything_trains(tmp_pa
     [line] = announced(cfg, [aligned, speech("b"), speech("c")])
     assert line.startswith("data: 1 of 3 clips of speech have word times")
     assert announced(dataclasses.replace(cfg, stages=["vae"]), [speech("a")]) == []
+    lines = []
+    checks.announce_data(cfg, [aligned], [speech("b")], lines.append)
+    assert lines[1:] == ["data: no held-out speech has word times; its losses are those without a "
+                         "monologue"]
+
+
+def test_a_second_training_of_a_run_folder_is_refused(tmp_path):
+    """Fault: two at once wrote every row of the log twice and each other's checkpoints."""
+    out = str(tmp_path)
+    with train.locked(out):
+        with pytest.raises(BadInput, match="another training writes to"), train.locked(out):
+            pass
+        with train.locked(out, rank=1):
+            pass
+    with train.locked(out):
+        pass
 
 
 def test_a_folder_given_for_a_checkpoint_is_named_with_what_it_holds(finished, tmp_path):
@@ -652,8 +669,8 @@ def test_a_stage_that_resumes_with_other_settings_or_other_clips_says_so(finishe
 
     def noted(clips, **state):
         lines = []
-        state = {"done": False, "step": 8, "clips": train.digest_of(moved), **state}
-        train.note_changed_training(cfg, "lm.pt", "lm", state, saved, clips, lines.append)
+        state = {"done": False, "step": 8, "clips": checks.digest_of(moved), **state}
+        checks.note_changed_training(cfg, "lm.pt", "lm", state, saved, clips, lines.append)
         return lines
 
     settings = ["lm: trained with lr = 0.001 to step 8, and resumes with 0.123",

@@ -70,6 +70,8 @@ def main():
     args = options().parse_args()
     if not os.path.exists(args.weights):
         raise BadInput(f"{args.weights}: no such file")
+    if os.path.isfile(args.out):
+        raise BadInput(f"--out {args.out}: is a file; name a folder for the run")
     stage = "text" if args.model in ("qwen3", "llama") else "vae"
     if os.path.exists(f"{args.out}/{stage}.pt"):
         raise BadInput(f"{args.out}/{stage}.pt exists; choose another --out")

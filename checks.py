@@ -1,0 +1,149 @@
+"""What train.py checks before it trains, and refuses or prints: hours later it would be too late.
+
+    corpus ─────► announce_data ───────► clips, kinds, word times, voice prompts
+    config ─────► refuse_missing_init ─► train.STAGE.init is a checkpoint that is there
+    run folder ─► check_checkpoints ───► another [vae], [gan], [lm] or [audiocalm]: refused
+                                     └─► other settings or other clips: said
+"""
+import dataclasses
+import json
+import math
+import os
+
+from calm import CALM
+from cli import BadInput
+from config import (LM_STAGES, STAGES, folder_of_checkpoints, load_checkpoint, refuse_other_table,
+                    resolve)
+from data import seconds_of, texts_left_out
+from latents import digest
+
+
+# ---------------------------------------------------------------- the corpus
+
+def announce_data(cfg, clips, valid, say):
+    """Print what the corpus has and what it lacks. Errors: BadInput where it lacks word times."""
+    say(f"data: {len(clips)} training clips, {len(valid)} held out")
+    if set(cfg.stages) & set(LM_STAGES):
+        for sentence in texts_left_out(clips, cfg.data, cfg.lm.monologue):
+            say(sentence)
+    wanted = {kind for kind, weight in cfg.data.weights.items() if weight > 0}
+    missing = wanted - {c.kind for c in clips}
+    if missing:
+        say(f"data: no {' and no '.join(sorted(missing))} there; the others share the "
+            "weight of data.weights")
+
+    speech, held_out = ([c for c in part if c.kind == "speech"] for part in (clips, valid))
+    if cfg.lm.monologue and any(STAGES[name].model is CALM for name in cfg.stages):
+        announce_words(cfg, speech, held_out, say)
+    if cfg.data.prompt_frames and speech and any(name in LM_STAGES for name in cfg.stages):
+        announce_prompts(cfg, speech, say)
+
+
+def announce_words(cfg, speech, held_out, say):
+    """How many clips have an inner monologue. BadInput where no training clip has one."""
+    aligned = sum(bool(clip.words) for clip in speech)
+    if not aligned:
+        raise BadInput(f"lm.monologue: no speech in {cfg.data.manifest or 'the toy corpus'} has "
+                       "word times; `python -m corpora.align train.jsonl --out aligned.jsonl` "
+                       "measures them; or set lm.monologue = false")
+    if aligned < len(speech):
+        say(f"data: {aligned} of {len(speech)} clips of speech have word times; the text of the "
+            "others stands before the audio, as without a monologue (see corpora.align)")
+    if held_out and not any(clip.words for clip in held_out):
+        say("data: no held-out speech has word times; its losses are those without a monologue")
+
+
+def announce_prompts(cfg, speech, say):
+    """How many clips of speech can have a voice prompt (latents.LatentBatches.prompt_source)."""
+    shortest = math.ceil(cfg.data.prompt_frames / 2)
+    frames = [math.ceil(seconds_of(clip) * cfg.vae.frame_rate) for clip in speech]
+    voices = {}
+    for clip, n in zip(speech, frames):
+        if clip.speaker and n >= shortest:
+            voices.setdefault(clip.speaker, set()).add(clip.audio)
+
+    # another file of the speaker, or what the row leaves of a long clip
+    able = sum(bool(voices.get(clip.speaker, set()) - {clip.audio})
+               or n - cfg.data.frames >= shortest for clip, n in zip(speech, frames))
+    share = f"{cfg.data.prompt_prob:.0%} of their rows get one"
+    if not any(clip.speaker for clip in speech):
+        share += ("; the manifest names no speakers, `python -m corpora.scan DIR --speaker NAME` "
+                  "does" if able < len(speech) else "")
+    say(f"data: {able} of {len(speech)} clips of speech can have a voice prompt; {share}")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def refuse_missing_init(cfg, fresh):
+    """BadInput where a stage that begins now is to start from a checkpoint that is not there."""
+    for name in cfg.stages:
+        init = getattr(cfg.train, name).init
+        begins = fresh or not os.path.exists(f"{cfg.out}/{name}.pt")
+        if init and begins and not os.path.exists(init):
+            raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
+        if init and begins and os.path.isdir(init):
+            raise BadInput(f"train.{name}.init: {folder_of_checkpoints(init)}")
+
+    teacher = cfg.train.distill.teacher
+    if "distill" in cfg.stages and os.path.isdir(teacher):
+        raise BadInput(f"train.distill.teacher: {folder_of_checkpoints(teacher)}")
+
+
+def check_same_model(cfg, path, name, saved):
+    """BadInput where a checkpoint's config `saved` has other model tables than the run's."""
+    for table in ("vae", "gan") if name == "vae" else ("vae", STAGES[name].table):
+        refuse_other_table(path, saved, cfg, table)
+
+
+def note_changed_training(cfg, path, name, state, saved, clips, say):
+    """Print what of its training differs from the checkpoint's: of a finished stage, which will not
+    be trained again, and of one that resumes. clips: those of the run, for training.
+    """
+    if state["done"]:
+        sentence = (f"{name}: was trained with {{}}, not {{}}, and is finished; "
+                    f"to train on, use --out with --train.{name}.init {path}")
+        other_clips = f"{name}: was trained on other clips, and is finished"
+    else:
+        sentence = f"{name}: trained with {{}} to step {state['step']}, and resumes with {{}}"
+        other_clips = f"{name}: resumes on other clips than those of its first {state['step']} steps"
+
+    # [train.NAME], and what of [data] the batches depend on
+    for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg)]:
+        say(sentence.format(old, new))
+    if state.get("clips", "") not in ("", digest_of(clips)):
+        say(other_clips)
+
+
+def training_changes(saved, cfg, name):
+    """[("lr = 0.01", 0.02), ...] of [train.NAME], without what does not change the weights."""
+    old, new = (dataclasses.asdict(getattr(c.train, name)) for c in (saved, cfg))
+    return [(f"{key} = {old[key]}", new[key]) for key in old
+            if old[key] != new[key] and not key.endswith("_every")]
+
+
+def data_changes(saved, cfg):
+    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed."""
+    ignored = ("manifest", "valid", "ram_gb", "workers")
+    old, new = (dataclasses.asdict(c.data) for c in (saved, cfg))
+    return [(f"data.{key} = {old[key]}", new[key]) for key in old
+            if old[key] != new[key] and key not in ignored]
+
+
+def digest_of(clips):
+    """16 hex digits that name the training clips, without their place on the disk."""
+    return digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
+
+
+def check_checkpoints(cfg, clips, say):
+    """Compare the checkpoints in the run folder with the config -> {stage: whether finished}."""
+    done = {}
+    for name in cfg.stages:
+        path = f"{cfg.out}/{name}.pt"
+        done[name] = False
+        if os.path.exists(path):
+            state = load_checkpoint(path, "cpu")
+            saved = resolve(state["config"])
+            check_same_model(cfg, path, name, saved)
+            note_changed_training(cfg, path, name, state, saved, clips, say)
+            done[name] = state["done"]
+    return done
