@@ -105,7 +105,8 @@ def note_changed_training(cfg, path, name, state, saved, clips, say):
         other_clips = f"{name}: was trained on other clips, and is finished"
     else:
         sentence = f"{name}: trained with {{}} to step {state['step']}, and resumes with {{}}"
-        other_clips = f"{name}: resumes on other clips than those of its first {state['step']} steps"
+        other_clips = (f"{name}: resumes on other clips than those of its first {state['step']} "
+                       "steps")
 
     # [train.NAME], and what of [data] the batches depend on
     for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg)]:

@@ -26,7 +26,7 @@ seeds it is 12.7 standard errors, so two seeds establish few differences.
 
 Runs with the same manifest and equal [vae], [gan], [toy] and [train.vae] tables share one VAE and
 its latents: the first trains it, the others link to it. Seeds and rows then differ in the language
-model alone; --own-vae trains one VAE per run. With --vae RUN all rows take the VAE of that run, with
+model alone; --own-vae trains one VAE per run. With --vae RUN all rows take the VAE of that run and
 its [vae] and [gan] in place of the family's; what that changes is printed.
 Finished runs are not repeated (choose another --out for other settings); interrupted ones resume.
 Exit status: 0 done, 2 the user's mistake.

@@ -283,8 +283,8 @@ def test_a_manifest_is_described_and_another_tools_sentences_come_first(tmp_path
     scan.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other),
                "--text-len", "14"])
     assert capsys.readouterr().out == (
-        f"3 clips -> {out}\ntext: {sum(n > 14 for n in texts)} of 3 exceed data.text_len = 14 bytes "
-        f"(0 did before); {max(texts)} holds 99 %, {max(texts)} all\n")
+        f"3 clips -> {out}\n"
+        f"text: {sum(n > 14 for n in texts)} of 3 exceed data.text_len = 14 bytes (0 did before); {max(texts)} holds 99 %, {max(texts)} all\n")
     other.write_text("{}\n")
     with pytest.raises(BadInput, match="line 1: needs"):
         scan.main(["describe", str(manifest), "--out", str(out), "--rewritten", str(other)])

@@ -617,7 +617,7 @@ def test_a_monologue_without_word_times_is_refused_before_anything_trains(tmp_pa
     """Fault: it trained to the end with a text loss of 0, on another layout than it then spoke."""
     cfg = resolve({"lm": {"monologue": True}, "data": {"manifest": "m.jsonl"}})
     aligned = speech("a", words=[["a", 0.0, 0.1]])
-    with pytest.raises(BadInput, match="no speech in m.jsonl has word times; `python -m corpora.al"):
+    with pytest.raises(BadInput, match="no speech in m.jsonl has word times; `python -m corp"):
         announced(cfg, [speech("a")])
     assert announced(cfg, [aligned]) == []
     [line] = announced(cfg, [aligned, speech("b"), speech("c")])

@@ -18,7 +18,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read(path):
-    """Read a .safetensors file -> {name: tensor in fp32}. Errors: BadInput for quantised weights."""
+    """Read a .safetensors file -> {name: tensor in fp32}. Errors: BadInput if it is quantised."""
     try:
         from safetensors.torch import load_file
     except ImportError:
