@@ -45,6 +45,8 @@ BLOCK = 1 << 22                                     # samples that are decoded a
 LEAD = 0.5                                          # seconds decoded before a position in an MP3
 UNKNOWN = 1 << 40                                   # samples: a header that says more knows nothing
 
+JOINED_OF_DIFFERENT = "joined of parts with different sample rates or channels; export it again"
+
 
 # ---------------------------------------------------------------------------- what a file holds
 
@@ -133,7 +135,9 @@ def count_samples(path, f):
 def mp3_parts(path, f):
     """The parts of an MP3: the file as it is where its header counts the frames that are there."""
     with mapped(path) as data:
-        offsets, samples, claimed = mp3_frames(data)
+        offsets, samples, claimed, formats = mp3_frames(data)
+    if len(formats) > 1:
+        raise BadInput(f"{path}: {JOINED_OF_DIFFERENT}")
     if len(claimed) == 1 and claimed[0] in (len(offsets), len(offsets) + 1):
         return [Part(f.frames)]                     # some encoders count the header's own frame
     if len(offsets) == 0:
@@ -142,27 +146,28 @@ def mp3_parts(path, f):
 
 
 def mp3_frames(data):
-    """Bytes of an MP3 -> (n, 2) first and last byte + 1 of each frame, samples per frame, and the
-    number of frames that each Xing header claims.
+    """Bytes of an MP3 -> (n, 2) first and last byte + 1 of each frame, samples per frame, the number
+    of frames that each Xing header claims, and {(sample rate, channels)} of the frames.
 
     Frames of layer III that are complete and hold sound. ID3 tags and other bytes are skipped.
     """
     offsets = []
     claimed = []
+    formats = set()
     samples = 0
     position = 0
-    in_step = False                                 # the frame before ends here
+    expected = None                                 # format of the frame that ends here
     while position + 4 <= len(data):
         if data[position:position + 3] == b"ID3":
             position += 10 + id3_size(data[position + 6:position + 10])
             continue
-        size, frame_samples = mp3_header(data[position:position + 4])
+        size, frame_samples, form = mp3_header(data[position:position + 4])
         end = position + size
 
         # a frame, or bytes that look so: then no second one follows
-        follows = end == len(data) or mp3_header(data[end:end + 4])[0] > 0
-        if size == 0 or end > len(data) or not (in_step or follows):
-            in_step = False
+        follows = end == len(data) or mp3_header(data[end:end + 4])[2] == form
+        if size == 0 or end > len(data) or not (form == expected or follows):
+            expected = None
             position = data.find(b"\xff", position + 1)
             if position < 0:
                 break
@@ -172,11 +177,12 @@ def mp3_frames(data):
         if count is None:
             offsets.append((position, end))
             samples = frame_samples
+            formats.add(form)
         else:
             claimed.append(count)
-        in_step = True
+        expected = form
         position = end
-    return np.array(offsets, np.int64).reshape(-1, 2), samples, claimed
+    return np.array(offsets, np.int64).reshape(-1, 2), samples, claimed, formats
 
 
 def id3_size(four):
@@ -185,17 +191,18 @@ def id3_size(four):
 
 
 def mp3_header(four):
-    """The first four bytes of an MP3 frame -> (bytes, samples) of the frame, (0, 0) if it is none.
+    """The first four bytes of an MP3 frame -> (bytes, samples, (sample rate, channels)) of it,
+    (0, 0, None) if it is none.
 
-    11 bits of ones, 2 version, 2 layer, 1, 4 bit rate, 2 sample rate, 1 padding, ...
+    11 bits of ones, 2 version, 2 layer, 1, 4 bit rate, 2 sample rate, 1 padding, 1, 2 mode, ...
     """
     if len(four) < 4 or four[0] != 0xFF or four[1] & 0xE6 != 0xE2:         # layer III
-        return 0, 0
+        return 0, 0, None
     version = four[1] >> 3 & 3                      # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
     bit_rate = four[2] >> 4
     rate = four[2] >> 2 & 3
     if version == 1 or bit_rate in (0, 15) or rate == 3:
-        return 0, 0
+        return 0, 0, None
 
     sample_rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
     if version == 3:
@@ -204,7 +211,8 @@ def mp3_header(four):
     else:
         samples = 576
         kbit = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)[bit_rate - 1]
-    return samples // 8 * kbit * 1000 // sample_rate + (four[2] >> 1 & 1), samples
+    size = samples // 8 * kbit * 1000 // sample_rate + (four[2] >> 1 & 1)
+    return size, samples, (sample_rate, 1 if four[3] >> 6 == 3 else 2)
 
 
 def xing_count(head):
@@ -252,8 +260,7 @@ def ogg_parts(path, f):
         for span in zip(links, [*links[1:], len(data)]):
             with opened(path, BytesIO(data[slice(*span)])) as link:
                 if (link.samplerate, link.channels) != (f.samplerate, f.channels):
-                    raise BadInput(f"{path}: joined of parts with different sample rates or "
-                                   "channels; export it again")
+                    raise BadInput(f"{path}: {JOINED_OF_DIFFERENT}")
                 parts.append(Part(link.frames, span=span))
     return parts
 
@@ -461,7 +468,7 @@ def missing_part(path, info, count):
         if data[:4] in (b"RIFF", b"RIFX"):
             promised = wav_promise(data, info)
         elif info.parts[0].offsets is not None:
-            _, samples, claimed = mp3_frames(data)
+            _, samples, claimed, _ = mp3_frames(data)
             promised = sum(claimed) * samples
         elif data[:4] == b"fLaC" and data.find(b"fLaC\0\0\0\x22", 4) > 0:
             return "behind it is a second FLAC file that no decoder reads"

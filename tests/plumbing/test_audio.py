@@ -55,6 +55,12 @@ def test_joined_mp3s_are_read_to_the_end_of_the_last(tmp_path):
     assert np.abs(joined[:, :n] - one).max() < 1e-5
     assert np.abs(joined[:, n + 4 * 1152:] - one[:, 4 * 1152:]).max() < 1e-5
 
+    # the decoder stops where the sample rate changes
+    sf.write(tmp_path / "other.mp3", wave(3.0, 48000), 48000, format="MP3")
+    (tmp_path / "joined.mp3").write_bytes(data + (tmp_path / "other.mp3").read_bytes())
+    with pytest.raises(BadInput, match="joined.mp3: joined of parts with different sample rates"):
+        load_audio(tmp_path / "joined.mp3", MP3_RATE)
+
 
 def test_a_truncated_mp3_is_as_long_as_what_is_there_and_check_says_so(tmp_path):
     """Fault: its length was the header's, and a crop behind the end stopped the training."""
