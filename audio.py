@@ -146,8 +146,8 @@ def mp3_parts(path, f):
 
 
 def mp3_frames(data):
-    """Bytes of an MP3 -> (n, 2) first and last byte + 1 of each frame, samples per frame, the number
-    of frames that each Xing header claims, and {(sample rate, channels)} of the frames.
+    """Bytes of an MP3 -> (n, 2) first and last byte + 1 of each frame, samples per frame, the
+    number of frames that each Xing header claims, and {(sample rate, channels)} of the frames.
 
     Frames of layer III that are complete and hold sound. ID3 tags and other bytes are skipped.
     """

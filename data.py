@@ -172,11 +172,17 @@ def load_manifest(path, must_exist=True):
                        f"`python -m corpora.scan check {path} --out clean.jsonl` drops those lines")
     if not clips:
         raise BadInput(f"{path}: holds no clips; each line is {{\"audio\": \"a/b.flac\", ...}}")
-    if ignored and os.environ.get("RANK", "0") == "0":
-        keys = ", ".join(f"{key!r} ({n:,} lines)" for key, n in ignored.most_common())
+    if ignored:
+        note_ignored_keys(path, ignored)
+    return clips
+
+
+def note_ignored_keys(path, ignored):
+    """Print the keys that no Clip has, on stderr of the first process. ignored: {key: lines}."""
+    keys = ", ".join(f"{key!r} ({n:,} lines)" for key, n in ignored.most_common())
+    if os.environ.get("RANK", "0") == "0":
         print(f"{path}: ignored keys: {keys}; a clip has {', '.join(sorted(FIELDS))}",
               file=sys.stderr)
-    return clips
 
 
 def parse_line(line, where):

@@ -3,7 +3,7 @@
     [Clip] ── load_audio ──> encode(wav) ──> LatentCache on disk ──> LatentBatches(step, rows)
 
     out/RUN/latents/
-      KEY/                    16 hex digits: one state of the VAE and one list of audio files
+      KEY/                    16 hex digits: one VAE (weights, [vae], precision), one list of files
         index.json            {"names": files_digest, "n": clips, "dim": D, "levels": 0 or K,
                                "shards": [{"clips": [7, 2, ...], "frames": [63, 61, ...]}, ...]}
         shard_00000.npy       (sum of T, 2D) float16   [mean | log-variance]
