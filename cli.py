@@ -25,7 +25,7 @@ PACKAGES = ("torch", "numpy", "soundfile", "soxr", "einops", "tqdm")
 
 
 def check_packages():
-    """End a script with one line where a package that it needs is missing; before it is imported."""
+    """End a script with one line where a package is missing; call it before the imports."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(f"error: {', '.join(missing)} not installed in {sys.executable}; activate the "
@@ -35,7 +35,7 @@ def check_packages():
 
 
 def explain_library():
-    """End `python heads.py -h` with what the file is: one that is not a command has no -h itself."""
+    """End `python heads.py -h` with what the file is: a file that is no command has no -h."""
     file = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     if file.parent.resolve() != Path(__file__).parent.resolve() or "-h" not in sys.argv[1:]:
         return
@@ -101,6 +101,8 @@ def atomic(path):
 
     Makes parent folders. Errors: BadInput where the file cannot be written."""
     temp = f"{path}.{os.getpid()}.tmp"
+    if os.path.isdir(path):
+        raise BadInput(f"{path}: is a folder; name a file in it")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(temp, "wb").close()
@@ -117,6 +119,8 @@ def atomic(path):
 
 def check_writable(path):
     """Raise BadInput at the start, not after hours of work, where `path` cannot be written."""
+    if os.path.isdir(path):
+        raise BadInput(f"{path}: is a folder; name a file in it")
     new = not os.path.exists(path)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

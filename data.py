@@ -466,7 +466,7 @@ def rng(purpose, *numbers):
 
 
 def kinds_seen(clips, weights):
-    """The kinds of clips that have rows, in the order of KINDS. weights: {kind: share}; {} = all."""
+    """The kinds that have rows, in the order of KINDS. weights: {kind: share}; {} = all kinds."""
     present = {clip.kind for clip in clips}
     return [kind for kind in KINDS if kind in present and (not weights or weights.get(kind, 0) > 0)]
 

@@ -54,7 +54,7 @@ from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from judges import METRICS, Judges
 from report import draw_spectrograms
-from sample import encode_voice, render, sampling_options
+from sample import encode_voice, render, sampling_options, what_was_seen
 from vae import kl_loss
 
 BATCH = 32                          # texts generated at once
@@ -373,7 +373,8 @@ def metric_names(text):
 
 
 def run_arguments(no_steps="0 = the objective's own"):
-    """A parent parser: which run, which clips, where the figures go. no_steps: what --steps 0 means.
+    """A parent parser: which run, which clips, where the figures go. no_steps: what `--steps 0`
+    means.
     """
     p = Parser(add_help=False)
     p.add_argument("--run", required=True, help="a run folder written by train.py")
@@ -451,6 +452,16 @@ def held_out_clips(run, manifest, cfg):
         return load_manifest(manifest)
     _, held_out = load_clips(cfg.data)
     return held_out
+
+
+def of_trained_kinds(clips, run, stages, cfg):
+    """The clips of kinds that the language models of `stages` saw in training; a line says which
+    are left out.
+    """
+    trained = {kind for stage in stages for kind in what_was_seen(run, stage, cfg)["kinds"]}
+    for kind in sorted({clip.kind for clip in clips} - trained):
+        print(f"{kind}: not generated, {run} was not trained on it")
+    return [clip for clip in clips if clip.kind in trained]
 
 
 def chosen_sampling(a, cfg, lm):
@@ -548,6 +559,7 @@ def main():
 
     # the language models
     models = {}
+    clips = of_trained_kinds(clips, a.run, stages, cfg) if stages else clips
     for stage in stages:
         lm = open_stage(a.run, stage)
         options = chosen_sampling(a, cfg, lm)

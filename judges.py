@@ -101,8 +101,8 @@ class Judges:
     def embed_voice(self, wav):
         """The unit d-vector of the speech in wav (S,) at 16 kHz; zeros where there is none.
 
-        Resemblyzer's preprocessing comes first, as its encoder was trained: quiet wavs are raised to
-        -30 dB of full scale, long silences cut out.
+        Resemblyzer's preprocessing comes first, as its encoder was trained: quiet wavs are raised
+        to -30 dB of full scale, long silences cut out.
         """
         if abs(wav).max() > 1e-3:
             wav = self.preprocess_voice(wav)

@@ -164,7 +164,7 @@ def draw_continuation(path, curves):
 
 
 def draw_mask(path, prefix=4, blocks=3, block=4):
-    """AudioCALM's mask as a png: a row is the position that looks, a column the one that is seen."""
+    """AudioCALM's mask as a png: a row is the position that looks, a column the one it sees."""
     # the mask of a short sequence: [text and prompt | clean | noisy]
     T = blocks * block
     order = torch.cat([torch.arange(-prefix, 0)] + [torch.arange(T) // block] * 2)

@@ -12,11 +12,13 @@
        prompt ─► VAE encoder ─► latents ─► CALM, one latent at a time ─► VAE decoder ─► wav
                                                   └── --stream: written as it comes ──┘
 
-A text longer than those of training is spoken in pieces: as many sentences as fit (a sentence that
-does not fit is cut at commas, then between words; Chinese or Japanese between letters), in the voice of --prompt or else of the first sentence. A run that was
-trained without voice prompts speaks each sentence in a voice of its own.
+A text longer than those of training is spoken in pieces: as many sentences as fit (one that does
+not fit is cut at commas, then between words; Chinese or Japanese between letters), in the voice of
+--prompt or else of the first piece. A run that was trained without voice prompts speaks each piece
+in a voice of its own.
 --prompt alone is continued: the wav holds prompt and continuation. --prompt with --text lends its
-voice: the stretch with the most speech, as long as the voice prompts of training. With --prompt-text as well, the clip is continued with the new words, and only these are kept.
+voice: the stretch with the most speech, as long as the voice prompts of training. With
+--prompt-text as well, the clip is continued with the new words, and only these are kept.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -26,6 +28,7 @@ import re
 import time
 import unicodedata
 import warnings
+import wave
 
 from cli import check_packages
 
@@ -33,7 +36,6 @@ if __name__ == "__main__":
     check_packages()                # before the imports that need them
 
 import numpy as np
-import soundfile as sf
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -183,8 +185,7 @@ def check_arguments(a):
 
 
 def check_unicode(option, text):
-    """BadInput where a word of the command line was not UTF-8 (the shell's bytes become surrogates).
-    """
+    """BadInput where a text of the command line is not UTF-8: its bytes have become surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -200,8 +201,9 @@ COMMA = re.compile(r",\s+|[，、]\s*")
 SPACE = re.compile(r"\s+")
 
 # full stops that end no sentence, before the next character: "Mr. S", "J. S", "U.S. A", "No. 5"
-ABBREVIATION = re.compile(r"""(?:^|[\s("'])(?:no\.\s+\d|(?:mr|mrs|ms|dr|prof|st|jr|sr|vs|fig|vol|approx|"""
-                          r"capt|gen|col|lt|sgt|rev|[^\W\dI]|\w(?:\.\w)+)\.\s+.)$", re.IGNORECASE)
+TITLES = "mr|mrs|ms|dr|prof|st|jr|sr|vs|fig|vol|approx|capt|gen|col|lt|sgt|rev"
+ABBREVIATION = re.compile(r"""(?:^|[\s("'])(?:no\.\s+\d|(?:""" + TITLES +
+                          r"|[^\W\dI]|\w(?:\.\w)+)\.\s+.)$", re.IGNORECASE)
 # letters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
                       r"\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -233,8 +235,8 @@ def sentences(text, fits):
 
 
 def cut_best(text):
-    """The text cut at its best kind of place -> parts that join to it again; one part where there is
-    no place.
+    """The text cut at its best kind of place -> parts that join to it again; one part where it has
+    no such place.
     """
     ends = [match.end() for match in SENTENCE_END.finditer(text)
             if not ABBREVIATION.search(text[max(0, match.end() - 24):match.end() + 1])]
@@ -286,14 +288,16 @@ def texts_to_generate(a, cfg, lm):
 
     # the prompt's words take room from the first piece alone
     pieces = sentences(text, lambda piece: tokens(piece) <= limit)
-    if not before or tokens(before + text) <= limit:
-        return [before + text] if before else pieces
+    if not before:
+        return pieces
     try:
-        first = sentences(text, lambda piece: tokens(before + piece) <= limit)[0]
+        first, *rest = sentences(text, lambda piece: tokens(before + piece) <= limit)
     except BadInput:
         raise BadInput(f"--prompt-text: {tokens(before)} {unit} leave too little room for --text "
                        f"(data.text_len = {limit})") from None
-    return [before + first, *sentences(text[len(first):].strip(), lambda piece: tokens(piece) <= limit)]
+    if rest:
+        rest = sentences(text[len(first):].strip(), lambda piece: tokens(piece) <= limit)
+    return [before + first, *rest]
 
 
 # ---------------------------------------------------------------- where a recording speaks
@@ -426,7 +430,8 @@ def load_history(a, cfg, vae, lm):
 # ---------------------------------------------------------------- audio
 
 class Output:
-    """The generated audio on its way to --out: collected, and with --stream written at once.
+    """The generated audio on its way to --out: collected, and with --stream written at once; the
+    file is then a whole wav after every piece, whenever the program ends.
 
     skip: samples to drop from the front (the end of a prompt that is not kept).
     """
@@ -438,11 +443,9 @@ class Output:
         self.pieces = []
         self.file = None
         if a.stream:
-            try:
-                self.file = sf.SoundFile(a.out, "w", self.sample_rate, vae.cfg.channels, "PCM_16",
-                                         format="WAV")
-            except (OSError, sf.LibsndfileError) as e:
-                raise BadInput(f"--out {a.out}: cannot be written ({e})") from None
+            self.file = open(a.out, "wb")
+            self.wave = wave.open(self.file)
+            self.wave.setparams((vae.cfg.channels, 2, self.sample_rate, 0, "NONE", ""))
 
     def write(self, wav):
         """wav (1, ch, n)."""
@@ -451,12 +454,14 @@ class Output:
         wav = wav[0, :, skipped:].cpu()
         self.pieces.append(wav)
         if self.file is not None:
-            self.file.write(wav.T.numpy())
+            pcm = (wav.clamp(-1, 1) * 32767).round().T.numpy()              # (n, ch)
+            self.wave.writeframes(pcm.astype("<i2").tobytes())              # and their number
             self.file.flush()
 
     def close(self):
         wav = torch.cat(self.pieces, -1)
         if self.file is not None:
+            self.wave.close()
             self.file.close()
         else:
             save_audio(self.path, wav.numpy(), self.sample_rate)
@@ -534,15 +539,21 @@ def generate(a, cfg, vae, lm, texts):
     return new_frames / cfg.vae.frame_rate, first_audio, time.perf_counter() - start
 
 
-def check_trained(a, cfg, stage):
-    """BadInput where the run never saw the kind, or a voice prompt, in training.
+def what_was_seen(run, stage, cfg):
+    """What the training rows of a stage held -> {"kinds", "voice_prompts"}, from its checkpoint.
 
-    Its checkpoint says what it saw; one of before 2026-11-27 does not, and its config is asked.
+    A checkpoint from before 2026-11-27 does not say so: the config is asked for the kinds.
     """
-    state = torch.load(f"{a.run}/{stage}.pt", mmap=True, weights_only=True)
-    seen = state.get("seen", {})
+    state = torch.load(f"{run}/{stage}.pt", mmap=True, weights_only=True)
     weighted = [kind for kind in KINDS if cfg.data.weights.get(kind, 0) > 0]
-    kinds = seen.get("kinds") or weighted or (KINDS if cfg.data.manifest else cfg.toy.kinds)
+    kinds = weighted or (KINDS if cfg.data.manifest else cfg.toy.kinds)
+    return {"kinds": kinds, "voice_prompts": True} | state.get("seen", {})
+
+
+def check_trained(a, cfg, stage):
+    """BadInput where the run never saw the kind, or a voice prompt, in training."""
+    seen = what_was_seen(a.run, stage, cfg)
+    kinds = seen["kinds"]
     if a.kind not in kinds:
         raise BadInput(f"--kind {a.kind}: {a.run} was trained on {', '.join(kinds)} alone; use "
                        f"--kind {kinds[0]}")
@@ -550,9 +561,9 @@ def check_trained(a, cfg, stage):
     if lends_voice and not cfg.data.prompt_frames:
         raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
                        "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
-    if lends_voice and not seen.get("voice_prompts", True):
-        raise BadInput(f"--prompt: no training row of {a.run} had a voice prompt (no speaker in its "
-                       "manifest has two clips); add --prompt-text to continue the clip instead")
+    if lends_voice and not seen["voice_prompts"]:
+        raise BadInput(f"--prompt: no training row of {a.run} had a voice prompt: no speaker in "
+                       "its manifest has two clips; add --prompt-text to continue the clip instead")
 
 
 def main():

@@ -41,9 +41,9 @@ from config import STAGES, open_run
 from data import KINDS, encode_text, save_audio, seconds_of
 from discrete import DISCRETE
 from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, find_stages,
-                      held_out_clips, judge_lm, judging_arguments, load_clip, log_mel, open_stage,
-                      prepare, print_table, rounded_mean, run_arguments, sampling_arguments,
-                      write_json)
+                      held_out_clips, judge_lm, judging_arguments, load_clip, log_mel,
+                      of_trained_kinds, open_stage, prepare, print_table, rounded_mean,
+                      run_arguments, sampling_arguments, write_json)
 from judges import Judges
 from report import draw_continuation, draw_sweep
 from sample import encode_prompt, render
@@ -344,6 +344,7 @@ def main():
     if not stages:
         raise BadInput(f"{a.run}: has no language model to generate with")
     clips = held_out_clips(a.run, a.manifest, cfg)
+    clips = of_trained_kinds(clips, a.run, stages, cfg)
 
     figures = a.study(a, cfg, vae, clips, stages)
     if a.json:

@@ -105,7 +105,8 @@ CASES = [  # command line, what the line must say
     (SAMPLE + " --text hi --out {0}/folder.wav", "folder.wav: is a folder"),
     (SAMPLE + " --text hi\udcff", "--text: is not UTF-8 at character 3"),
     (SAMPLE + " --text hi --out {0}/\udcff.wav", "--out: is not UTF-8"),
-    (SAMPLE + " --prompt {0}/good.wav --text ho --prompt-text \ud800", "--prompt-text: is not UTF-8"),
+    (SAMPLE + " --prompt {0}/good.wav --text ho --prompt-text \ud800",
+     "--prompt-text: is not UTF-8"),
     (SAMPLE + " --text hi --prompt-seconds 1", "--prompt-seconds: is for a --prompt without"),
     (SAMPLE + " --prompt {0}/none.wav", "none.wav"),
     (SAMPLE + " --prompt {0}/text.wav", "text.wav"),
@@ -179,6 +180,9 @@ CASES = [  # command line, what the line must say
     ("evaluate.py --run {0}/vae_only --what lm", "has no language model"),
     ("evaluate.py --run {0}/run --stage lm2", "has no 'lm2'"),
     ("evaluate.py --run {0}/run --json {0}/good.wav/x.json", "x.json: cannot be written"),
+    ("evaluate.py --run {0}/run --json {0}", "is a folder; name a file in it"),
+    ("report.py losses {0}/run --out {0}", "is a folder; name a file in it"),
+    ("report.py mask {0}", "is a folder; name a file in it"),
     ("-m tools.ablate configs/ablation.toml toy --json {0}/good.wav/x.json",
      "x.json: cannot be written"),
     ("-m tools.bench vae --config {0}/tiny.toml --json {0}/good.wav/x.json",
@@ -207,8 +211,8 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
 
 
-LIBRARIES = ["audiocalm", "backbone", "calm", "config", "data", "discrete", "gan", "heads", "judges",
-             "latents", "moe", "optim", "schema", "stages", "vae"]
+LIBRARIES = ["audiocalm", "backbone", "calm", "config", "data", "discrete", "gan", "heads",
+             "judges", "latents", "moe", "optim", "schema", "stages", "vae"]
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

@@ -5,8 +5,8 @@ from report import read_curves
 
 
 def test_every_figure_has_a_panel_and_those_of_validation_alone_have_their_own(tmp_path):
-    """Fault: figures logged only at validation (valid_energy_KIND) were drawn nowhere, and the dot of
-    valid_mel stood on the panel of another measure.
+    """Fault: figures logged only at validation (valid_energy_KIND) were drawn nowhere, and the dot
+    of valid_mel stood on the panel of another measure.
     """
     rows = [{"stage": "vae", "step": 1, "mel": 2.0, "kl": 1.0, "rate": 9.0},
             {"stage": "vae", "step": 1, "valid_mel": 0.4},

@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 import unicodedata
+import wave
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import sample as sample_script
 import train
 from cli import BadInput
 from config import Config, build, open_run
-from sample import sentences, texts_to_generate, to_int8
+from sample import Output, sentences, texts_to_generate, to_int8
 from conftest import run, write
 
 
@@ -47,8 +48,21 @@ def test_text_of_every_kind_becomes_sound_of_the_asked_length_at_most(trained):
 def test_streaming_writes_the_same_samples(trained):
     """Also into a folder that is made for it. Fault: only without --stream was it made."""
     plain = sample(trained, "--text", "two", "--seed", "3")
-    stream = sample(trained, "--text", "two", "--seed", "3", "--stream", out="new/folder/stream.wav")
+    stream = sample(trained, "--text", "two", "--seed", "3", "--stream", out="new/a/stream.wav")
     np.testing.assert_allclose(stream, plain, atol=2 / 32768)
+
+
+def test_a_streamed_file_is_a_whole_wav_after_every_piece(tmp_path):
+    """Fault: until the end, and after a kill, its header said 0 samples."""
+    path = str(tmp_path / "grows.wav")
+    vae = types.SimpleNamespace(cfg=types.SimpleNamespace(sample_rate=16000, channels=1))
+    output = Output(types.SimpleNamespace(out=path, stream=True), vae, skip=100)
+    for pieces in (1, 2):
+        output.write(torch.full((1, 1, 500), 1.5))
+        with wave.open(path) as f:
+            assert f.getnframes() == 500 * pieces - 100
+    output.close()
+    assert sf.read(path, dtype="int16")[0].tolist() == [32767] * 900
 
 
 def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():
@@ -64,8 +78,8 @@ def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():
 def test_pieces_of_a_text_are_as_few_as_fit_and_cut_where_a_reader_would():
     """Fault: "Mr." and "e.g." ended sentences, and every short sentence was spoken by itself."""
     fits = lambda text: len(text) <= 40
-    text = ("Mr. Smith paid 3.5 dollars, e.g. for J. Doe of the U.S. Army. He left. So. We did too. "
-            "Yes!")
+    text = ("Mr. Smith paid 3.5 dollars, e.g. for J. Doe of the U.S. Army. He left. So. "
+            "We did too. Yes!")
     assert sentences(text, fits) == ["Mr. Smith paid 3.5 dollars,",
                                      "e.g. for J. Doe of the U.S. Army.",
                                      "He left. So. We did too. Yes!"]
@@ -101,7 +115,8 @@ def test_the_option_that_is_too_long_is_the_one_that_is_named():
     """Fault: with a long --prompt-text the error line was about --text."""
     for arguments, says in [
             ({"text": "six", "prompt_text": "x" * 21}, "--prompt-text: 21 bytes are more than"),
-            ({"text": "seven", "prompt_text": "x" * 18}, "--prompt-text: 18 bytes leave too little"),
+            ({"text": "seven", "prompt_text": "x" * 18},
+             "--prompt-text: 18 bytes leave too little"),
             ({"text": "x" * 21, "prompt_text": "one"}, "--text: 'xxx.*' is longer than this run"),
             ({"text": "x" * 21, "kind": "sound"}, "--text: 21 bytes are more than"),
             ({"text": "x" * 18, "prompt_text": "one", "kind": "sound"},
@@ -212,8 +227,8 @@ def test_int8_rounds_the_matrices_for_which_it_pays_and_says_so(trained, capsys,
     assert to_int8(model) == 1
     assert [type(layer) is torch.nn.Linear for layer in layers] == [False, True]
 
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{trained}/run", "--text", "two", "--int8",
-                                      "--seconds", "0.4", "--out", f"{trained}/x.wav"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{trained}/run", "--text", "two",
+                                      "--int8", "--seconds", "0.4", "--out", f"{trained}/x.wav"])
     sample_script.main()
     assert "--int8: no matrix has 65536 weights" in capsys.readouterr().out
 

@@ -1,5 +1,9 @@
 """Configs are read strictly, overridden from the command line and written back unchanged."""
 import dataclasses
+import inspect
+import re
+import textwrap
+import typing
 
 import pytest
 
@@ -94,3 +98,25 @@ def test_a_new_key_on_the_command_line_reaches_a_file_of_the_old_layout(tmp_path
     path = write(tmp_path / "a.toml", "[vae]\nloss_windows = [128]\n[train.lm]\nclip = 2.0\n")
     cfg = load(path, ["--gan.loss_windows", "[64]", "--train.lm.grad_clip", "0.5"])
     assert cfg.gan.loss_windows == [64] and cfg.train.lm.grad_clip == 0.5
+
+
+def test_a_rule_names_a_key_of_its_own_table():
+    """Fault: messages named doubled keys such as lm.head.head.objective, since the table's own name
+    is put before what its rule says.
+    """
+    for table in (Config, *config_tables(Config)):
+        source = textwrap.dedent(inspect.getsource(table))
+        for key in re.findall(r'raise ValueError\(\s*f?["\'](\w[\w.]*):', source):
+            fields = typing.get_type_hints(table)
+            for name in key.split("."):
+                assert name in fields, f"{table.__name__}: {key}"
+                fields = typing.get_type_hints(fields[name]) if dataclasses.is_dataclass(
+                    fields[name]) else {}
+
+
+def config_tables(table):
+    """Every dataclass that is a field of a table, or of a field's table."""
+    for kind in typing.get_type_hints(table).values():
+        if dataclasses.is_dataclass(kind):
+            yield kind
+            yield from config_tables(kind)

@@ -57,7 +57,8 @@ def add_options(parser):
                              "(default configs/audiocalm_quick.toml)")
     parser.add_argument("--seconds", type=number(float, above=0), default=10.0,
                         help="length of the audio in the first table (default 10)")
-    parser.add_argument("--lengths", type=number(float, above=0), nargs="+", default=[5, 10, 20, 30, 60],
+    parser.add_argument("--lengths", type=number(float, above=0), nargs="+",
+                        default=[5, 10, 20, 30, 60],
                         help="seconds, the rows of the second table (default 5 10 20 30 60)")
     parser.add_argument("--window", type=number(float, above=0),
                         help="seconds of history in the second table (default: the config's "
