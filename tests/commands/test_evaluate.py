@@ -12,7 +12,7 @@ import torch
 import evaluate
 from config import Config, build
 from cli import BadInput
-from data import Clip
+from data import Clip, DataConfig
 from judges import METRICS, Judges, split_words, word_errors
 from vae import VAE, VAEConfig
 
@@ -188,6 +188,14 @@ def test_a_metric_that_cannot_be_loaded_is_the_one_that_is_named(monkeypatch):
         Judges(["sim"])
     with pytest.raises(BadInput, match=r"--whisper tiny: cannot be loaded \(no weights\)"):
         Judges(["wer"], "tiny")
+
+
+@pytest.mark.parametrize("kind_token", [True, False])
+def test_texts_are_as_long_as_those_of_training_with_a_kind_token_or_without(kind_token):
+    """Fault: without the token a text of text_len + 1 was generated from."""
+    cfg = build(DataConfig, {"text_len": 4, "kind_token": kind_token})
+    clips = [Clip(f"{text}.wav", text) for text in ("four", "fives")]
+    assert list(evaluate.choose_targets(clips, "speech", cfg, 9)) == ["four"]
 
 
 def test_a_choice_of_texts_is_evenly_spaced():
