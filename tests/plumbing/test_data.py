@@ -250,6 +250,14 @@ def test_a_word_lies_at_the_frame_where_it_starts_or_behind_the_word_before():
     assert word_stream(words, 4, 10.0)[:, 0].tolist() == stream[:4]
 
 
+@pytest.mark.parametrize("rate", [12.5, 25.0, 50.0])
+def test_a_word_that_starts_with_a_frame_lies_in_that_frame(rate):
+    """Fault: 1.16 s at 25 Hz is 28.999... in floats, and the word lay one frame too early."""
+    for frame in range(1000):
+        [(_, first, late), _] = word_frames([["a", frame / rate, frame / rate]], rate)
+        assert first == frame and late == 0
+
+
 def test_with_two_bytes_per_frame_a_word_begins_with_a_frame_and_pad_fills_its_last():
     words = [["ab", 0.2, 0.3], ["c", 0.3, 0.4], ["de", 1.0, 1.2]]
     stream = word_stream(words, 13, 10.0, 2).tolist()
