@@ -479,8 +479,8 @@ class AudioCALM(nn.Module):
 
         ended = torch.zeros(B, dtype=torch.bool, device=text.device)
         for first in range(0, max_frames, cfg.block):
-            # a new block by the solver (z is the Context), whose evaluations share the cache's spare
-            # room, then its clean pass
+            # a new block by the solver (z is the Context); its evaluations share the spare room of
+            # the cache. Then the clean pass
             z.cache.reserve(cfg.block)
             x = self.head.sample(z, steps=steps, temperature=temperature, generator=generator,
                                  shape=(B, 1, cfg.block * D)).view(B, cfg.block, D)

@@ -31,9 +31,10 @@ bytes, each word from the frame where it begins, and the audio lags d = acoustic
 
     L += monologue_weight · cross-entropy of the text
 
-Read English has about 14.5 bytes per second. Where latents are rarer, each frame takes monologue_tokens =
-n bytes, embedded as a sum. Their logits come one after the other: byte i sees z_long plus the
-embeddings of bytes 1 ... i-1 of its frame. A word then begins with a frame, and PAD fills its last.
+Read English has about 14.5 bytes per second. Where latents are rarer, each frame takes n bytes
+(monologue_tokens), embedded as a sum. Their logits come one after the other: byte i sees z_long
+plus the embeddings of bytes 1 ... i-1 of its frame. A word begins with a frame, and PAD fills its
+last. Elsewhere n is 1.
 
 Given a text, generate() lets the model choose when the next word begins and puts its bytes there;
 without a text the model writes its own.
@@ -53,9 +54,10 @@ Where this differs from the paper:
 - The short branch can be limited to some kinds and dropped for a share of the training sequences:
   with the branch always on, the loss falls lower but the text is ignored (the paper has the branch
   for music, not for speech).
-- The monologue is made of bytes (we train no tokenizer), and a space closes each word. The delay is
-  a config value (the paper: 2 frames after the text): a longer one lets the model read a word
-  before it speaks it. The paper does not give the weight of the text loss.
+- The monologue is made of bytes (the paper: one token of its text model per frame; we train no
+  tokenizer), and a space closes each word. The delay is a config value (the paper: 2 frames after
+  the text): a longer one lets the model read a word before it speaks it. The paper does not give
+  the weight of the text loss.
 - k ~ U(0, noise): the paper's 1 is a config value; with 0.5 short speech learns the text faster.
 - Generation can add the training noise to the history that it reads (sample.noise; the paper never
   does). A small model that was trained on noised histories only takes a clean history for a louder
@@ -105,7 +107,7 @@ class CALMConfig:
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0)] = 2
     # n, bytes of text beside each latent (monologue only): n · frame rate must exceed the bytes per
-    # second of the speech, or the words fall behind the audio. Measured on 6,813 recordings (4.3 h):
+    # second of the speech, or the words fall behind the audio. Measured on 6,813 recordings, 4.3 h:
     # 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at 25 Hz
     monologue_tokens: Annotated[int, Range(1)] = 1
     # weight of the text's cross-entropy (monologue only)
@@ -316,7 +318,7 @@ class CALM(nn.Module):
         return sum(embed(words[..., i]) for i, embed in enumerate(self.text_embeddings()))
 
     def text_logits(self, z, words):
-        """z (.., C), the frame's tokens (.., n) -> logits (.., n, vocab): each sees those before."""
+        """z (.., C), a frame's tokens (.., n) -> logits (.., n, vocab); each sees those before."""
         logits = [self.word(z)]
         for i, layer in enumerate(self.more_words):
             z = z + self.text_embeddings()[i](words[..., i])

@@ -416,7 +416,8 @@ def word_frames(words, frame_rate, per_frame=1):
     placed = []
     free = 0                                              # first frame after the word before
     for ids, start in zip(texts, starts):
-        first = max(int(start * frame_rate + 1e-6), free)     # 1.16 s · 25 Hz is 28.999... in floats
+        # 1e-6: 1.16 s at 25 Hz is 28.999... in floats
+        first = max(int(start * frame_rate + 1e-6), free)
         free = first + math.ceil(len(ids) / per_frame)
         placed.append((ids, first, first / frame_rate - start))
     return placed

@@ -11,7 +11,7 @@ import torch
 import latents
 from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
-from data import PAD, AudioBatches, Clip, DataConfig, load_audio
+from data import PAD, AudioBatches, Clip, DataConfig, load_audio, word_stream
 from latents import LatentBatches, LatentCache
 from stages import LMStage
 from vae import VAE, VAEConfig
@@ -347,3 +347,26 @@ def test_batches_are_the_same_asked_twice_by_halves_or_by_four_processes(tmp_pat
                       [p(step, range(2 * n, 2 * n + 2)) for n, p in enumerate(four)]):
             assert same(whole, {k: torch.cat([p[k] for p in parts]) for k in whole})
     assert not same(one(0, range(8)), one(1, range(8)))
+
+
+def test_rows_hold_the_bytes_beside_their_own_frames_and_fast_speech_is_reported():
+    """Two bytes per frame; a row that starts later holds the words of its own part."""
+    words = [["abc", 0.1 * i, 0.1 * i + 0.1] for i in range(8)]                # 40 bytes per second
+    clips = [Clip(f"/{i}.wav", "abc " * 8, "speech", words=words) for i in range(4)]
+    cfg = DataConfig(frames=6, kind_token=True)
+    fast = LatentBatches(clips, Numbered([20] * 4), cfg, 4, D, frame_rate=10.0, monologue=2)
+    assert fast.late_words.startswith("monologue: words fall up to 0.8 s behind the audio")
+
+    whole = word_stream(words, 20, 10.0, 2)                                    # (20, 2)
+    starts = set()
+    for step in range(10):
+        out = fast(step, range(4))
+        assert out["words"].shape == (4, 6, 2) and out["aligned"].all()
+        for x, row in zip(out["x"], out["words"]):
+            start = int(x[0, 1])
+            starts.add(start)
+            assert row.tolist() == whole[start:start + 6].tolist()
+    assert len(starts) > 5
+
+    without = LatentBatches(clips, Numbered([20] * 4), cfg, 4, D)(0, range(4))
+    assert without["words"].shape == (4, 6, 0) and not without["aligned"].any()
