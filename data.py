@@ -38,7 +38,7 @@ from typing import Annotated, get_args
 import numpy as np
 import torch
 
-from audio import load_audio, save_audio, seconds_in_file    # save_audio: for who asks here
+from audio import load_audio, seconds_in_file
 from cli import BadInput, atomic
 from schema import Kind, Range
 

@@ -37,6 +37,7 @@ import json
 import math
 import os
 
+from audio import load_audio, save_audio
 from cli import check_packages
 
 if __name__ == "__main__":
@@ -48,8 +49,7 @@ from tqdm import tqdm
 from cli import BadInput, Parser, atomic, check_writable, cli, number, threads
 from config import LM_STAGES, load_checkpoint, open_run
 from corpora import oracle
-from data import (KINDS, encode_text, fits, load_audio, load_clips, load_manifest, save_audio,
-                  seconds_of)
+from data import KINDS, encode_text, fits, load_clips, load_manifest, seconds_of
 from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from judges import METRICS, Judges

@@ -26,11 +26,12 @@ import shutil
 import torch
 import torch.distributed as dist
 
+from audio import load_audio, save_audio
 from calm import CALM
 from cli import BadInput
 from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model,
                     refuse_other_table, resolve, stage_seed, stage_table, vae_weights)
-from data import KINDS, AudioBatches, encode_text, fits, load_audio, save_audio, seconds_of
+from data import KINDS, AudioBatches, encode_text, fits, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
 from latents import LatentBatches, LatentCache, digest

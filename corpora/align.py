@@ -35,8 +35,9 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
+from audio import load_audio
 from cli import BadInput, Parser, check_writable, cli, threads
-from data import load_audio, load_manifest, write_manifest
+from data import load_manifest, write_manifest
 
 # Whisper's sample rate, Hz
 RATE = 16000

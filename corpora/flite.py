@@ -26,8 +26,9 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from audio import save_audio
 from cli import BadInput, Parser, cli
-from data import Clip, save_audio, write_manifest
+from data import Clip, write_manifest
 
 # name of a voice -> its library
 VOICES = {"slt": "cmu_us_slt", "rms": "cmu_us_rms", "awb": "cmu_us_awb", "kal16": "cmu_us_kal16"}

@@ -36,9 +36,10 @@ import argparse
 import torch
 from tqdm import tqdm
 
+from audio import save_audio
 from cli import BadInput, Parser, cli, number
 from config import STAGES, open_run
-from data import KINDS, encode_text, save_audio, seconds_of
+from data import KINDS, encode_text, seconds_of
 from discrete import DISCRETE
 from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, find_stages,
                       held_out_clips, judge_lm, judging_arguments, load_clip, log_mel,

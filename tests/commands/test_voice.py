@@ -11,10 +11,11 @@ import torch
 import calm
 import evaluate
 import sample
+from audio import load_audio
 from cli import BadInput
 from config import build, load, make_model
 from conftest import write
-from data import Clip, DataConfig, load_audio
+from data import Clip, DataConfig
 from latents import LatentBatches
 from vae import VAE
 

@@ -14,7 +14,7 @@ import stages
 import train
 from backbone import BackboneConfig
 from calm import CALM, CALMConfig
-from config import Config, build, load, open_run
+from config import Config, build, open_run
 from cli import BadInput
 from data import Clip, DataConfig
 from latents import LatentBatches, LatentCache

@@ -1,8 +1,6 @@
 """Discrete heads: likelihoods are exact, samples follow them, the delay pattern loses nothing."""
 import itertools
 import math
-import os
-import sys
 
 import pytest
 import torch

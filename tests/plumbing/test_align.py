@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import pytest
 
+from audio import save_audio
 from cli import BadInput
 from corpora import align
-from data import load_manifest, save_audio
+from data import load_manifest
 
 
 def test_a_word_begins_at_the_first_row_of_its_first_token():

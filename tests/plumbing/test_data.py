@@ -11,13 +11,13 @@ import torch
 import cli
 import data
 import schema
+from audio import load_audio, save_audio
 from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
 from config import load
 from conftest import ROOT
 from data import (PAD, AudioBatches, Clip, DataConfig, Order, Prefetch, encode_text, late_words,
-                  load_audio, load_clips, load_manifest, save_audio, word_frames, word_stream,
-                  write_manifest)
+                  load_clips, load_manifest, word_frames, word_stream, write_manifest)
 
 
 # ---------------------------------------------------------------------------- audio

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from audio import load_audio
 from cli import BadInput
 from conftest import engine
 from corpora import flite
-from data import load_audio, load_manifest
+from data import load_manifest
 
 needs_flite = pytest.mark.skipif(engine is None, reason="needs apt install flite")
 

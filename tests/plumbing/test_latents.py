@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import latents
+from audio import load_audio
 from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
-from data import PAD, AudioBatches, Clip, DataConfig, load_audio, word_stream
+from data import PAD, AudioBatches, Clip, DataConfig, word_stream
 from latents import LatentBatches, LatentCache
 from stages import LMStage
 from vae import VAE, VAEConfig

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
@@ -26,7 +25,7 @@ import train
 from cli import BadInput
 from config import (STAGES, Config, StageConfig, dump, load, load_checkpoint, make_model, open_run,
                     resolve, save_checkpoint, stage_seed)
-from conftest import ROOT, TINY, logged, run, write
+from conftest import ROOT, logged, run, write
 from data import Clip
 from discrete import ResidualVQ
 from gan import Discriminators

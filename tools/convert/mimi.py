@@ -29,10 +29,11 @@ import re
 import torch
 from tqdm import tqdm
 
+from audio import load_audio
 from cli import BadInput
 from config import Config
 from schema import build
-from data import load_audio, load_manifest
+from data import load_manifest
 from tools.convert.runs import save_run, vae_checkpoint
 from tools.convert.tensors import check_shapes, count, halves, read, rename
 from vae import VAE, VAEConfig
