@@ -20,7 +20,7 @@ i depends only on samples before (i + 1) · hop. The conv decoder computes sampl
 (i + 1) · hop from the latents up to i. The iSTFT decoder lags by `latency` = n_fft - stft_hop
 samples: a sample is complete once all frames (n_fft samples long) that cover it have been added.
 
-gan.py trains it (CALM eq. 2).
+gan.py trains it (eq. 2).
 
 Sources: CALM (arXiv 2509.06926) section 4.1 and Table 10; encoder and decoder are those of Mimi
 (Défossez et al. 2024), the layers' sources stand in layers.py; iSTFT head and [CLS]: AudioCALM
@@ -493,5 +493,5 @@ def in_chunks(latents):
 
 
 def kl_loss(mean, logvar):
-    """L_KL (CALM eq. 2): KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, mean over channels and frames."""
+    """L_KL (eq. 2): KL(N(mean, e^logvar) ‖ N(0, 1)) in nats, mean over channels and frames."""
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
