@@ -47,7 +47,7 @@ from data import KINDS, encode_text
 
 PROGRESS_FRAMES = 24                # latents between two lines of progress
 INT8_WEIGHTS = 1 << 16              # of a matrix from which int8 is faster (one thread, batch 1)
-PIECE_SECONDS = 30.0                # of a recording that is searched for speech, at a time
+PIECE_SECONDS = 30.0                # of a recording that is read or encoded at a time
 SILENCE = -80.0                     # dB, mean power; digital silence lies below
 SPEECH_RANGE = 30.0                 # dB between loud speech and the faintest that counts
 
@@ -56,8 +56,17 @@ SPEECH_RANGE = 30.0                 # dB between loud speech and the faintest th
 def encode_prompt(lm, vae, wav):
     """wav (B, ch, S) -> x as the model sees it: normalised latents (B, T, D) or codes (B, T, K);
     vae.denormalize takes either back.
+
+    A long wav is encoded in pieces, each behind the state of the one before: the same latents, and
+    memory that does not grow.
     """
-    return vae.encode_codes(wav) if lm.codes else vae.normalize(vae.encode(wav)[0])
+    wav = F.pad(wav, (0, -wav.shape[-1] % vae.cfg.hop))
+    piece = round(PIECE_SECONDS * vae.cfg.frame_rate) * vae.cfg.hop         # samples
+    state = {} if wav.shape[-1] > piece else None
+    if lm.codes:
+        return torch.cat([vae.encode_codes(part, state) for part in wav.split(piece, -1)], 1)
+    means = [vae.encode(part, state)[0] for part in wav.split(piece, -1)]
+    return vae.normalize(torch.cat(means, 1))
 
 
 @torch.no_grad()

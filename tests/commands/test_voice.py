@@ -132,12 +132,25 @@ def test_a_recording_of_any_length_is_read_in_pieces_and_only_its_window_is_enco
         return read[-1]
     encoded_samples = []
     encode = vae.encode
-    vae.encode = lambda wav: encoded_samples.append(wav.shape[-1]) or encode(wav)
+    vae.encode = lambda wav, state: encoded_samples.append(wav.shape[-1]) or encode(wav, state)
     monkeypatch.setattr(sample, "load_audio", spy)
     latents, speech = sample.encode_voice(lm, vae, f"{untrained}/long.wav", 4)
     assert speech == 4 and latents.shape == (1, 4, 4)
     assert max(wav.shape[1] for wav in read) == 30 * RATE and encoded_samples == [4 * HOP]
     assert abs(read[-1]).max() > 0.29                     # the tone
+
+
+def test_a_long_prompt_is_encoded_in_pieces_to_the_same_latents(untrained, monkeypatch):
+    """Fault: 10 minutes behind --prompt-text were encoded at once."""
+    _, vae, lm, _ = sample.open_run(f"{untrained}/run")
+    wav = torch.randn(1, 1, 10 * HOP + 100, generator=torch.Generator().manual_seed(0))
+    whole = vae.normalize(vae.encode(wav)[0])
+    lengths = []
+    encode = vae.encode
+    vae.encode = lambda part, state: lengths.append(part.shape[-1]) or encode(part, state)
+    monkeypatch.setattr(sample, "PIECE_SECONDS", 4 * HOP / RATE)
+    torch.testing.assert_close(sample.encode_prompt(lm, vae, wav), whole, atol=1e-5, rtol=1e-5)
+    assert lengths == [4 * HOP, 4 * HOP, 3 * HOP]
 
 
 def test_prompt_seconds_sets_the_length_of_a_voice(untrained, monkeypatch):
