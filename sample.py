@@ -514,7 +514,8 @@ def generate(a, cfg, vae, lm, texts):
     keep_history = history is not None and a.text is None
     output = Output(a, vae, skip=vae.latency if history is not None and not keep_history else 0)
     if history is not None:
-        lead = vae.decode(vae.denormalize(history), decoder_state)
+        parts = vae.denormalize(history).split(round(PIECE_SECONDS * cfg.vae.frame_rate), 1)
+        lead = torch.cat([vae.decode(part, decoder_state) for part in parts], -1)
         if keep_history:
             output.write(lead)
 
@@ -561,7 +562,9 @@ def what_was_seen(run, stage, cfg):
 
 
 def check_trained(a, cfg, stage):
-    """BadInput where the run never saw the kind, or a voice prompt, in training."""
+    """BadInput where the run never saw the kind in training; a line where it never saw a voice
+    prompt.
+    """
     seen = what_was_seen(a.run, stage, cfg)
     kinds = seen["kinds"]
     if a.kind not in kinds:
@@ -572,8 +575,9 @@ def check_trained(a, cfg, stage):
         raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
                        "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
     if lends_voice and not seen["voice_prompts"]:
-        raise BadInput(f"--prompt: no training row of {a.run} had a voice prompt: no speaker in "
-                       "its manifest has two clips; add --prompt-text to continue the clip instead")
+        print(f"--prompt: no training row of {a.run} had a voice prompt (no speaker in its manifest "
+              "has two clips), so this one changes little; --prompt-text would continue the clip",
+              flush=True)
 
 
 def main():
