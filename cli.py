@@ -1,5 +1,5 @@
-"""What every command shares: one line for a mistake of the user, an argument parser that says it that
-way, and files that are written whole or not at all. Imports none of our files.
+"""What every command shares: one line for a mistake of the user, an argument parser that says it so,
+and files that are written whole or not at all. Imports none of our files.
 
     def main():
         p = Parser(description=__doc__, ...)
@@ -53,7 +53,7 @@ class BadInput(Exception):
 
 
 def cli(main):
-    """Run main(). BadInput becomes one "error: ..." line on stderr and exit status 2; Ctrl-C 130."""
+    """Run main(). BadInput becomes one "error: ..." line on stderr, exit status 2; Ctrl-C 130."""
     try:
         main()
     except BadInput as e:

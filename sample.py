@@ -405,6 +405,7 @@ def load_voice(a, cfg, vae, lm):
         raise BadInput(f"--prompt-seconds: {a.prompt_seconds:g} is more than this run's voice "
                        f"prompts have, {most / cfg.vae.frame_rate:g} s (data.prompt_frames)")
 
+    # silence is refused, a scrap of speech is said
     voice, speech = encode_voice(lm, vae, a.prompt, frames)
     if voice is None:
         raise BadInput(f"--prompt {a.prompt}: is silent, it has no voice; give another recording")
@@ -419,10 +420,12 @@ def load_history(a, cfg, vae, lm):
     """The latents (1, n, D) to continue: all of --prompt where --prompt-text transcribes it, else
     its end.
     """
+    # what is continued without a text is the end of the file
     start = 0.0
     if a.text is None:
         seconds = a.prompt_seconds or cfg.sample.prompt_seconds
         start = max(0.0, seconds_in_file(a.prompt) - seconds)
+    # exactly so many samples
     wav = load_audio(a.prompt, cfg.vae.sample_rate, cfg.vae.channels, start=start,
                      allow_silence=True)
     if a.text is None:
@@ -575,9 +578,9 @@ def check_trained(a, cfg, stage):
         raise BadInput(f"--prompt: {a.run} was trained without voice prompts "
                        "(data.prompt_frames = 0); add --prompt-text to continue the clip instead")
     if lends_voice and not seen["voice_prompts"]:
-        print(f"--prompt: no training row of {a.run} had a voice prompt (no speaker in its manifest "
-              "has two clips), so this one changes little; --prompt-text would continue the clip",
-              flush=True)
+        print(f"--prompt: no training row of {a.run} had a voice prompt (no speaker in its "
+              "manifest has two clips), so this one changes little; --prompt-text would continue "
+              "the clip", flush=True)
 
 
 def main():
