@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+import adaln
 import heads
 from cli import BadInput
 from heads import (HALF_PI, HEADS, LSD, AdaLNMLP, Consistency, HeadConfig, RectifiedFlow,
@@ -517,7 +518,7 @@ def test_under_bf16_autocast_times_norms_and_the_tangent_stay_fp32(name):
     head, z, x = tiny(name, adaptive=True), torch.randn(64, 6), torch.randn(64, 4)
     seen = set()
     for module in head.modules():
-        if isinstance(module, heads.LayerNorm):
+        if isinstance(module, adaln.LayerNorm):
             module.register_forward_hook(lambda m, args, out: seen.add(out.dtype))
     for module in (head.net.time, head.net.norm):
         module.register_forward_hook(lambda m, args, out: seen.update({args[0].dtype, out.dtype}))

@@ -213,7 +213,7 @@ def test_an_out_that_is_a_folder_is_refused_before_the_work(command, tmp_path, c
     """Fault: a traceback after every file had been read."""
     corpus(tmp_path / "c", 2)
     code, out, err = run(capsys, command, tmp_path / "c", "--out", tmp_path)
-    assert code == 2 and out == "" and err.startswith(f"error: {tmp_path}: cannot be written")
+    assert code == 2 and out == "" and err.startswith(f"error: {tmp_path}: is a folder")
 
 
 def test_a_first_word_that_is_no_command_is_a_folder_and_check_is_one_as_a_path(

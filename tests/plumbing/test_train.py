@@ -265,6 +265,7 @@ def test_a_file_that_is_gone_does_not_cost_the_steps_before_it(tmp_path):
 
     class Batches:
         clips = batch.clips
+        seen = batch.seen
 
         def __call__(self, step, rows):
             if step == 5:
