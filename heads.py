@@ -292,7 +292,8 @@ class TrigFlow(nn.Module):
         # noise the data
         x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
         t = torch.atan(u.exp())                                             # tan t = e^u
-        cos, sin = t.cos()[..., None], t.sin()[..., None]                   # (M, .., 1)
+        cos = t.cos()[..., None]                                            # (M, .., 1)
+        sin = t.sin()[..., None]
         x_t = cos * x + sin * eps
 
         # evaluate the network, compare with dx/dt
@@ -391,7 +392,8 @@ class Consistency(nn.Module):
         # noise the data
         x, eps, u = sample_noise_and_log_ratio(x, cfg)                      # (M, .., D), u (M, ..)
         t = torch.atan(u.exp())                                             # tan t = e^u
-        cos, sin = t.cos()[..., None], t.sin()[..., None]                   # (M, .., 1)
+        cos = t.cos()[..., None]                                            # (M, .., 1)
+        sin = t.sin()[..., None]
         x_t = cos * x + sin * eps                                           # (M, .., D)
 
         # dx/dt of the sampled pair, or of the teacher's flow

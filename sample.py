@@ -128,6 +128,8 @@ def parse():
     # what
     p.add_argument("--text", help="what is spoken, or the caption of what is played")
     p.add_argument("--kind", default="speech", choices=KINDS)
+
+    # a recording to begin with, and lengths
     p.add_argument("--prompt", help="audio to continue, or whose voice to take")
     p.add_argument("--prompt-text", help="the words of the prompt")
     p.add_argument("--seconds", type=number(float, above=0),
@@ -145,14 +147,19 @@ def parse():
                    help="variance of the noise, 0 or more; default: the config's")
     p.add_argument("--cfg", type=number(float),
                    help="classifier-free guidance of the latents, 1 = off; default: the config's")
+
+    # randomness
     p.add_argument("--noise", type=number(float, 0, 1),
                    help="share of the training's noise on the past that the model conditions on, "
                         "0 .. 1; default: the config's")
     p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
                    help="of the random numbers; default 0")
 
-    # where and how fast
+    # where it goes
+    p.add_argument("--out", default="sample.wav", help="default: sample.wav")
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
+
+    # where it runs, and how fast
     p.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--int8", action="store_true",
@@ -160,7 +167,7 @@ def parse():
                         "decoder to bf16 (AMX)")
     p.add_argument("--parallel", action="store_true",
                    help="decode in a second thread (with --threads 1 on two free cores)")
-    p.add_argument("--out", default="sample.wav", help="default: sample.wav")
+
     a = p.parse_args()
     check_arguments(a)
     return a
@@ -172,10 +179,14 @@ def check_arguments(a):
         check_unicode(option, text or "")
     if a.text is not None and not a.text.strip():
         raise BadInput("--text: is empty; say something")
+
+    # the file to write
     if os.path.isdir(a.out):
         raise BadInput(f"--out {a.out}: is a folder; name a .wav in it")
     if not a.out.lower().endswith(".wav"):
         raise BadInput(f"--out {a.out}: only .wav is written")
+
+    # options that need each other
     if a.prompt_text and not (a.prompt and a.text):
         raise BadInput("--prompt-text: needs --prompt (the audio it transcribes) "
                        "and --text (what comes next)")
