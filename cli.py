@@ -1,5 +1,5 @@
-"""What every command shares: one line for a mistake of the user, an argument parser that says it so,
-and files that are written whole or not at all. Imports none of our files.
+"""What every command shares: one line for a mistake of the user, an argument parser that says it
+so, and files that are written whole or not at all. Imports none of our files.
 
     def main():
         p = Parser(description=__doc__, ...)

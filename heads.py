@@ -1,6 +1,6 @@
 """From the backbone's z to the next latent x: one small network, four objectives.
 
-    z (.., C) ─► objective ─┬─ loss:   x (.., D) ─ noise ─► x_t, compare F(x_t, t, z) with its target
+    z (.., C) ─► objective ─┬─ loss:   x (.., D) ─ noise ─► x_t, compare F(x_t, t, z) to its target
                             └─ sample: noise eps ─► F, `steps` times ─► x (.., D)
                  network F: adaln.py, a small MLP modulated by t and z
 

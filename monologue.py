@@ -1,6 +1,6 @@
 """The inner monologue while audio is generated: which text tokens run beside the next latent.
 
-    z_long (B, C) ─► text logits ─┬─ given text: does the next word begin here? ─► its bytes, then PAD
+    z_long (B, C) ─► text logits ─┬─ given text: does the next word begin? ─► its bytes, then PAD
                                   └─ no text:    the model's own tokens
                                          │
                                   embedding (B, C), beside the latent of this position

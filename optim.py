@@ -90,7 +90,7 @@ class Muon:
 
 
 def is_matrix(module):
-    """Whether Muon takes this layer's weight: it is linear, or a convolution that is not grouped."""
+    """Whether Muon takes this layer's weight: a linear layer or a convolution without groups."""
     if isinstance(module, nn.Linear):
         return True
     return isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and module.groups == 1

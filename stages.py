@@ -116,7 +116,8 @@ class VAEStage:
         """
         c = self.cfg.train.vae
         if c.init and "encoder" in c.freeze:
-            return                 # the latents are the old ones: language models on them stay valid
+            # the latents are the old ones: language models on them stay valid
+            return
         some = self.clips[:: max(1, len(self.clips) // 400)]
         vae.set_latent_statistics(self.load_clip(clip, 10.0) for clip in some)
 
@@ -353,8 +354,8 @@ class ConsistencyStage(LMStage):
 
 class DistillStage(LMStage):
     """A student's backbone learns the teacher's guided Z and its EOS the teacher's probability
-    (CALM.regress); the head is the teacher's and stays. Nothing is dropped: with guidance learned, sample with cfg = 1. The VAE is
-    the one beside the teacher, unless the student's run has one.
+    (CALM.regress); the head is the teacher's and stays. Nothing is dropped: with guidance learned,
+    sample with cfg = 1. The VAE is the one beside the teacher, unless the student's run has one.
     """
 
     def __init__(self, cfg, runtime, clips, valid, name):

@@ -121,7 +121,7 @@ def write(folder, text=TINY, out="run"):
 
 
 def run(*arguments, **options):
-    """One command of ours in a process of its own: run("train.py", ...) or run("-m", "tools.bench")."""
+    """Run one command in its own process: run("train.py", ...) or run("-m", "tools.bench")."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env,
                           capture_output=True, text=True, **options)

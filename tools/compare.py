@@ -30,7 +30,7 @@ CONFIGS = ("quickstart", "audiocalm_quick", "rq_quick")
 
 
 def run_folder_of(work, checkout, name, steps):
-    """Where a checkout trains a config, as it stands: a digest of its path and files in the name."""
+    """Where a checkout trains a config: its name has a digest of the checkout's path and files."""
     path = Path(checkout).resolve()
     digest = hashlib.sha256(os.fsencode(path) + str(steps).encode())
     files = [f for part in ("*.py", "corpora/*.py", "configs/*.toml") for f in path.glob(part)]

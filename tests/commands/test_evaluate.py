@@ -33,7 +33,8 @@ def test_word_errors_are_the_fewest_edits_between_words(reference, hypothesis, e
 
 
 def test_the_rate_counts_bits_of_codes_and_nats_of_gaussians():
-    small = dict(encoder="conv", decoder="conv", sample_rate=24000, latent_dim=4, ratios=[6, 5, 4, 4, 4], width=2, width_max=4,
+    small = dict(encoder="conv", decoder="conv", sample_rate=24000, latent_dim=4,
+                 ratios=[6, 5, 4, 4, 4], width=2, width_max=4,
                  dim=8, heads=2, encoder_layers=0, decoder_layers=0)
     rvq = VAE(VAEConfig(**small, bottleneck="rvq", codebooks=8, codebook_size=2048))
     assert evaluate.information_rate(rvq, None, None) == 12.5 * 8 * 11          # Mimi: 1.1 kbit/s

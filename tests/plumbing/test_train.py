@@ -336,7 +336,8 @@ def test_each_stage_has_rows_and_noise_of_its_own():
     assert len(seeds) == 3 * len(STAGES) * 20 * 8
 
 
-def test_a_language_model_is_not_trained_through_another_encoder_than_its_vae_had(finished, tmp_path):
+def test_a_language_model_is_not_trained_through_another_encoder_than_its_vae_had(
+        finished, tmp_path):
     """Fault: `--stages lm --vae.context 0.5` trained in silence on latents of another encoder."""
     out = f"{tmp_path}/run"
     os.makedirs(out)
