@@ -296,11 +296,15 @@ class CALM(nn.Module):
         head = self.head.net.matrices() if self.cfg.head.objective != "delay" else []
         return [self.backbone, *short, *head]
 
+    def blocks(self):
+        """The layers that are compiled and recomputed one by one: equal code, compiled once."""
+        short = self.short.blocks if self.cfg.short_layers else []
+        return [*self.backbone.blocks, *short]
+
     def compile_for_training(self):
-        """torch.compile the backbone, the short-context transformer and the head."""
-        self.backbone.compile()
-        if self.cfg.short_layers:
-            self.short.compile()
+        """torch.compile the backbone's and the short context's layers, and the head."""
+        for block in self.blocks():
+            block.compile()
         if self.head.has_jvp:
             # inside an eager jvp dynamo silently stops compiling the network, so compile the loss
             self.head.loss = torch.compile(self.head.loss)

@@ -188,6 +188,8 @@ class Run:
 
         trainer.model.to(runtime.device).train()
         self.freeze()
+        if self.stage_cfg.checkpoint:
+            trainer.recompute_activations()
         self.optimizers = make_optimizers(trainer, self.stage_cfg, runtime.device,
                                           key=f"train.{name}.optimizer")
         self.ema = EMA(trainer.averaged, self.stage_cfg.ema) if self.stage_cfg.ema else None
