@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 from audio import audio_pieces, load_audio, seconds_in_file
 from cli import BadInput, atomic
-from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, kinds_seen,
-                  late_words, pad_id, rng, word_stream)
+from data import (KINDS, PAD, Order, encode_text, fits, global_rows, kinds_seen, late_words, pad_id,
+                  rng, word_stream)
+from prefetch import Prefetch
 
 
 # ---------------------------------------------------------------------------- the cache on disk
