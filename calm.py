@@ -466,8 +466,7 @@ class CALM(nn.Module):
         The energy score compares objectives and numbers of solver steps, which losses cannot.
         """
         if not self.codes:
-            with torch.compiler.set_stance("force_eager"):      # the sampler is not compiled
-                energy = energy_score(self.head, Z, x)
+            energy = energy_score(self.head, Z, x)
         metrics = {}
         for index, name in enumerate(self.kinds):
             of_kind = valid & (kind == index)

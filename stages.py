@@ -340,11 +340,9 @@ class LMStage:
         """One generation -> samples/NAME.wav and .png."""
         cfg, device = self.cfg, self.runtime.device
         tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
-        # eager: every new length of the cache would be compiled anew
-        with torch.compiler.set_stance("force_eager"):
-            wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
-                          seconds=cfg.sample.seconds, **sampling_options(cfg.sample),
-                          generator=torch.Generator(device).manual_seed(seed), **options)
+        wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
+                      seconds=cfg.sample.seconds, **sampling_options(cfg.sample),
+                      generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
         draw_spectrograms(f"{cfg.out}/samples/{name}.png",
                           [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)

@@ -228,6 +228,9 @@ class Run:
         elif self.stage_cfg.init:
             self.load_init(self.stage_cfg.init)
         if self.runtime.compile:
+            # layers share one code object, and dynamo keeps at most 8 graphs of it: those of the
+            # stage before must not count
+            torch._dynamo.reset()
             self.trainer.compile()
 
         size = sum(p.numel() for p in self.trainer.model.parameters())
@@ -304,10 +307,14 @@ class Run:
                 f.write(json.dumps({"stage": self.name, "step": step, **figures}) + "\n")
 
     def validate(self, step):
-        """Held-out figures with the averaged weights; the stage renders samples too."""
+        """Held-out figures with the averaged weights; the stage renders samples too.
+
+        Eager: every length of a clip or cache would be compiled anew, 10 s each.
+        """
         if self.runtime.rank != 0:
             return
-        with weights_of(self.trainer.averaged, self.ema and self.ema.state) as module:
+        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
+              torch.compiler.set_stance("force_eager")):
             found = self.trainer.validate(module, step)
         self.write(step, {k: round(v, 5) for k, v in found.items()})
         self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | "
@@ -326,7 +333,8 @@ class Run:
 
     def finish(self):
         """The stage's last measurements, validation, checkpoint and picture."""
-        with weights_of(self.trainer.averaged, self.ema and self.ema.state) as module:
+        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
+              torch.compiler.set_stance("force_eager")):
             self.trainer.finish(module)
             if self.ema:
                 self.ema.state = {k: v.detach().clone() for k, v in module.state_dict().items()}

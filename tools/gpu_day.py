@@ -41,7 +41,7 @@ class Command:
 
 def correct(out, toy):
     """Tests, then every stage of a few steps; graph breaks and recompilations go to the log."""
-    tests = ["-m", "pytest", "-q", "-x" if toy else "-q", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
     steps = 3 if toy else 30
     config = ["train.py", "--config", "configs/quickstart.toml", "--out", f"{out}/correct",
               "--stages", '["vae","lm","consistency","audiocalm","audiocalm_lsd"]',

@@ -45,9 +45,11 @@ def exact_products_and_torch_random_numbers():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     torch._dynamo.reset()
+    torch.backends.cudnn.allow_tf32 = False
     with torch._inductor.config.patch(fallback_random=True):
         yield
     torch.set_float32_matmul_precision(before)
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def loss_and_gradient(model, batch, bf16):
