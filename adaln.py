@@ -71,20 +71,6 @@ def silu_tangent(x, dx):
     return sigma * (1 + x * (1 - sigma)) * dx
 
 
-def time_jvp(mlp, t, dt, graph):
-    """`time_embedding` of sinusoid(t) and its tangent: t, dt (..) -> 2 x (.., w)."""
-    time_norm = len(mlp) > 3
-    hidden = mlp[0](sinusoid(t).to(mlp[0].weight.dtype))                    # (.., w)
-    out = mlp[2](mlp[1](hidden))                                            # (.., w)
-
-    with torch.set_grad_enabled(graph):
-        dhidden = linear_tangent(mlp[0], sinusoid_tangent(t, dt))           # (.., w)
-        dout = linear_tangent(mlp[2], silu_tangent(hidden, dhidden))        # (.., w)
-        if time_norm:
-            dout = mlp[3].tangent(out, dout)
-    return mlp[3](out) if time_norm else out, dout
-
-
 # ------------------------------------------------------------------------------------------- layers
 
 class LayerNorm(nn.Module):
@@ -150,21 +136,24 @@ class Block(nn.Module):
         return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
 
     def jvp(self, h, c, dh, dc, graph):
-        """`forward` and its tangent by the product rule; h, c, dh, dc (.., w) -> 2 x (.., w).
+        """`forward` and its tangent, by the product rule: h, c, dh, dc (.., w) -> 2 x (.., w).
+
+            d(n (1 + scale) + shift) = dn (1 + scale) + n dscale + dshift,   n = LN(h)
+            d(h + gate out)          = dh + gate dout + dgate out
 
         graph: whether gradients flow through the tangent. Without it the tangent stores nothing.
         """
         # forward, step by step
         shift, scale, gate = self.ada(c).chunk(3, dim=-1)                   # 3 x (.., w)
-        norm = self.norm(h)
-        hidden = self.mlp[0](norm * (1 + scale) + shift)
+        n = self.norm(h)
+        hidden = self.mlp[0](n * (1 + scale) + shift)
         out = self.mlp[2](self.mlp[1](hidden))
 
         # the tangent of each step
         with torch.set_grad_enabled(graph):
             dada = linear_tangent(self.ada[1], silu_tangent(c, dc))
             dshift, dscale, dgate = dada.chunk(3, dim=-1)                   # 3 x (.., w)
-            dmodulated = self.norm.tangent(h, dh) * (1 + scale) + norm * dscale + dshift
+            dmodulated = self.norm.tangent(h, dh) * (1 + scale) + n * dscale + dshift
             dhidden = linear_tangent(self.mlp[0], dmodulated)
             dout = linear_tangent(self.mlp[2], silu_tangent(hidden, dhidden))
             dh = dh + gate * dout + dgate * out
@@ -177,6 +166,20 @@ def time_embedding(width, time_norm):
     if time_norm:
         layers.append(StdNorm(width))
     return nn.Sequential(*layers)
+
+
+def time_jvp(mlp, t, dt, graph):
+    """`time_embedding` of sinusoid(t) and its tangent: t, dt (..) -> 2 x (.., w)."""
+    time_norm = len(mlp) > 3
+    hidden = mlp[0](sinusoid(t).to(mlp[0].weight.dtype))                    # (.., w)
+    out = mlp[2](mlp[1](hidden))                                            # (.., w)
+
+    with torch.set_grad_enabled(graph):
+        dhidden = linear_tangent(mlp[0], sinusoid_tangent(t, dt))           # (.., w)
+        dout = linear_tangent(mlp[2], silu_tangent(hidden, dhidden))        # (.., w)
+        if time_norm:
+            dout = mlp[3].tangent(out, dout)
+    return mlp[3](out) if time_norm else out, dout
 
 
 class AdaLNMLP(nn.Module):
@@ -270,17 +273,17 @@ class AdaLNMLP(nn.Module):
         return self.residual_stream_jvp(h, c, torch.zeros_like(h), duntil / 2, graph)
 
     def residual_stream_jvp(self, h, c, dh, dc, graph):
-        """From the residual stream h and the modulation c (.., w) to F and dF (.., D)."""
+        """From the residual stream h and the modulation c, both (.., w), to F and dF (.., D)."""
         for block in self.blocks:
             h, dh = block.jvp(h, c, dh, dc, graph)
 
         shift, scale = self.ada(c).chunk(2, dim=-1)                         # 2 x (.., w)
-        norm = self.norm(h)
-        F = self.output(norm * (1 + scale) + shift)                         # (.., D)
+        n = self.norm(h)
+        F = self.output(n * (1 + scale) + shift)                            # (.., D)
 
         with torch.set_grad_enabled(graph):
             dada = linear_tangent(self.ada[1], silu_tangent(c, dc))
             dshift, dscale = dada.chunk(2, dim=-1)                          # 2 x (.., w)
-            dmodulated = self.norm.tangent(h, dh) * (1 + scale) + norm * dscale + dshift
+            dmodulated = self.norm.tangent(h, dh) * (1 + scale) + n * dscale + dshift
             dF = linear_tangent(self.output, dmodulated)
         return F, dF

@@ -62,7 +62,7 @@ Where this differs from the paper:
 - Generation can add the training noise to the history that it reads (sample.noise; the paper never
   does). A small model that was trained on noised histories only takes a clean history for a louder
   one: its latents grow (LOG.md).
-Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
+Precision: the backbone in the autocast dtype, the head's times and norms in fp32 (heads.py).
 """
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -306,7 +306,7 @@ class CALM(nn.Module):
         for block in self.blocks():
             block.compile()
         if self.head.has_jvp:
-            # inside an eager jvp dynamo silently stops compiling the network, so compile the loss
+            # the loss calls net.jvp or net.jvp_s, which net.compile() would leave as they are
             self.head.loss = torch.compile(self.head.loss)
         else:
             self.head.net.compile()

@@ -46,9 +46,9 @@ Where this differs from the printed CALM paper, and why:
 
 Precision: times, cos and sin, time embedding, norms, the residual stream, the targets and the loss
 are fp32, even under autocast; only the network's matrix products follow autocast, those of its
-derivative too (error of Consistency's target in bf16: BFERR). On CUDA train.py
-allows TF32, in which the matrix products of the time embedding then run. float64 inputs stay
-float64 (used by the tests).
+derivative too. In bf16 that moves Consistency's normalised tangent by 0.9 % (median; 99 %: 2 %),
+mean over draws 0.03 %, on a trained head of 256 x 4. On CUDA train.py allows TF32, in which the
+matrix products of the time embedding then run. float64 inputs stay float64 (used by the tests).
 """
 import copy
 import math
