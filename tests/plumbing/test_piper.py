@@ -136,6 +136,12 @@ def test_a_word_may_sound_otherwise_in_a_sentence_than_alone():
     assert times == [["to", 1, 3], ["a", 4, 5], ["dog.", 6, 11]]
 
 
+def test_a_stress_that_a_word_has_in_the_sentence_only_belongs_to_it():
+    """Fault: a mark heard after a space was nobody's, so that the word began after it."""
+    times = piper.word_times(["go", "on."], ["ɡoʊ", "ɔn."], seconds_each("^ɡoʊ ˈɔn.$"), rate=1000)
+    assert times == [["go", 1, 4], ["on.", 5, 8]]
+
+
 def test_a_word_that_espeak_parts_is_one_word():
     times = piper.word_times(["well-known", "man."], ["wˈɛlnˈoʊn", "mˈæn."],
                              seconds_each("^wˈɛl nˈoʊn mˈæn.$"), rate=1000)
