@@ -23,6 +23,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def fp32(x):
@@ -189,7 +190,10 @@ class AdaLNMLP(nn.Module):
     (M, .., D) and z stays (.., C), so its projection is computed once.
     two_times: F(x_t, t, z, s) with the time s (..) to jump to. s has a second embedding, and c gets
     the mean of the two.
+    checkpoint (attribute): compute the activations inside each block again in the backward pass
+    instead of keeping them.
     """
+    checkpoint = False
 
     def __init__(self, dim, cond_dim, width, blocks, two_times=False, time_norm=False):
         super().__init__()
@@ -222,6 +226,12 @@ class AdaLNMLP(nn.Module):
         until = [self.until] if self.two_times else []
         return [self.blocks, self.time, *until, self.ada]
 
+    def run(self, block, *arguments):
+        """One block, or its jvp, with or without its activations kept."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
     def project(self, layer, x):
         """x (.., n) -> (.., w), onto the residual stream."""
         return fp32(layer(x.to(self.input.weight.dtype)))
@@ -239,7 +249,7 @@ class AdaLNMLP(nn.Module):
         c = time + self.project(self.cond, z)                               # (.., w)
         h = self.project(self.input, x_t)                                   # (.., w)
         for block in self.blocks:
-            h = block(h, c)
+            h = self.run(block, h, c)
 
         shift, scale = self.ada(c).chunk(2, dim=-1)                         # 2 x (.., w)
         return self.output(self.norm(h) * (1 + scale) + shift)              # (.., D)
@@ -275,7 +285,7 @@ class AdaLNMLP(nn.Module):
     def residual_stream_jvp(self, h, c, dh, dc, graph):
         """From the residual stream h and the modulation c, both (.., w), to F and dF (.., D)."""
         for block in self.blocks:
-            h, dh = block.jvp(h, c, dh, dc, graph)
+            h, dh = self.run(block.jvp, h, c, dh, dc, graph)
 
         shift, scale = self.ada(c).chunk(2, dim=-1)                         # 2 x (.., w)
         n = self.norm(h)

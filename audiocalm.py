@@ -327,9 +327,10 @@ class AudioCALM(nn.Module):
         return list(self.backbone.blocks)
 
     def compile_for_training(self):
-        """torch.compile the backbone's layers."""
+        """torch.compile the backbone's layers and the read-out."""
         for block in self.blocks():
             block.compile()
+        self.head.net.readout.compile()
 
     def wanted(self, state):
         """The part of a state_dict that this copy loads: without the experts it does not have."""

@@ -27,6 +27,7 @@ import shutil
 import torch
 import torch.distributed as dist
 
+from adaln import AdaLNMLP
 from audio import load_audio, save_audio
 from backbone import Transformer
 from calm import CALM
@@ -43,9 +44,9 @@ from vae import VAE
 
 
 def recompute_activations(model):
-    """Let every transformer of a model recompute its layers' activations in the backward pass."""
+    """Let the transformers and heads of a model recompute what is inside their layers."""
     for module in model.modules():
-        if isinstance(module, Transformer):
+        if isinstance(module, (Transformer, AdaLNMLP)):
             module.checkpoint = True
 
 
