@@ -31,7 +31,6 @@ with three ("swiglu") does. For speech, 7040 = 2/3 of Table 9's 10560 does, gate
 
 Precision: norms and rotations in fp32, matrix products in the autocast dtype.
 """
-import copy
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -299,16 +298,23 @@ class StaticCache:
     holds exactly what the window shows.
     """
 
-    def __init__(self, cache, size, pinned=0):
-        """Memory for the keys and values of a filled KVCache and those to come; see load()."""
-        self.kv = []
-        for k, v in cache.kv.values():
-            shape = (*k.shape[:2], size, k.shape[3])
-            self.kv.append((k.new_zeros(shape), v.new_zeros(shape)))
+    def __init__(self, kv, size, pinned, pos, front):
+        self.kv = kv
         self.size = size
         self.pinned = pinned
-        self.pos = torch.zeros((), dtype=torch.long, device=k.device)
-        self.front = None if cache.front is None else torch.zeros_like(cache.front)
+        self.pos = pos
+        self.front = front
+
+    @classmethod
+    def beside(cls, cache, size, pinned=0):
+        """Memory for what a filled KVCache holds and what is still to come; load() fills it."""
+        kv = []
+        for k, v in cache.kv.values():
+            shape = (*k.shape[:2], size, k.shape[3])
+            kv.append((k.new_zeros(shape), v.new_zeros(shape)))
+        pos = torch.zeros((), dtype=torch.long, device=k.device)
+        front = None if cache.front is None else torch.zeros_like(cache.front)
+        return cls(kv, size, pinned, pos, front)
 
     def load(self, cache):
         """Take over what a KVCache of the same model and batch holds."""
@@ -354,9 +360,7 @@ class StaticCache:
 
     def copy(self):
         """A cache to read from: it writes where this one will write next, and keeps its own pos."""
-        other = copy.copy(self)
-        other.pos = self.pos.clone()
-        return other
+        return StaticCache(self.kv, self.size, self.pinned, self.pos.clone(), self.front)
 
     def reserve(self, new):
         """There is room: the ring."""

@@ -24,9 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from backbone import KVCache, StaticCache
-from replay import Replay
-
-ROUND_TO = 256                      # positions of fixed memory: few sizes, so few recordings
+from replay import Replay, rounded
 
 
 @dataclass
@@ -158,7 +156,7 @@ def fixed_step(fast, branches, sampling, frames):
     A step that an earlier call left in `fast` is used again where it fits.
     """
     long_cache = branches.caches["long"]
-    positions = -(-(long_cache.pos + frames) // ROUND_TO) * ROUND_TO
+    positions = rounded(long_cache.pos + frames)
     rows = branches.pad.shape[0]
     padded = long_cache.front is not None
     key = (branches.net, rows, positions, padded, long_cache.kv[0][0].dtype, *branches.caches,
@@ -179,7 +177,7 @@ def make_fixed_step(branches, sampling, positions, how):
     fixed.caches = {}
     for name, cache in branches.caches.items():
         net = branches.net.short if name == "short" else branches.net.backbone
-        fixed.caches[name] = StaticCache(cache, net.cfg.window or positions)
+        fixed.caches[name] = StaticCache.beside(cache, net.cfg.window or positions)
 
     draw = make_draw(branches.net, sampling)
     return Step(fixed, Replay(fixed.read_latent, how), Replay(draw, how))

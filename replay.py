@@ -27,6 +27,7 @@ import torch
 
 HOW = ("static", "graph", "compile")
 WARM_UP = 2                         # calls before the recording: one eager, one as it is recorded
+ROUND_TO = 256                      # positions of fixed memory: few sizes, so few recordings
 MOST_UNSEEN = 8                     # frames between two looks at whether all rows have ended
 
 
@@ -116,7 +117,8 @@ class Replay:
 
         # CUDA: another call that runs, then record, then replay
         if self.calls <= WARM_UP:
-            return on_side_stream(self.function, *inputs, self.tape)
+            with uncached_autocast():
+                return on_side_stream(self.function, *inputs, self.tape)
         if self.graph is None:
             self.record(inputs)
         for memory, new in zip(self.inputs, inputs):
@@ -131,7 +133,7 @@ class Replay:
         """
         self.inputs = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with uncached_autocast(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.outputs = self.function(*self.inputs, self.tape)
         self.graph = graph
 
@@ -139,6 +141,16 @@ class Replay:
 def inputs_on_cuda(tape, inputs):
     """Whether a step's tensors are on a GPU."""
     return any(x.is_cuda for x in (*inputs, *tape.memory))
+
+
+def uncached_autocast():
+    """The autocast that holds here, without its cache of weights.
+
+    Cached weights are freed with the context, and a recording would go on reading them; here they
+    are cast in every step.
+    """
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"),
+                          torch.is_autocast_enabled("cuda"), cache_enabled=False)
 
 
 def on_side_stream(function, *inputs):
@@ -164,12 +176,18 @@ class Fast:
         self.idle = {}                  # {key: step}, at most one
 
     def take(self, key, make):
-        """The idle step of this key, or make()."""
+        """The idle step of this key, or make(); an idle one of another key is dropped."""
         step = self.idle.pop(key, None)
+        self.idle.clear()
         return make() if step is None else step
 
     def give_back(self, key, step):
         self.idle = {key: step}
+
+
+def rounded(positions):
+    """The size of fixed memory for at least so many positions."""
+    return -(-positions // ROUND_TO) * ROUND_TO
 
 
 def until_all_ended(frames):

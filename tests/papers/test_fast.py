@@ -3,6 +3,7 @@ gives; and a batch of texts of different lengths gives what each text gives alon
 import pytest
 import torch
 
+from audiocalm import AudioCALM, AudioCALMConfig, FlowConfig
 from backbone import BackboneConfig, KVCache, StaticCache, Transformer
 from calm import CALM, CALMConfig
 from discrete import sample_codes
@@ -18,7 +19,6 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.fixture(autouse=True)
 def float64():
     torch.set_default_dtype(torch.float64)
-    torch._dynamo.reset()
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -26,7 +26,8 @@ def float64():
 def model(objective="consistency", backbone=None, device="cpu", **changes):
     torch.manual_seed(0)
     head = HeadConfig(objective=objective, width=16, blocks=2, depth_heads=2)
-    cfg = CALMConfig(backbone=BackboneConfig(dim=32, layers=2, heads=4, **(backbone or {})),
+    sizes = {"dim": 32, "layers": 2, "heads": 4} | (backbone or {})
+    cfg = CALMConfig(backbone=BackboneConfig(**sizes),
                      **({"head": head, "short_layers": 2, "short_context": 3} | changes))
     net = CALM(cfg, D, VOCAB, KINDS, codes=(3, 11))
     for p in net.parameters():                       # zero-initialised layers would hide everything
@@ -121,7 +122,7 @@ def test_a_ring_holds_exactly_the_window():
     with torch.no_grad():
         cache = KVCache()
         net(x[:, :7], cache)
-        ring = StaticCache(cache, 4)
+        ring = StaticCache.beside(cache, 4)
         ring.load(cache)
         y = torch.cat([net(x[:, i:i + 1], ring) for i in range(7, 47)], 1)
         torch.testing.assert_close(y, net(x)[:, 7:], atol=1e-12, rtol=0)
@@ -135,7 +136,7 @@ def test_pinned_positions_stay_while_the_ring_turns():
     with torch.no_grad():
         growing = KVCache()
         net(x[:, :5], growing)
-        fixed = StaticCache(growing, 5 + 8 + 4, pinned=5)
+        fixed = StaticCache.beside(growing, 5 + 8 + 4, pinned=5)
         fixed.load(growing)
         for block in x[:, 5:].split(4, 1):
             torch.testing.assert_close(net(block, fixed.copy()), net(block, growing.copy()),
@@ -175,10 +176,9 @@ def ending(net, when):
 
 
 @pytest.mark.parametrize("objective", ["consistency", "delay"])
-@pytest.mark.parametrize("when", [[3, 17], [1, 1], [8, 2], [15, 15]])
+@pytest.mark.parametrize("when", [[3, 17], [1, 1], [15, 15]])
 def test_looked_at_rarely_clips_end_at_the_same_frame(objective, when):
-    text = TEXT
-    expected, ended = sampled(ending(model(objective), when), text)
+    expected, ended = sampled(ending(model(objective), when), TEXT)
     assert expected.shape[1] == max(when)
     net = ending(model(objective), when)
     frames = net.frames
@@ -186,7 +186,7 @@ def test_looked_at_rarely_clips_end_at_the_same_frame(objective, when):
     def never_looks(*arguments, look):
         return frames(*arguments, look=False)        # as on CUDA
     net.frames = never_looks
-    found, found_ended = sampled(net, text, Fast("static"))
+    found, found_ended = sampled(net, TEXT, Fast("static"))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     assert torch.equal(found_ended, ended)
 
@@ -211,15 +211,15 @@ def test_the_host_looks_after_1_2_4_and_then_every_8_frames():
 LENGTHS = {"text_len": torch.tensor([4, 1, 3]), "prompt_len": torch.tensor([0, 6, 2])}
 
 
-@pytest.mark.parametrize("fast", [None, "static"])
-@pytest.mark.parametrize("changes", [
-    {}, {"prompt_bos": True}, {"backbone": {"window": 5}}, {"objective": "rq"}], ids=str)
+@pytest.mark.parametrize("changes, fast", [
+    ({"prompt_bos": True}, None), ({"backbone": {"window": 5}}, None), ({"objective": "rq"}, None),
+    ({"prompt_bos": True}, "static"), ({"backbone": {"window": 5}}, "static")], ids=str)
 def test_a_batch_of_texts_generates_what_each_generates_alone(changes, fast):
     """Temperature 0, since rows draw from one generator; texts and voice prompts are padded."""
     net = model(**changes)
     text, prompt = torch.randint(0, 256, (3, 4)), past(net, 6, B=3)
     history = past(net, 2, B=3)
-    options = dict(temperature=0.0, guidance=1.5, kind=2)
+    options = dict(temperature=0.0, guidance=1.5, kind=2, frames=12)
     fast = fast and Fast(fast)
     together, _ = sampled(net, text, fast, prompt=prompt, history=history, **LENGTHS, **options)
     for r in range(3):
@@ -234,7 +234,7 @@ def test_padded_texts_of_a_monologue_are_spoken_as_alone():
     net = model(monologue=True)
     net.word.bias.data[256] -= 50.0                  # the next word always begins at once
     text = torch.tensor([[257, *b"ab cd"], [257, *b"f", 0, 0, 0, 0]])
-    options = dict(temperature=0.0, kind=0, text_temperature=0.0)
+    options = dict(temperature=0.0, kind=0, frames=12)
     together, _ = sampled(net, text, text_len=torch.tensor([6, 2]), **options)
     for row, length in ((0, 6), (1, 2)):
         alone, _ = sampled(net, text[row:row + 1, :length], **options)
@@ -245,6 +245,7 @@ def test_padded_texts_of_a_monologue_are_spoken_as_alone():
 
 def compiled_graphs(monkeypatch):
     """torch.compile with the eager backend, which counts the graphs that it is given."""
+    torch._dynamo.reset()
     graphs = []
     compile = torch.compile
 
@@ -256,24 +257,89 @@ def compiled_graphs(monkeypatch):
     return graphs
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_step_is_two_graphs_for_all_positions(objective, monkeypatch):
+def test_the_step_is_two_graphs_for_all_positions(monkeypatch):
     """No break (fullgraph), and none compiled again while positions advance or in a second call."""
     graphs = compiled_graphs(monkeypatch)
-    net, fast = model(objective, short_noise=0.5), Fast("compile")
-    options = dict(steps=2, guidance=1.5, noise=0.5)
-    assert_same(net, TEXT, fast, prompt=past(net, 4), **options)
-    assert_same(net, TEXT[:, :3], fast, **options)
+    net = model("trigflow", backbone={"layers": 1}, short_layers=1, short_noise=0.5)
+    fast = Fast("compile")
+    assert_same(net, TEXT, fast, prompt=past(net, 4), steps=1, noise=0.5)
+    assert_same(net, TEXT[:, :3], fast, frames=5, steps=1, noise=0.5)
     assert len(graphs) == 2
 
 
-def test_the_step_of_a_padded_batch_compiles_too(monkeypatch):
+def test_the_rq_transformer_and_a_padded_batch_compile_too(monkeypatch):
     graphs = compiled_graphs(monkeypatch)
-    net = model()
-    assert_same(net, TEXT, Fast("compile"), text_len=torch.tensor([4, 2]))
+    head = HeadConfig(objective="rq", width=16, blocks=1, depth_heads=2)
+    net = model(head=head, backbone={"layers": 1}, short_layers=0)
+    assert_same(net, TEXT, Fast("compile"), frames=5, text_len=torch.tensor([4, 2]))
     assert len(graphs) == 2
 
 
-def test_compiled_by_inductor_the_latents_are_the_same():
-    net = model()
-    assert_same(net, TEXT, Fast("compile"), frames=8)
+@cuda
+@pytest.mark.parametrize("how", ["graph", "compile"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_on_a_gpu_recorded_latents_are_the_same(objective, how):
+    net = model(objective, device="cuda", short_noise=0.5)
+    fast, text = Fast(how), TEXT.cuda()
+    options = dict(steps=2, guidance=1.5, noise=0.5)
+    assert_same(net, text, fast, prompt=past(net, 4), **options)
+    assert_same(net, text[:, :3], fast, text_len=torch.tensor([3, 2], device="cuda"), **options)
+    assert_same(net, text[:, :2], fast, history=past(net, 3), **options)
+
+
+@cuda
+def test_on_a_gpu_recorded_steps_follow_bf16_autocast():
+    """Fault: autocast's cast weights are freed with its context, and a recording still read them."""
+    net, fast = model(device="cuda").float(), Fast("graph")
+    torch.set_default_dtype(torch.float32)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            expected, _ = sampled(net, TEXT.cuda())
+            found, _ = sampled(net, TEXT.cuda(), fast)
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
+        filler = [torch.full((64, 64), torch.nan, device="cuda") for _ in range(100)]
+        del filler
+
+
+@cuda
+@pytest.mark.parametrize("how", ["graph", "compile"])
+@pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "lsd"])
+def test_on_a_gpu_recorded_blocks_are_the_same(objective, how):
+    net, fast = block_model(objective, device="cuda", window=6), Fast(how)
+    for prompt in (None, past(net, 4)):
+        assert_same(net, TEXT.cuda(), fast, kind=0, guidance=1.5, noise=0.5, steps=2,
+                    prompt=prompt)
+
+
+# ---------------------------------------------------------------- AudioCALM
+
+def block_model(objective="rectified_flow", device="cpu", layers=2, **changes):
+    torch.manual_seed(0)
+    cfg = AudioCALMConfig(backbone=BackboneConfig(dim=32, layers=layers, heads=2), expert_dim=16,
+                          block=3, head=FlowConfig(objective=objective, width=16), **changes)
+    net = AudioCALM(cfg, D, VOCAB, KINDS)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    net.stop.bias.data.fill_(-100.0)
+    net.codes = None
+    net.bos = net.head.net.null                      # where past() looks for the device
+    return net.eval().to(device)
+
+
+@pytest.mark.parametrize("objective", ["rectified_flow", "lsd"])
+@pytest.mark.parametrize("options", [
+    {"guidance": 1.7}, {"prompt": 4, "history": 7, "noise": 0.8, "kind": 0}], ids=str)
+@pytest.mark.parametrize("window", [0, 6])
+def test_in_fixed_memory_blocks_are_the_same(objective, options, window):
+    net = block_model(objective, window=window)
+    options = {name: past(net, n) if name in ("prompt", "history") else n
+               for name, n in options.items()}
+    assert_same(net, TEXT, Fast("static"), steps=2, **options)
+
+
+def test_blocks_compile_into_one_graph(monkeypatch):
+    graphs = compiled_graphs(monkeypatch)
+    net, fast = block_model(layers=1), Fast("compile")
+    assert_same(net, TEXT, fast, frames=12, steps=1, noise=0.5)
+    assert_same(net, TEXT[:, :3], fast, frames=12, steps=1, noise=0.5)
+    assert len(graphs) == 1
