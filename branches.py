@@ -113,7 +113,8 @@ class Branches:
         return z_long, Z
 
     def read_latent(self, x, token, generator):
-        """The latent x (B, D or K), the text beside it (B, C) -> z_long, Z, "the clip is over" (B,).
+        """A latent x (B, D or K), the text beside it (B, C) -> z_long and Z (B, C), and "the clip
+        is over" (B,).
         """
         net = self.net
         inputs = Inputs(None, None, None)

@@ -163,10 +163,9 @@ def parse():
     # where it runs, and how fast
     p.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     p.add_argument("--fast", choices=["auto", "no", *HOW], default="auto",
-                   help="how latents follow each other: no = in a cache that grows; graph = each as "
-                        "a CUDA graph; compile = torch.compile as well, which takes a minute to "
-                        "start; static = in fixed memory, as those two, but neither; auto "
-                        "(default) = graph on cuda, else no")
+                   help="how latents follow each other: no = in a cache that grows; static = in "
+                        "fixed memory; graph = there, each as a CUDA graph; compile = compiled as "
+                        "well, which takes a minute to start; default: graph on cuda, else no")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--int8", action="store_true",
                    help="CPU: round the large matrices (where that is faster) to 8 bits, a conv "

@@ -105,8 +105,8 @@ def test_figures_are_ratios_of_the_same_repeats_and_only_calm_pays_for_the_short
 
 def test_the_table_of_each_domain_is_printed_and_returned(monkeypatch, capsys):
     monkeypatch.setattr(bench, "load", lambda path: load(f"{ROOT}/{path}", TINY))
-    figures = bench.run(types.SimpleNamespace(domain=["speech", "music"], repeats=1, fast=None, threads=0,
-                                              device="cpu"))
+    figures = bench.run(types.SimpleNamespace(domain=["speech", "music"], repeats=1, fast=None,
+                                              threads=0, device="cpu"))
     lines = capsys.readouterr().out.splitlines()
     assert list(figures) == ["speech", "music"] and len(lines) == 1 + 2 * (2 + 7)
     for domain, baseline in bench.BASELINE.items():

@@ -52,11 +52,11 @@ def sampled(net, text, fast=None, frames=FRAMES, **options):
     return torch.stack([x for x, _ in pairs], 1), torch.stack([ended for _, ended in pairs], 1)
 
 
-def assert_same(net, text, fast, **options):
+def assert_same(net, text, fast, atol=1e-12, **options):
     expected, _ = sampled(net, text, **options)
     found, _ = sampled(net, text, fast, **options)
     assert expected.double().std() > 0.1             # the latents differ from each other
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 TEXT = torch.tensor([[1, 97, 98, 99], [1, 100, 101, 102]])
@@ -288,27 +288,28 @@ def test_on_a_gpu_recorded_latents_are_the_same(objective, how):
 
 
 @cuda
-def test_on_a_gpu_recorded_steps_follow_bf16_autocast():
-    """Fault: autocast's cast weights are freed with its context, and a recording still read them."""
-    net, fast = model(device="cuda").float(), Fast("graph")
+def test_on_a_gpu_recorded_steps_outlive_the_autocast_they_were_recorded_under():
+    """Fault: autocast frees its cast weights with its context; recordings went on reading them."""
     torch.set_default_dtype(torch.float32)
+    net, text, fast = model(device="cuda"), TEXT.cuda(), Fast("graph")
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16):
-            expected, _ = sampled(net, TEXT.cuda())
-            found, _ = sampled(net, TEXT.cuda(), fast)
-        torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
-        filler = [torch.full((64, 64), torch.nan, device="cuda") for _ in range(100)]
-        del filler
+            expected, _ = sampled(net, text, Fast("static"))
+            found, _ = sampled(net, text, fast)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+        freed = [torch.full((64, 64), torch.nan, device="cuda") for _ in range(100)]
+        del freed                                    # NaN where freed weights may have been
 
 
 @cuda
 @pytest.mark.parametrize("how", ["graph", "compile"])
 @pytest.mark.parametrize("objective", ["rectified_flow", "trigflow", "lsd"])
 def test_on_a_gpu_recorded_blocks_are_the_same(objective, how):
+    """AudioCALM's times and noise are fp32, where a compiler may round otherwise."""
     net, fast = block_model(objective, device="cuda", window=6), Fast(how)
     for prompt in (None, past(net, 4)):
-        assert_same(net, TEXT.cuda(), fast, kind=0, guidance=1.5, noise=0.5, steps=2,
-                    prompt=prompt)
+        assert_same(net, TEXT.cuda(), fast, 1e-4 if how == "compile" else 1e-12, kind=0,
+                    guidance=1.5, noise=0.5, steps=2, prompt=prompt)
 
 
 # ---------------------------------------------------------------- AudioCALM
