@@ -93,7 +93,11 @@ class Steps(Dataset):
 
 
 def leave_signals(worker):
-    """In a worker: Ctrl-C is the training process's to answer, SIGTERM ends the worker at once."""
+    """In a worker: signals are the training process's to answer, which saves first.
+
+    Ctrl-C, timeout and job schedulers signal all processes of a group; a worker that ended at once
+    would end the training before its checkpoint. A worker ends when its parent has.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
