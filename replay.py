@@ -112,7 +112,13 @@ class Replay:
         # the first call records the tape
         if self.calls == 1:
             return self.first(*inputs, self.tape)
-        if self.how == "static" or not inputs_on_cuda(self.tape, inputs):
+        if self.how == "static":
+            return self.function(*inputs, self.tape)
+
+        # the same strides in every call, or it would be compiled again
+        if self.graph is None:
+            inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
+        if not inputs_on_cuda(self.tape, inputs):
             return self.function(*inputs, self.tape)
 
         # CUDA: another call that runs, then record, then replay
@@ -120,18 +126,18 @@ class Replay:
             with uncached_autocast():
                 return on_side_stream(self.function, *inputs, self.tape)
         if self.graph is None:
-            self.record(inputs)
+            self.inputs = inputs
+            self.record()
         for memory, new in zip(self.inputs, inputs):
             memory.copy_(new)
         self.graph.replay()
         return tuple(y.clone() for y in self.outputs)
 
-    def record(self, inputs):
+    def record(self):
         """Record the function as a CUDA graph, without running it.
 
         Other threads may go on using the GPU (a decoder of audio, for example).
         """
-        self.inputs = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
         with uncached_autocast(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.outputs = self.function(*self.inputs, self.tape)
