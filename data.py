@@ -21,7 +21,7 @@ sound and music.
 Where this differs from the papers: text is bytes with one special token for the kind, not
 SentencePiece tokens or T5 embeddings, so that nothing is downloaded.
 Precision: audio float32 in a batch, int16 in memory.
-audio.py reads the files, corpora/scan.py makes manifests.
+audio.py and decoder.py read the files, corpora/scan.py makes manifests.
 """
 import json
 import math
@@ -38,14 +38,18 @@ from typing import Annotated, get_args
 import numpy as np
 import torch
 
-from audio import load_audio, seconds_in_file
+from audio import load_audio
 from cli import BadInput, atomic
+from decoder import has_ffmpeg, seconds_in_file
 from schema import Kind, Range
 
 KINDS = get_args(Kind)                              # speech, sound, music
 PAD = 256                                           # ids 0..255 are UTF-8 bytes
 END = 10                                            # line feed: all words of the clip are over
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+# endings of audio files, and of those that only ffmpeg reads (decoder.py)
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf",
+         ".w64", ".sph")
+FFMPEG_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mka", ".ape", ".wv")
 # up to this length a file is decoded whole and kept; of a longer one only the crop is read
 WHOLE_FILE_SECONDS = 60.0
 
@@ -289,10 +293,16 @@ def load_clips(cfg):
     return train, valid or list(clips)
 
 
+def audio_endings():
+    """The endings of audio files that can be read here."""
+    return AUDIO + FFMPEG_AUDIO if has_ffmpeg() else AUDIO
+
+
 def audio_files(folder):
     """All audio files below a folder, sorted by path, without hidden ones."""
+    endings = audio_endings()
     return sorted(p for p in Path(folder).rglob("*")
-                  if p.suffix.lower() in AUDIO and not p.name.startswith("."))
+                  if p.suffix.lower() in endings and not p.name.startswith("."))
 
 
 def clips_in_folder(folder, kind="speech"):
@@ -306,7 +316,7 @@ def clips_in_folder(folder, kind="speech"):
         text = " ".join(read_text(text_file).split()) if text_file.is_file() else ""
         clips.append(Clip(str(path), text, kind, id=path.stem))
     if not clips:
-        raise BadInput(f"{folder}: no audio in it ({', '.join(AUDIO)}); "
+        raise BadInput(f"{folder}: no audio in it ({', '.join(audio_endings())}); "
                        "see `python -m corpora.scan -h`")
     return clips
 

@@ -36,10 +36,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import audio_pieces, load_audio, seconds_in_file
+from audio import audio_pieces, load_audio
 from cli import BadInput, atomic
 from data import (KINDS, PAD, Order, Prefetch, encode_text, fits, global_rows, kinds_seen,
                   late_words, pad_id, rng, word_stream)
+from decoder import seconds_in_file
 
 
 # ---------------------------------------------------------------------------- the cache on disk

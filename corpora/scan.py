@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 from audio import inspect
 from cli import BadInput, Parser, check_writable, cli
-from data import (AUDIO, KINDS, Clip, DataConfig, audio_files, clips_in_folder, encode_text,
-                  load_manifest, read_text, rng, seconds_of, write_manifest)
+from data import (FFMPEG_AUDIO, KINDS, Clip, DataConfig, audio_endings, audio_files,
+                  clips_in_folder, encode_text, load_manifest, read_text, rng, seconds_of,
+                  write_manifest)
 
 
-# audio and texts that scan does not read but names
-OTHER_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".oga", ".aif", ".aiff", ".au", ".caf",
-               ".w64", ".amr", ".mka", ".ape", ".wv", ".sph")
+# texts that scan does not read but names
 OTHER_TEXTS = (".txt", ".lab", ".textgrid", ".srt", ".vtt")
 
 # folders that say what is in them, not who speaks
@@ -147,7 +146,7 @@ def libritts(folder, kind):
     clips = []
     for path in sorted(folder.rglob("*.normalized.txt")):
         stem = path.name.removesuffix(".normalized.txt")
-        audio = first_file(path.with_name(stem + ending) for suffix in AUDIO
+        audio = first_file(path.with_name(stem + ending) for suffix in audio_endings()
                            for ending in (suffix, suffix.upper()))
         speaker = path.parent.parent.name
         clips.append(make_clip(audio, read_text(path), kind, speaker))
@@ -263,10 +262,10 @@ def reason_left_out(path, layout, stems):
         return "linked folders, which are not entered; copy them, or scan them by themselves"
     if not os.path.exists(path):
         return "links that lead nowhere"
-    if lower in AUDIO:
+    if lower in audio_endings():
         return "audio files that belong to no text of the layout"
-    if lower in OTHER_AUDIO:
-        return f"files {ending}, which are not read; convert them to .flac"
+    if lower in FFMPEG_AUDIO:
+        return f"files {ending}, which only ffmpeg reads; install it or convert them to .flac"
 
     # texts: other layouts have them elsewhere
     if layout == "folder" and ending == ".txt" and stem not in stems:
