@@ -147,3 +147,7 @@ class AdaLNMLP(nn.Module):
 
         shift, scale = self.ada(c).chunk(2, dim=-1)                         # 2 x (.., w)
         return self.output(self.norm(h) * (1 + scale) + shift)              # (.., D)
+
+
+if __name__ == "__main__":
+    print("adaln.py is a library, used by train.py, sample.py and evaluate.py through heads.py")

@@ -54,7 +54,7 @@ import torch.distributed as dist
 
 import checks
 import stages
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, atomic, cli
 from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
                     save_checkpoint, stage_seed, table_changes, vae_weights)
 from corpora import toy
@@ -540,7 +540,7 @@ def run_stages(cfg, runtime, fresh):
     # what is there already must fit the config
     done = checks.check_checkpoints(cfg, clips, runtime.say)
     if runtime.rank == 0:
-        with open(f"{cfg.out}/config.toml", "w") as f:
+        with atomic(f"{cfg.out}/config.toml") as temp, open(temp, "w") as f:
             f.write(dump(cfg))
 
     for name in cfg.stages:
