@@ -11,7 +11,6 @@
                                                         "text", "prompt", "x", ...
 
     text   encode_text(text, kind)                  [KIND h e l l o]         bytes and one special
-           word_stream(words, frames, frame_rate)   [PAD h e l l o _ END]    bytes beside the frames
 
 Every batch is a pure function of (seed, step, rows). The position in the data is therefore only a
 step number: resuming is exact, and 1 or 8 processes see the same global batch, each its own rows.
@@ -45,7 +44,6 @@ from schema import Kind, Range
 
 KINDS = get_args(Kind)                              # speech, sound, music
 PAD = 256                                           # ids 0..255 are UTF-8 bytes
-END = 10                                            # line feed: all words of the clip are over
 # endings of audio files, and of those that only ffmpeg reads (decoder.py)
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf",
          ".w64", ".sph")
@@ -207,6 +205,9 @@ def row_of(values):
     """The JSON object of a line -> {field of Clip: value}, without fields that are null."""
     # manifests written before 2026-11-27 call it said
     values = {"transcript": values.get("said"), **values}
+    # without a description the transcript is the text
+    if not values.get("text"):
+        values["text"] = values["transcript"]
     return {name: values[name] for name in FIELDS if values.get(name) is not None}
 
 
@@ -416,54 +417,6 @@ def texts_left_out(clips, cfg, words_beside=False):
             raise BadInput(f"{sentence}; none is left to learn from")
         sentences.append(sentence + ("" if kind == "speech" else "; their ends are cut"))
     return sentences
-
-
-def word_frames(words, frame_rate, per_frame=1):
-    """[(bytes, first frame, seconds by which that is late), ...] of words and of the line feed."""
-    texts = [[*word.encode("utf-8"), 32] for word, _, _ in words] + [[END]]
-    starts = [start for _, start, _ in words] + [words[-1][2]]
-
-    placed = []
-    free = 0                                              # first frame after the word before
-    for ids, start in zip(texts, starts):
-        # 1e-6: 1.16 s at 25 Hz is 28.999... in floats
-        first = max(int(start * frame_rate + 1e-6), free)
-        free = first + math.ceil(len(ids) / per_frame)
-        placed.append((ids, first, first / frame_rate - start))
-    return placed
-
-
-def word_stream(words, frames, frame_rate, per_frame=1):
-    """The text beside the frames, for the inner monologue -> (frames, per_frame) int64.
-
-    words: [[word, start, end], ...] in seconds. The bytes of a word and a space lie in consecutive
-    frames, from the one where the word starts or, if that is later, where the word before it is
-    complete. A line feed follows where the last word ends; all other places hold PAD. Bytes beyond
-    the last frame are cut. frame_rate: frames per second; per_frame: bytes beside a frame.
-
-    The line feed marks that no word follows. Without it "no word yet" and "no more words" would be
-    the same, and generation could pause for seconds in the middle of a text."""
-    stream = np.full(frames * per_frame, PAD)
-    for ids, first, _ in word_frames(words, frame_rate, per_frame):
-        first *= per_frame
-        stream[first:first + len(ids)] = ids[:max(0, len(stream) - first)]
-    return stream.reshape(frames, per_frame)
-
-
-def late_words(clips, frame_rate, per_frame):
-    """One line if the words of a monologue fall more than 0.5 s behind the audio in any of the
-    first 1,000 aligned clips, else ""."""
-    aligned = [clip.words for clip in clips if clip.words][:1000]
-
-    def delays(n):
-        return [max(late for _, _, late in word_frames(words, frame_rate, n)) for words in aligned]
-    late = [seconds for seconds in delays(per_frame) if seconds > 0.5]
-    if not late:
-        return ""
-    enough = next((n for n in range(per_frame + 1, 9) if max(delays(n)) <= 0.5), 8)
-    return (f"monologue: words fall up to {max(late):.1f} s behind the audio, more than 0.5 s in "
-            f"{len(late):,} of {len(aligned):,} clips: {frame_rate * per_frame:g} bytes per second "
-            f"are too few; set lm.monologue_tokens = {enough} or a higher frame rate")
 
 
 # ---------------------------------------------------------------------------- order and prefetch
