@@ -56,9 +56,9 @@ Where this differs from the paper:
   with the branch always on, the loss falls lower but the text is ignored (the paper has the branch
   for music, not for speech).
 - The monologue is made of bytes, and a space closes each word; with data.tokenizer it is the
-  paper's, one token of a text model per frame (we train no tokenizer). The delay is a config value (the paper: 2 frames after
-  the text): a longer one lets the model read a word before it speaks it. The paper does not give
-  the weight of the text loss.
+  paper's, one token of a text model per frame (we train no tokenizer). The delay is a config value
+  (the paper: 2 frames after the text): a longer one lets the model read a word before it speaks it.
+  The paper does not give the weight of the text loss.
 - k ~ U(0, noise): the paper's 1 is a config value; with 0.5 short speech learns the text faster.
 - Generation can add the training noise to the history that it reads (sample.noise; the paper never
   does). A small model that was trained on noised histories only takes a clean history for a louder
@@ -108,8 +108,9 @@ class CALMConfig:
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0)] = 2
     # n, bytes (or tokens of data.tokenizer) beside each latent (monologue only): n · frame rate must
-    # exceed the bytes per second of the speech, or the words fall behind the audio. Measured on 6,813 recordings, 4.3 h:
-    # 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at 25 Hz
+    # exceed the bytes per second of the speech, or the words fall behind the audio. Measured on
+    # 6,813 recordings, 4.3 h: 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at
+    # 25 Hz
     monologue_tokens: Annotated[int, Range(1)] = 1
     # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1

@@ -94,8 +94,8 @@ class StageConfig:
     warmup: Annotated[int, Range(0)] = 50
     # AdamW (Table 9)
     betas: list[Annotated[float, Range(0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
-    # on the weights of linear layers, convolutions and embeddings; not on biases, gains of norms and
-    # of weight norm, scales of residual branches (optim.weights_that_decay)
+    # on the weights of linear layers, convolutions and embeddings; not on biases, gains of norms
+    # and of weight norm, scales of residual branches (optim.weights_that_decay)
     weight_decay: Annotated[float, Range(0)] = 0.0
     # largest gradient norm; a larger gradient is scaled down to it
     grad_clip: Annotated[float, Range(above=0)] = 1.0

@@ -127,8 +127,8 @@ def late_words(clips, frame_rate, per_frame, tokens=None):
     enough = next((n for n in range(per_frame + 1, 9) if max(delays(n)) <= 0.5), 8)
     unit = "tokens" if tokens.tokenizer else "bytes"
     return (f"monologue: words fall up to {max(late):.1f} s behind the audio, more than 0.5 s in "
-            f"{len(late):,} of {len(aligned):,} clips: {frame_rate * per_frame:g} {unit} per second "
-            f"are too few; set lm.monologue_tokens = {enough} or a higher frame rate")
+            f"{len(late):,} of {len(aligned):,} clips: {frame_rate * per_frame:g} {unit} per "
+            f"second are too few; set lm.monologue_tokens = {enough} or a higher frame rate")
 
 
 # ---------------------------------------------------------------------------- generation

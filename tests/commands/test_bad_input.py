@@ -224,7 +224,7 @@ def test_a_file_that_is_no_command_says_who_uses_it(name, commands):
     done = run(f"{name}.py", "-h")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{name}.py is a library, used by ")
-    users = [command for command in ("train", "sample", "evaluate") if f"{command}.py" in done.stdout]
+    users = [name for name in ("train", "sample", "evaluate") if f"{name}.py" in done.stdout]
     assert users == commands and len(done.stdout.splitlines()) == 1
 
 

@@ -18,7 +18,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 RATE = 12.5                                        # latents per second
 # the pieces of a tiny SentencePiece vocabulary, whose numbers are the ids
-PIECES = ["<unk>", "\u2581", "\u2581the", "\u2581ca", "t", "s", "\u2581sa", "e", "\u2581I", "'ll", "<s>"]
+PIECES = ["<unk>", "\u2581", "\u2581the", "\u2581ca", "t", "s", "\u2581sa", "e", "\u2581I", "'ll",
+          "<s>"]
 UNK, SPACE, THE, CA, T, S, SA, E, I, LL, BOS = range(len(PIECES))
 PAD = len(PIECES)
 END = PAD + 1                                      # the kind of speech

@@ -167,8 +167,8 @@ def test_without_ffmpeg_one_line_names_it(tmp_path, monkeypatch, capsys):
     assert "1 files .m4a, which only ffmpeg reads; install it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"ID3", b"RIFF", b"fLaC", b"OggS", b"\xff\xfb\x90",
-                                     b"no audio, but text", b"<html>404</html>" * 100])
+@pytest.mark.parametrize("content", [b"", b"abc", b"ID3", b"RIFF", b"fLaC", b"OggS",
+                                     b"\xff\xfb\x90", b"no audio, but text", b"<html>404</html>" * 100])
 def test_what_is_no_audio_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
     for read in (inspect, lambda path: load_audio(path, RATE)):
