@@ -59,7 +59,7 @@ Where this differs from the paper, or chooses what the paper does not give:
 
 Beyond the paper: a block in 1 to 4 passes. objective = "lsd" (heads.LSD) learns the flow map, F
 from t to s. Its loss needs a derivative with respect to s alone, the time to jump to. s enters at
-the read-out, so the jvp goes through the read-out and never through attention. Stage
+the read-out, so the derivative is the read-out's and never goes through attention. Stage
 "audiocalm_lsd" starts from audiocalm.pt; with s = t its F is the F of that flow.
 Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
 """
@@ -87,7 +87,7 @@ class FlowConfig(HeadConfig):
 
     The fields of consistency and of the discrete heads are inherited and ignored.
     """
-    # what the network learns; consistency would need a jvp through the whole backbone
+    # what the network learns; consistency would need a tangent through the whole backbone
     objective: Literal["rectified_flow", "trigflow", "lsd"] = "rectified_flow"
     # width of the read-out
     width: Annotated[int, Range(1)] = 256
@@ -225,29 +225,37 @@ class ARFlow(nn.Module):
         return [self.text.weight, self.null, *(p for layer in linear for p in layer.parameters())]
 
     def forward(self, x_t, t, z, s=None):
-        return self.at_target_time(x_t, t, z)(s)
+        *inputs, per_latent, to_blocks = self.run_backbone(x_t, t, z)
+        s = None if s is None else per_latent(s)
+        return to_blocks(self.readout(*inputs, s))
 
-    def per_latent(self, t, M):
-        """Times of blocks (B, n) or (M, B, n) -> times of latents (B, M·T)."""
-        t = t.reshape(M, -1, t.shape[-1])
-        return repeat(t, "M B n -> B (M n b)", b=self.block)
+    def jvp_s(self, x_t, t, z, s):
+        """F and ∂F/∂s for LSD, of the read-out alone: the backbone does not see s."""
+        *inputs, per_latent, to_blocks = self.run_backbone(x_t, t, z)
+        velocity, slope = self.readout.jvp_s(*inputs, per_latent(s))
+        return to_blocks(velocity), to_blocks(slope)
 
-    def at_target_time(self, x_t, t, z):
-        """Run the backbone, which does not depend on s -> the read-out, a function from s to F.
+    def run_backbone(self, x_t, t, z):
+        """What the read-out reads: x_t (B, M·T, D), t (B, M·T), hidden states (B, M·T, C).
 
-        z: the Context.
+        z: the Context. Two functions come with them: per_latent(s) gives the times of latents
+        (B, M·T), to_blocks brings what the read-out returns into the shape of x_t.
         """
         shape = x_t.shape
+        M, B, n = (1, *t.shape)[-3:]                    # t is (B, n), then M = 1, or (M, B, n)
         guided = z.guidance != 1
         if guided:                                      # the second half reads the null condition
             x_t = torch.cat([x_t, x_t])
-            t = torch.cat([t, t])
-        M, B, n = (1, *t.shape)[-3:]                    # t is (B, n), then M = 1, or (M, B, n)
+            B = 2 * B
+
+        def per_latent(times):
+            times = torch.cat([times, times]) if guided else times
+            return repeat(times.reshape(M, B, n), "M B n -> B (M n b)", b=self.block)
 
         # noisy positions: the M copies one after the other, one embedding of time per block
         x = x_t.reshape(M, B, n, -1)
         x = rearrange(x, "M B n (b D) -> B (M n b) D", b=self.block)            # (B, M·T, D)
-        times = self.per_latent(t, M)                                           # (B, M·T)
+        times = per_latent(t)                                                   # (B, M·T)
         dtype = self.noisy.weight.dtype
         with torch.autocast(x.device.type, enabled=False):                      # times stay fp32
             time = self.time(sinusoid(times[:, ::self.block]).to(dtype))        # (B, M·n, C)
@@ -265,10 +273,7 @@ class ARFlow(nn.Module):
         else:
             noisy = self.backbone(h, z.cache.copy(), experts=z.experts)
 
-        def read(s):
-            if s is not None:
-                s = self.per_latent(torch.cat([s, s]) if guided else s, M)
-            velocity = self.readout(x, times, noisy, s)                         # (B, M·T, D)
+        def to_blocks(velocity):
             velocity = rearrange(velocity, "B (M n b) D -> M B n (b D)", M=M, b=self.block)
             if not guided:
                 return velocity.reshape(shape)
@@ -276,7 +281,8 @@ class ARFlow(nn.Module):
             # guidance: F = F_null + a (F_cond - F_null)
             cond, null = velocity.reshape(2 * shape[0], *shape[1:]).chunk(2)
             return null + z.guidance * (cond - null)
-        return read
+
+        return x, times, noisy, per_latent, to_blocks
 
 
 class AudioCALM(nn.Module):
@@ -317,10 +323,15 @@ class AudioCALM(nn.Module):
         """The modules with the large linear layers: those that int8 rounds (sample.py)."""
         return [self.backbone, self.head.net.time]
 
+    def blocks(self):
+        """The layers that are compiled and recomputed one by one: equal code, compiled once."""
+        return list(self.backbone.blocks)
+
     def compile_for_training(self):
-        """torch.compile the backbone and the network around it."""
-        self.backbone.compile()
-        self.head.net.compile()
+        """torch.compile the backbone's layers and the read-out."""
+        for block in self.blocks():
+            block.compile()
+        self.head.net.readout.compile()
 
     def wanted(self, state):
         """The part of a state_dict that this copy loads: without the experts it does not have."""

@@ -40,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from schema import Range
 
@@ -411,8 +412,12 @@ class Transformer(nn.Module):
     experts    one callable per layer, expert(h, y) -> y, where h is the MLP's input and y its
                output (moe.py).
 
+    checkpoint (attribute): compute the activations inside each layer again in the backward pass
+    instead of keeping them.
+
     Initialisation: N(0, 0.02²), output matrices divided by sqrt(2 · layers) (GPT-2).
     """
+    checkpoint = False
 
     def __init__(self, cfg: BackboneConfig):
         super().__init__()
@@ -477,7 +482,11 @@ class Transformer(nn.Module):
         # layers
         for i, block in enumerate(self.blocks):
             expert = None if experts is None else experts[i]
-            x = block(x, rotation, mask, is_causal, cache, i, expert)
+            arguments = (x, rotation, mask, is_causal, cache, i, expert)
+            if self.checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
 
         if cache is not None:
             cache.pos += T

@@ -63,7 +63,7 @@ Where this differs from the paper:
 - Generation can add the training noise to the history that it reads (sample.noise; the paper never
   does). A small model that was trained on noised histories only takes a clean history for a louder
   one: its latents grow (LOG.md).
-Precision: the backbone in the autocast dtype, the head's times and jvp in fp32 (heads.py).
+Precision: the backbone in the autocast dtype, the head's times and norms in fp32 (heads.py).
 """
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -303,13 +303,17 @@ class CALM(nn.Module):
         head = self.head.net.matrices() if self.cfg.head.objective != "delay" else []
         return [self.backbone, *short, *head]
 
+    def blocks(self):
+        """The layers that are compiled and recomputed one by one: equal code, compiled once."""
+        short = self.short.blocks if self.cfg.short_layers else []
+        return [*self.backbone.blocks, *short]
+
     def compile_for_training(self):
-        """torch.compile the backbone, the short-context transformer and the head."""
-        self.backbone.compile()
-        if self.cfg.short_layers:
-            self.short.compile()
+        """torch.compile the backbone's and the short context's layers, and the head."""
+        for block in self.blocks():
+            block.compile()
         if self.head.has_jvp:
-            # inside an eager jvp dynamo silently stops compiling the network, so compile the loss
+            # the loss calls net.jvp or net.jvp_s, which net.compile() would leave as they are
             self.head.loss = torch.compile(self.head.loss)
         else:
             self.head.net.compile()
@@ -469,8 +473,7 @@ class CALM(nn.Module):
         The energy score compares objectives and numbers of solver steps, which losses cannot.
         """
         if not self.codes:
-            with torch.compiler.set_stance("force_eager"):      # the sampler is not compiled
-                energy = energy_score(self.head, Z, x)
+            energy = energy_score(self.head, Z, x)
         metrics = {}
         for index, name in enumerate(self.kinds):
             of_kind = valid & (kind == index)

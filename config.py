@@ -84,6 +84,9 @@ class StageConfig:
     # rows per forward pass; 0 = batch / processes; fewer need less memory. Losses are means over
     # the positions of a forward pass, so rows of unequal length weigh a little differently
     micro_batch: Annotated[int, Range(0)] = 0
+    # compute the activations inside each layer a second time in the backward pass instead of
+    # keeping them: about a third more time, and memory for one layer's instead of all
+    checkpoint: bool = False
     # adamw (the papers), or muon for matrices with AdamW for the rest (optim.py; torch >= 2.9)
     optimizer: Literal["adamw", "muon"] = "muon"
     # peak learning rate (Table 9: 1e-4 music, 2e-4 speech; Table 10: 8e-4 VAE)

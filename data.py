@@ -27,7 +27,7 @@ import math
 import os
 import sys
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -114,6 +114,9 @@ class DataConfig:
     ram_gb: Annotated[float, Range(0)] = 3.0
     # threads that decode audio; the batches do not depend on it
     workers: Annotated[int, Range(1)] = 4
+    # processes that make batches, beside each training process; 0 = one thread of it, which is
+    # enough where a step takes longer than its batch; a GPU needs several
+    processes: Annotated[int, Range(0, 256)] = 0
     # random seed of order, crops, gains, windows, prompts and the held-out split
     seed: Annotated[int, Range(0)] = 0
 
@@ -213,7 +216,7 @@ def row_of(values):
 
 def check_row(row, where):
     """Raise BadInput where a field's type or value is impossible."""
-    for name in ("text", "transcript", "kind", "speaker", "id"):
+    for name in ("transcript", "text", "kind", "speaker", "id"):
         if not isinstance(row.get(name, ""), str):
             raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
     for name in ("text", "transcript", "speaker"):
@@ -504,45 +507,6 @@ class Order:
 def global_rows(step, rows, batch):
     """Rows of a step's global batch -> their numbers in the run."""
     return [step * batch + r for r in rows]
-
-
-class Prefetch:
-    """for batch in Prefetch(fn, first_step): a thread calls fn(step) `ahead` steps early.
-
-    Steps are consecutive, in order, until `stop` (exclusive; None: endless). An error of fn is
-    raised where its batch would have come. close() waits for the thread.
-    """
-
-    def __init__(self, fn, first_step=0, ahead=2, stop=None):
-        self.fn = fn
-        self.step = first_step
-        self.stop = stop
-        self.queue = deque()
-        self.pool = ThreadPoolExecutor(1, "prefetch")
-        for _ in range(max(1, ahead)):
-            self.submit()
-
-    def submit(self):
-        """Start the call for the next step, if there is one."""
-        if self.pool and (self.stop is None or self.step < self.stop):
-            self.queue.append(self.pool.submit(self.fn, self.step))
-            self.step += 1
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if not self.queue:
-            raise StopIteration
-        future = self.queue.popleft()
-        self.submit()
-        return future.result()
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-        self.pool = None
-        self.queue.clear()
 
 
 # ---------------------------------------------------------------------------- VAE batches

@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 from audio import audio_pieces, load_audio
 from cli import BadInput, atomic
-from data import (KINDS, Order, Prefetch, encode_text, fits, global_rows, kinds_seen, pad_id,
+from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id,
                   rng)
 from decoder import seconds_in_file
 from monologue import WordTokens, late_words, word_stream
+from prefetch import Prefetch
 
 
 # ---------------------------------------------------------------------------- the cache on disk

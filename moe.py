@@ -68,13 +68,20 @@ class Experts(nn.Module):
         used = any(n > 0 and kind in self.of for kind, n in zip(self.kinds, counts))
         if not used and not (self.training and len(self.of)):
             return None
-        return [partial(self.add_expert, layer, counts) for layer in range(self.layers)]
+        return [partial(add_experts, [self.of[kind][layer] if kind in self.of else None
+                                      for kind in self.kinds], counts)
+                for layer in range(self.layers)]
 
-    def add_expert(self, layer, counts, h, y):
-        """Add each expert's output to y on the rows of its kind. h, y: (B, T, C) -> (B, T, C)."""
-        rows = []
-        for kind, h_kind, y_kind in zip(self.kinds, h.split(counts), y.split(counts)):
-            if kind in self.of:
-                y_kind = y_kind + self.of[kind][layer](h_kind)                  # A-MoME
-            rows.append(y_kind)
-        return torch.cat(rows)
+
+def add_experts(experts, counts, h, y):
+    """Add each kind's expert (None: it has none) to y on its counts[i] rows, sorted by kind.
+
+    h, y: (B, T, C) -> (B, T, C). The layer's number is not in here: a compiled layer would be
+    compiled anew for each.
+    """
+    rows = []
+    for expert, h_kind, y_kind in zip(experts, h.split(counts), y.split(counts)):
+        if expert is not None:
+            y_kind = y_kind + expert(h_kind)                                    # A-MoME
+        rows.append(y_kind)
+    return torch.cat(rows)

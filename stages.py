@@ -15,6 +15,7 @@ A stage has:
     validate(module, step) -> {figure: number}: held-out figures; renders samples
     finish(module): after the last step, with the averaged weights
     check_loaded(path): after a checkpoint was loaded into the model
+    recompute_activations(): train.STAGE.checkpoint
     compile(): torch.compile what is worth it
 
 Which class trains which stage stands in config.STAGES.
@@ -26,7 +27,9 @@ import shutil
 import torch
 import torch.distributed as dist
 
+from adaln import AdaLNMLP
 from audio import load_audio, save_audio
+from backbone import Transformer
 from calm import CALM
 from cli import BadInput
 from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model,
@@ -38,6 +41,13 @@ from latents import LatentBatches, LatentCache, digest
 from report import draw_spectrograms
 from sample import encode_prompt, render, sampling_options
 from vae import VAE
+
+
+def recompute_activations(model):
+    """Let the transformers and heads of a model recompute what is inside their layers."""
+    for module in model.modules():
+        if isinstance(module, (Transformer, AdaLNMLP)):
+            module.checkpoint = True
 
 
 class VAEStage:
@@ -63,6 +73,9 @@ class VAEStage:
 
         self.batch = AudioBatches(clips, cfg.data, cfg.vae.sample_rate, cfg.vae.channels,
                                   cfg.train.vae.batch, cfg.vae.hop)
+
+    def recompute_activations(self):
+        recompute_activations(self.model)
 
     def compile(self):
         self.model.vae.encoder.compile()
@@ -243,6 +256,9 @@ class LMStage:
     def check_loaded(self, path):
         """Any weights of the right shapes may go on."""
 
+    def recompute_activations(self):
+        recompute_activations(self.model)
+
     def compile(self):
         self.model.compile_for_training()
 
@@ -272,16 +288,32 @@ class LMStage:
         """Held-out loss with fixed noise; clips of each kind from text, and held-out clips
         continued.
         """
-        torch.manual_seed(1)
-        rows = range(min(64, len(self.valid)))
-        batch = self.prepare(self.runtime.to(self.held_out(0, rows)))
-        _, metrics = model.loss(batch)
-
+        figures = self.held_out_figures(model)
         for kind in KINDS:
             clips = [c for c in self.valid if c.kind == kind]
             self.render_texts(model, step, kind, clips)
             self.render_continuations(model, step, kind, clips)
-        return {f"valid_{k}": v.item() for k, v in metrics.items()}
+        return figures
+
+    def held_out_figures(self, model):
+        """The metrics of up to 64 held-out rows, in forward passes as large as in training ->
+        {"valid_NAME": mean, in which a pass counts as its rows do}.
+        """
+        torch.manual_seed(1)
+        stage_cfg = getattr(self.cfg.train, self.name)
+        micro = stage_cfg.micro_batch or stage_cfg.batch
+        count = min(64, len(self.valid))
+        sums = {}
+        weights = {}                                     # a pass without music has no figure of it
+        for first in range(0, count, micro):
+            rows = range(first, min(first + micro, count))
+            batch = self.prepare(self.runtime.to(self.held_out(0, rows)))
+            with self.runtime.autocast():
+                _, metrics = model.loss(batch)
+            for key, value in metrics.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * len(rows)
+                weights[key] = weights.get(key, 0) + len(rows)
+        return {f"valid_{key}": sums[key] / weights[key] for key in sums}
 
     def render_texts(self, model, step, kind, clips):
         """The config's texts of a kind, else some of the held-out ones."""
@@ -309,11 +341,9 @@ class LMStage:
         """One generation -> samples/NAME.wav and .png."""
         cfg, device = self.cfg, self.runtime.device
         tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
-        # eager: every new length of the cache would be compiled anew
-        with torch.compiler.set_stance("force_eager"):
-            wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
-                          seconds=cfg.sample.seconds, **sampling_options(cfg.sample),
-                          generator=torch.Generator(device).manual_seed(seed), **options)
+        wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
+                      seconds=cfg.sample.seconds, **sampling_options(cfg.sample),
+                      generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
         draw_spectrograms(f"{cfg.out}/samples/{name}.png",
                           [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)

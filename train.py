@@ -58,8 +58,9 @@ from cli import BadInput, Parser, atomic, cli
 from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
                     save_checkpoint, stage_seed, table_changes, vae_weights)
 from corpora import toy
-from data import Prefetch, load_clips, load_manifest
+from data import load_clips, load_manifest
 from optim import make_optimizers, schedule
+from prefetch import Prefetch, Workers
 from report import draw_losses
 
 
@@ -188,6 +189,8 @@ class Run:
 
         trainer.model.to(runtime.device).train()
         self.freeze()
+        if self.stage_cfg.checkpoint:
+            trainer.recompute_activations()
         self.optimizers = make_optimizers(trainer, self.stage_cfg, runtime.device,
                                           key=f"train.{name}.optimizer")
         self.ema = EMA(trainer.averaged, self.stage_cfg.ema) if self.stage_cfg.ema else None
@@ -205,6 +208,10 @@ class Run:
             raise BadInput(f"train.{self.name}.micro_batch: {self.micro} does not divide the "
                            f"{self.rows} rows of a process")
 
+        # rows of the global batch that each of this process's micro-batches holds
+        first = self.runtime.rank * self.rows
+        self.parts = [range(s, s + self.micro) for s in range(first, first + self.rows, self.micro)]
+
     def freeze(self):
         parts = dict(self.trainer.averaged.named_children())
         for part in self.stage_cfg.freeze:
@@ -221,6 +228,9 @@ class Run:
         elif self.stage_cfg.init:
             self.load_init(self.stage_cfg.init)
         if self.runtime.compile:
+            # layers share one code object, and dynamo keeps at most 8 graphs of it: those of the
+            # stage before must not count
+            torch._dynamo.reset()
             self.trainer.compile()
 
         size = sum(p.numel() for p in self.trainer.model.parameters())
@@ -265,10 +275,16 @@ class Run:
             self.runtime.say(f"{self.name}: {path} was trained with [vae] {old}, here {new}")
 
     def batches(self, step):
-        """This process's micro-batches of a step: [(rows of the global batch, batch), ...]."""
-        first = self.runtime.rank * self.rows
-        parts = [range(s, s + self.micro) for s in range(first, first + self.rows, self.micro)]
-        return [(rows, self.trainer.batch(step, rows)) for rows in parts]
+        """This process's micro-batches of a step, one for each of self.parts."""
+        return [self.trainer.batch(step, rows) for rows in self.parts]
+
+    def feed(self, first):
+        """An iterator of the batches from step `first` on, made ahead; to be closed."""
+        processes = self.cfg.data.processes
+        if processes:
+            pin = self.runtime.device.startswith("cuda")
+            return Workers(self.batches, first, self.stage_cfg.steps, processes, pin)
+        return Prefetch(self.batches, first, stop=self.stage_cfg.steps)
 
     def log(self, step, figures):
         """One row of log.jsonl and one line on the screen."""
@@ -291,10 +307,14 @@ class Run:
                 f.write(json.dumps({"stage": self.name, "step": step, **figures}) + "\n")
 
     def validate(self, step):
-        """Held-out figures with the averaged weights; the stage renders samples too."""
+        """Held-out figures with the averaged weights; the stage renders samples too.
+
+        Eager: every length of a clip or cache would be compiled anew, 10 s each.
+        """
         if self.runtime.rank != 0:
             return
-        with weights_of(self.trainer.averaged, self.ema and self.ema.state) as module:
+        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
+              torch.compiler.set_stance("force_eager")):
             found = self.trainer.validate(module, step)
         self.write(step, {k: round(v, 5) for k, v in found.items()})
         self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | "
@@ -313,7 +333,8 @@ class Run:
 
     def finish(self):
         """The stage's last measurements, validation, checkpoint and picture."""
-        with weights_of(self.trainer.averaged, self.ema and self.ema.state) as module:
+        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
+              torch.compiler.set_stance("force_eager")):
             self.trainer.finish(module)
             if self.ema:
                 self.ema.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
@@ -339,7 +360,7 @@ def train(trainer, name, cfg, runtime):
     first = run.resume()
     skipped = 0                                        # steps in a row that were not finite
 
-    with contextlib.closing(Prefetch(run.batches, first)) as prefetch, stop_signals() as stop:
+    with contextlib.closing(run.feed(first)) as feed, stop_signals() as stop:
         for step in range(first, stage_cfg.steps):
             # learning rate: linear warm-up, cosine decay
             for key, optimizer in run.optimizers.items():
@@ -352,7 +373,7 @@ def train(trainer, name, cfg, runtime):
 
             # a file that can no longer be read must not cost the steps since the last checkpoint
             try:
-                batches = next(prefetch)
+                batches = list(zip(run.parts, next(feed), strict=True))
             except BadInput:
                 if step > first:
                     run.save(step)

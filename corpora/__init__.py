@@ -1,1 +1,1 @@
-"""Making corpora: recordings (scan), the toy corpus, flite's voices, word times (align)."""
+"""Making corpora: recordings (scan), the toy corpus, voices (flite, piper), word times (align)."""

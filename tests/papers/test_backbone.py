@@ -214,3 +214,31 @@ def test_the_memory_of_a_window_grows_with_the_length_and_not_with_its_square():
         largest.append(mode.elements / length)
     assert max(largest) < 300                               # 4 heads x 73 keys; T x T has 8000
     assert largest[2] < 1.05 * largest[0]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_recomputed_activations_give_the_same_gradients(window):
+    torch.manual_seed(0)
+    net = Transformer(BackboneConfig(dim=16, layers=3, heads=2, window=window)).double()
+    x = torch.randn(2, 9, 16, dtype=torch.double)
+
+    def gradients():
+        net.zero_grad()
+        net(x).square().sum().backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    kept = gradients()
+    net.checkpoint = True
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = net(x).square().sum()
+    net.checkpoint = False
+    few = len(saved)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        net(x)
+    assert few < (len(saved) - few) / 3
+
+    net.zero_grad()
+    loss.backward()
+    for a, p in zip(kept, net.parameters(), strict=True):
+        assert torch.equal(a, p.grad)

@@ -16,9 +16,10 @@ from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
 from config import load
 from conftest import ROOT
-from data import (PAD, AudioBatches, Clip, DataConfig, Order, Prefetch, encode_text, load_clips,
+from data import (PAD, AudioBatches, Clip, DataConfig, Order, encode_text, load_clips,
                   load_manifest, write_manifest)
 from monologue import late_words, word_frames, word_stream
+from prefetch import Prefetch, Workers
 
 
 # ---------------------------------------------------------------------------- audio
@@ -374,6 +375,30 @@ def test_prefetch_yields_in_order_raises_what_its_function_raises_and_stops():
     ahead.close()
     assert list(ahead) == []
     assert list(Prefetch(fn, 0, ahead=3, stop=5)) == [0, 10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_make_the_batches_that_a_thread_makes(tmp_path, processes):
+    clips = corpus(tmp_path, 6)
+    batches = AudioBatches(clips, DataConfig(crop_seconds=0.2), RATE, 1, 4)
+    made = Workers(lambda step: batches(step, range(4)), 2, 7, processes, pin=False)
+    for step, batch in enumerate(made, start=2):
+        assert same(batch, batches(step, range(4)))
+    assert step == 6
+    made.close()
+
+
+def test_a_mistake_met_by_a_process_is_raised_where_its_batch_would_have_come():
+    def fn(step):
+        if step == 2:
+            raise BadInput("two")
+        return step
+
+    made = Workers(fn, 0, 5, 2, pin=False)
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(BadInput, match="^two$"):
+        next(made)
+    made.close()
 
 
 def test_a_mistake_of_the_user_is_one_line_and_exit_two(capsys):

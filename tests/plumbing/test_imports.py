@@ -9,8 +9,9 @@ from conftest import ROOT
 
 # from the ground up: a file imports only files that stand before it
 ORDER = ["cli", "schema", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae", "gan",
-         "decoder", "audio", "data", "monologue", "latents", "calm", "audiocalm", "optim", "corpora", "config",
-         "report", "sample", "stages", "checks", "train", "judges", "evaluate", "tools"]
+         "decoder", "audio", "data", "monologue", "prefetch", "latents", "calm", "audiocalm", "optim",
+         "corpora", "config", "report", "sample", "stages", "checks", "train", "judges", "evaluate",
+         "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 

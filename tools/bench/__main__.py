@@ -4,6 +4,7 @@
     python -m tools.bench heads       one latent of CALM and of the RQ-Transformer, paper sizes
     python -m tools.bench sample      text and voice prompt to audio, end to end
     python -m tools.bench audiocalm   latents: CALM one by one, AudioCALM block by block
+    python -m tools.bench train       one training step: time, FLOPs, utilisation, memory
 
     contestants {name: function} ─► in turn, repeat by repeat ─► medians and ratios ─► table, json
 
@@ -19,10 +20,11 @@ import argparse
 import torch
 
 from cli import BadInput, Parser, check_writable, cli, number, threads
-from tools.bench import audiocalm, heads, sample, vae
+from tools.bench import audiocalm, heads, sample, training, vae
 from tools.bench.timing import write_json
 
-COMMANDS = {"vae": vae, "heads": heads, "sample": sample, "audiocalm": audiocalm}
+COMMANDS = {"vae": vae, "heads": heads, "sample": sample, "audiocalm": audiocalm,
+            "train": training}
 
 
 def options():

@@ -1,0 +1,99 @@
+"""Batches made ahead of the step that needs them: by a thread, or by processes.
+
+    fn(step) ─► Prefetch    a thread, for what waits for files or takes less time than a step
+             └► Workers     processes, for a GPU whose step is shorter than the batch's making
+
+Both give fn(first), fn(first + 1), ... in order, whatever the number of workers: a batch depends on
+its step only, so that a resumed run sees the same ones. An error of fn is raised where its batch
+would have come.
+"""
+import signal
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Prefetch:
+    """for batch in Prefetch(fn, first_step): a thread calls fn(step) `ahead` steps early.
+
+    Steps are consecutive, in order, until `stop` (exclusive; None: endless). close() waits for the
+    thread.
+    """
+
+    def __init__(self, fn, first_step=0, ahead=2, stop=None):
+        self.fn = fn
+        self.step = first_step
+        self.stop = stop
+        self.queue = deque()
+        self.pool = ThreadPoolExecutor(1, "prefetch")
+        for _ in range(max(1, ahead)):
+            self.submit()
+
+    def submit(self):
+        """Start the call for the next step, if there is one."""
+        if self.pool and (self.stop is None or self.step < self.stop):
+            self.queue.append(self.pool.submit(self.fn, self.step))
+            self.step += 1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.queue:
+            raise StopIteration
+        future = self.queue.popleft()
+        self.submit()
+        return future.result()
+
+    def close(self):
+        if self.pool:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool = None
+        self.queue.clear()
+
+
+class Workers:
+    """for batch in Workers(fn, first, stop, processes, pin): processes call fn(step) early.
+
+    Each process makes every `processes`-th batch and keeps two waiting. pin: page-locked memory,
+    from which copies to a CUDA device overlap with its work. close() ends the processes.
+    """
+
+    def __init__(self, fn, first, stop, processes, pin):
+        loader = DataLoader(Steps(fn), batch_size=None, sampler=range(first, stop),
+                            num_workers=processes, pin_memory=pin, worker_init_fn=leave_signals)
+        self.batches = iter(loader)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        made = next(self.batches)
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def close(self):
+        self.batches = None
+
+
+class Steps(Dataset):
+    """fn as a dataset whose item is a step; an error is the item, to be raised by the reader."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __getitem__(self, step):
+        try:
+            return self.fn(step)
+        except Exception as e:
+            return e
+
+
+def leave_signals(worker):
+    """In a worker: Ctrl-C is the training process's to answer, SIGTERM ends the worker at once."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

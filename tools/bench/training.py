@@ -1,0 +1,220 @@
+"""One training step at any size: time, FLOPs, utilisation and memory.
+
+    python -m tools.bench train [--config configs/paper/calm_music.toml] [--stage lm] [--rows 3]
+                                [--checkpoint] [--compile] [--repeats 7] [--json figures.json]
+                                [--set KEY VALUE]
+
+    random rows ─► losses ─► backward ─► clip the gradient ─► optimizer ─► averaged weights (EMA)
+
+The code of a step is train.py's; the rows are random numbers, all as long as the config allows, and
+stand on the device already. The VAE's discriminators take part from the start; a WavLM teacher does
+not.
+
+    FLOPs      of one eager forward and backward pass as torch counts them: matrix products,
+               attention and convolutions, 2 per multiplication and addition; what --checkpoint
+               computes again is not counted
+    MFU        FLOPs per second over the 989 TFLOP/s of bf16 on an H100 (NVIDIA's figure without
+               sparsity); on other devices it is not given
+    peak       most memory that torch held on the device, with weights, gradients, both moments of
+               AdamW and averaged weights; CUDA only
+
+Precision: fp32 on a CPU, bf16 autocast on CUDA, as in training.
+"""
+import dataclasses
+import statistics
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cli import number
+from config import STAGES, load, make_model, stage_table
+from data import KINDS, PAD
+from discrete import DISCRETE
+from gan import VAEGAN
+from optim import make_optimizers
+from stages import recompute_activations
+from tools.bench.timing import clock, processor, set_threads
+from train import EMA, Runtime, clip_gradients, gradients
+
+# bf16 FLOP/s of the devices whose utilisation is given
+PEAKS = {"H100": 989e12, "H200": 989e12}
+
+
+def add_options(parser):
+    parser.add_argument("--config", default="configs/paper/calm_music.toml",
+                        help="the experiment (default configs/paper/calm_music.toml)")
+    parser.add_argument("--stage", choices=[s for s in STAGES if s != "distill"], default="lm",
+                        help="the stage of training (default lm)")
+    parser.add_argument("--rows", type=number(int, 1), default=0,
+                        help="rows of one pass (default: the stage's micro_batch, else its batch)")
+    parser.add_argument("--checkpoint", action="store_true",
+                        help="recompute activations, as train.STAGE.checkpoint does")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as train.py does")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
+                        help="another value of the config, such as --set lm.head.multiplier 1")
+
+
+def run(args):
+    """Time the step -> {"ms", "gflops", "mfu", "peak_gb", "first_seconds", "rows", "parameters"}.
+
+    mfu and peak_gb are None where they are not given.
+    """
+    # the experiment, its model and one micro-batch
+    overrides = [word for key, value in args.set for word in (f"--{key}", value)]
+    cfg = load(args.config, [*overrides, "--device", args.device])
+    stage_cfg = getattr(cfg.train, args.stage)
+    rows = args.rows or stage_cfg.micro_batch or stage_cfg.batch
+    set_threads(args.threads)
+    runtime = Runtime(cfg)
+    trainer = RandomRows(cfg, args.stage, rows, runtime.device)
+    if args.checkpoint or stage_cfg.checkpoint:
+        recompute_activations(trainer.model)
+
+    optimizers = make_optimizers(trainer, stage_cfg, runtime.device)
+    ema = EMA(trainer.averaged, stage_cfg.ema) if stage_cfg.ema else None
+    batches = [(range(rows), trainer.batch)]
+
+    def step():
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        gradients(trainer, batches, 0, runtime, 0, rows)
+        clip_gradients(trainer, optimizers, stage_cfg.grad_clip)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        if ema:
+            ema.update(0)
+
+    # count before compiling: kernels of inductor are not counted
+    with FlopCounterMode(display=False) as counter:
+        gradients(trainer, batches, 0, runtime, 0, rows)
+    flops = counter.get_total_flops()
+
+    if args.compile:
+        trainer.compile()
+    if runtime.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = clock(runtime.device)
+    step()
+    first = clock(runtime.device) - start
+    seconds = measure(step, args.repeats, runtime.device)
+
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    figures = {"device": processor(runtime.device), "rows": rows, "parameters": parameters,
+               "ms": round(1000 * seconds, 2), "gflops": round(flops / 1e9, 2),
+               "mfu": utilisation(flops / seconds, runtime),
+               "peak_gb": peak_gigabytes(runtime.device), "first_seconds": round(first, 1)}
+    report(args, figures)
+    return figures
+
+
+class RandomRows:
+    """A stage as train.py's functions see it, on one micro-batch of random rows."""
+
+    def __init__(self, cfg, stage, rows, device):
+        self.stage = stage
+        with torch.device(device):
+            if stage == "vae":
+                self.model = self.make_vae(cfg)
+                self.batch = random_audio(cfg, rows)
+            else:
+                self.model = make_model(cfg, stage)
+                self.batch = random_latents(cfg, stage, rows, self.model.monologue)
+        self.model.to(device).train()
+
+        self.averaged = self.model
+        self.optimized = {stage: self.model}
+        if stage == "vae":
+            self.averaged = self.model.vae
+            self.optimized = {"vae": self.model.vae}
+            if self.model.disc is not None:
+                self.optimized["disc"] = self.model.disc
+
+    def make_vae(self, cfg):
+        """The VAE and its discriminators, without the teacher, whose weights are not ours."""
+        weights = {k: v for k, v in cfg.gan.loss_weights.items() if k != "distill"}
+        gan = dataclasses.replace(cfg.gan, disc_start=0, disc_warmup=0, loss_weights=weights)
+        return VAEGAN(cfg.vae, gan)
+
+    def losses(self, batch, step):
+        if self.stage == "vae":
+            yield from self.model.losses(batch["audio"], step)
+        else:
+            loss, metrics = self.model.loss(dict(batch))
+            yield self.stage, loss, metrics
+
+    def compile(self):
+        if self.stage == "vae":
+            self.model.vae.encoder.compile()
+            self.model.vae.decoder.compile()
+        else:
+            self.model.compile_for_training()
+
+
+def random_audio(cfg, rows):
+    """{"audio": (rows, channels, S)}: crops as long as in training."""
+    hop = cfg.vae.hop
+    samples = -(-round(cfg.data.crop_seconds * cfg.vae.sample_rate) // hop) * hop
+    return {"audio": 0.1 * torch.randn(rows, cfg.vae.channels, samples)}
+
+
+def random_latents(cfg, stage, rows, monologue):
+    """A batch of LatentBatches' layout: every row as long as data.frames, with text and prompt."""
+    frames = cfg.data.frames
+    shape = (rows, frames, cfg.vae.latent_dim)
+    x = torch.randn(shape)
+    prompt = torch.randn(rows, cfg.data.prompt_frames, cfg.vae.latent_dim)
+    if stage_table(cfg, stage).head.objective in DISCRETE:
+        levels, entries = cfg.vae.codebooks, cfg.vae.codebook_size
+        x = torch.randint(entries, (rows, frames, levels))
+        prompt = torch.randint(entries, (rows, cfg.data.prompt_frames, levels))
+
+    text_len = 1 if monologue else 1 + cfg.data.text_len
+    return {"x": x,
+            "frames": torch.full((rows,), frames),
+            "ended": torch.ones(rows, dtype=torch.bool),
+            "text": torch.randint(PAD, (rows, 1 + cfg.data.text_len)),
+            "text_len": torch.full((rows,), text_len),
+            "kind": torch.arange(rows) % len(KINDS),
+            "prompt": prompt,
+            "prompt_len": torch.full((rows,), cfg.data.prompt_frames),
+            "words": torch.full((rows, frames, monologue), PAD),
+            "aligned": torch.ones(rows, dtype=torch.bool)}
+
+
+def measure(step, repeats, device):
+    """Median seconds of a step, after two that are not measured."""
+    for _ in range(2):
+        step()
+    times = []
+    for _ in range(repeats):
+        start = clock(device)
+        step()
+        times.append(clock(device) - start)
+    return statistics.median(times)
+
+
+def utilisation(flops_per_second, runtime):
+    """Percent of the device's bf16 peak, or None where the peak is not known here."""
+    if runtime.device != "cuda" or not runtime.bf16:
+        return None
+    name = torch.cuda.get_device_name()
+    for key, peak in PEAKS.items():
+        if key in name:
+            return round(100 * flops_per_second / peak, 1)
+    return None
+
+
+def peak_gigabytes(device):
+    """Most memory allocated on a CUDA device so far, in 10⁹ bytes, or None."""
+    return round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None
+
+
+def report(args, figures):
+    """One line per measurement."""
+    how = ("compiled" if args.compile else "eager") + (", recomputed" if args.checkpoint else "")
+    teraflops = figures["gflops"] / figures["ms"]
+    mfu = "" if figures["mfu"] is None else f", MFU {figures['mfu']} %"
+    peak = "" if figures["peak_gb"] is None else f", peak {figures['peak_gb']} GB"
+    print(f"{args.config} {args.stage}, {how}: {figures['parameters'] / 1e6:.1f}M parameters, "
+          f"{figures['rows']} rows: {figures['ms']:.1f} ms, {teraflops:.2f} TFLOP/s{mfu}{peak}, "
+          f"first step {figures['first_seconds']:.0f} s", flush=True)
