@@ -255,7 +255,11 @@ class Run:
         load_weights(self.trainer.model, state["model"], path)
         self.trainer.check_loaded(path)
         for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
+            try:
+                optimizer.load_state_dict(state["optimizers"][key])
+            except ValueError as e:                     # other groups of parameters
+                raise BadInput(f"{path}: holds the optimizer of another version of this code "
+                               f"({e}); finish it with that one, or begin again with --fresh") from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         return state["step"]
