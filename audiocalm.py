@@ -63,6 +63,7 @@ the read-out, so the derivative is the read-out's and never goes through attenti
 "audiocalm_lsd" starts from audiocalm.pt; with s = t its F is the F of that flow.
 Precision: the backbone in the autocast dtype; times, read-out's norms and the loss fp32 (heads.py).
 """
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -72,10 +73,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.nn.attention.flex_attention import create_block_mask
 
-from backbone import BackboneConfig, KVCache, Transformer
+from backbone import BackboneConfig, KVCache, StaticCache, Transformer
 from data import vocabulary
 from heads import LSD, AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
 from moe import Experts
+from replay import Replay, normal, rounded, uniform, until_all_ended
 from schema import Range
 
 FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow, "lsd": LSD}
@@ -184,7 +186,7 @@ class Context:
     # training: total length S -> mask of the first S positions
     masks: dict | None = None
     # generation: keys and values of everything clean, and how many of them are text and prompt
-    cache: KVCache | None = None
+    cache: KVCache | StaticCache | None = None
     prefix_len: int = 0
     # generation: a; if it is not 1, the second half of the cache's rows is the null condition
     guidance: float = 1.0
@@ -469,7 +471,7 @@ class AudioCALM(nn.Module):
     @torch.no_grad()
     def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
                  temperature=1.0, guidance=1.0, noise=0.0, text_temperature=1.0, text_top_k=0,
-                 generator=None):
+                 generator=None, fast=None):
         """Yield latents (B, D) frame by frame, like CALM, and the rows that have ended (B,).
 
         Stops after max_frames or when all rows have ended. A row that has ended goes on yielding:
@@ -477,11 +479,10 @@ class AudioCALM(nn.Module):
         prompt; history (B, n, D): clean latents to continue, in whole blocks (the oldest n mod
         block are left out). All latents are normalised. noise: share of the training's history
         noise that blocks get before they are read, 0 to 1. text_temperature, text_top_k: CALM's;
-        no text is written here.
+        no text is written here. fast: a replay.Fast, to generate in fixed memory; None = in a cache
+        that grows.
         """
         cfg = self.cfg
-        B = text.shape[0]
-        D = self.head.net.latent.in_features
 
         # text, prompt and history into the cache
         z = self.read_prefix(text, prompt, kind, guidance)
@@ -489,23 +490,78 @@ class AudioCALM(nn.Module):
             for x in history[:, history.shape[1] % cfg.block:].split(cfg.block, 1):
                 self.append_clean_block(z, x, noise, generator)
 
-        ended = torch.zeros(B, dtype=torch.bool, device=text.device)
-        for first in range(0, max_frames, cfg.block):
-            # a new block by the solver (z is the Context); its evaluations share the spare room of
-            # the cache. Then the clean pass
-            z.cache.reserve(cfg.block)
-            x = self.head.sample(z, steps=steps, temperature=temperature, generator=generator,
-                                 shape=(B, 1, cfg.block * D)).view(B, cfg.block, D)
-            is_over = self.append_clean_block(z, x, noise, generator) > 0       # (B, block)
+        # block by block
+        B = text.shape[0]
+        sampling = {"steps": steps, "temperature": temperature}
+        if fast is None:
+            next_block = self.make_next_block(z, B, noise, sampling)
+            yield from self.frames(next_block, B, max_frames, generator)
+            return
+        with self.fixed_block(fast, z, B, noise, sampling, kind, max_frames) as next_block:
+            yield from until_all_ended(
+                self.frames(next_block, B, max_frames, generator, look=not text.is_cuda))
+
+    def frames(self, next_block, B, max_frames, generator, look=True):
+        """The frames of generate().
+
+        look: stop when all rows have ended, for which the host waits for the device.
+        """
+        block = self.cfg.block
+        ended = torch.zeros(B, dtype=torch.bool, device=self.stop.weight.device)
+        for first in range(0, max_frames, block):
+            x, is_over = next_block(generator=generator)        # (B, block, D), (B, block)
 
             # frame by frame; the rest of a block is dropped once all rows have ended
-            for i in range(min(cfg.block, max_frames - first)):
-                if ended.all():
+            for i in range(min(block, max_frames - first)):
+                if look and ended.all():
                     return
                 yield x[:, i], ended
                 ended = ended | is_over[:, i]
-            if ended.all():
+            if look and ended.all():
                 return
+
+    def make_next_block(self, z, B, noise, sampling):
+        """The function (generator) -> a new block (B, block, D) and "the clip is over" (B, block).
+
+        z: the Context, whose cache the block is appended to; sampling: options of the solver.
+        """
+        block = self.cfg.block
+        shape = (B, 1, block * self.head.net.latent.in_features)
+
+        def next_block(generator):
+            # the solver's evaluations share the spare room of the cache; then the clean pass
+            z.cache.reserve(block)
+            x = self.head.sample(z, generator=generator, shape=shape, **sampling)
+            x = x.view(B, block, -1)                                            # (B, block, D)
+            return x, self.append_clean_block(z, x, noise, generator) > 0
+        return next_block
+
+    @contextmanager
+    def fixed_block(self, fast, z, B, noise, sampling, kind, max_frames):
+        """make_next_block in fixed memory, for max_frames behind what z has read.
+
+        A step that an earlier call left in `fast` is used again where it fits.
+        """
+        # memory: all positions, or text, prompt and a ring of blocks
+        block = self.cfg.block
+        pinned = z.prefix_len if self.cfg.window else 0
+        size = rounded(z.cache.pos + max_frames + block)
+        if self.cfg.window:
+            size = pinned + self.cfg.window + block
+        key = (self, B, size, pinned, z.cache.kv[0][0].dtype, z.guidance, noise, kind,
+               *sampling.values())
+
+        def make():
+            cache = StaticCache.beside(z.cache, size, pinned)
+            fixed = replace(z, cache=cache)
+            return cache, Replay(self.make_next_block(fixed, B, noise, sampling), fast.how)
+
+        cache, next_block = fast.take(key, make)
+        cache.load(z.cache)
+        try:
+            yield next_block
+        finally:
+            fast.give_back(key, (cache, next_block))
 
     def read_prefix(self, text, prompt, kind, guidance):
         """Text (B, L) and prompt (B, P, D) or None into a new cache -> Context.
@@ -543,9 +599,8 @@ class AudioCALM(nn.Module):
         # history noise, as in training: one share s per block
         s_max = noise * self.cfg.history_noise
         if s_max:
-            options = {"device": x.device, "generator": generator}
-            s = s_max * torch.rand(B, 1, 1, **options)
-            x = (1 - s) * x + s * torch.randn(x.shape, **options)
+            s = s_max * uniform((B, 1, 1), generator, x.device)
+            x = (1 - s) * x + s * normal(x.shape, generator, x.device)
 
         # the pass, for the null condition too; then the cache keeps prefix and window
         h = latent(x.to(latent.weight.dtype))                                   # (B, block, C)

@@ -157,6 +157,7 @@ class KVCache:
     kv       {layer: (k, v)}, each (B, H, P, d): the P positions that the next query may attend to
     pos      number of positions processed so far, including those dropped since
     buffers  {layer: Buffer or None}: the storage that kv[layer] is a view of
+    front    (B,): positions of padding in front of each row, which no other sees; None = none
 
     Without gradients, an append writes into the spare room of the layer's buffer; what is cached
     stays in place:
@@ -169,10 +170,32 @@ class KVCache:
     then no longer the view that the buffer remembers.
     """
 
-    def __init__(self):
+    def __init__(self, front=None):
         self.kv = {}
         self.pos = 0
         self.buffers = {}
+        self.front = front
+
+    def positions(self, new, device):
+        """Positions of `new` queries: (new,), or (B, new) with padding, which is not counted."""
+        positions = self.pos + torch.arange(new, device=device)
+        return positions if self.front is None else positions - self.front[:, None]
+
+    def mask(self, net, new, device):
+        """(mask, is_causal) for `new` queries: the rule of net, a Transformer, without padding."""
+        past = self.kv[0][0].shape[2] if 0 in self.kv else 0
+        if self.front is None:
+            return net.attention_mask(new, past, device)
+
+        q = self.pos + torch.arange(new, device=device)[:, None]
+        k = self.pos - past + torch.arange(past + new, device=device)
+        mask = k <= q                                                           # (new, past + new)
+        if net.cfg.window:
+            mask = mask & (q - k < net.cfg.window)
+
+        # padding sees itself, since a query that sees nothing gives NaN
+        mask = mask & (k >= self.front[:, None, None]) | (k == q)
+        return mask[:, None], False                                     # (B, 1, new, past + new)
 
     def append(self, layer, k, v, window):
         """Add k, v (B, H, T, d) of T new positions; return the keys and values to attend to.
@@ -233,7 +256,7 @@ class KVCache:
         Use one copy at a time. It shares the buffer and writes into its spare room, and the next
         append to either cache overwrites that.
         """
-        other = KVCache()
+        other = KVCache(self.front)
         other.kv = dict(self.kv)
         other.pos = self.pos
         other.buffers = dict(self.buffers)
@@ -257,6 +280,93 @@ class KVCache:
             else:
                 buffer = buffer._replace(end=0).write(kept_k, kept_v)
                 self.point_to(layer, buffer, first + last)
+
+
+class StaticCache:
+    """A KVCache in memory that never moves, for steps that are compiled or recorded (replay.py).
+
+        slot    0 ... pinned - 1     pinned ... size - 1
+        holds   positions 0 ...      a ring: position p in slot pinned + (p - pinned) % ring
+
+    kv     [(k, v)] of each layer, (B, H, size, d); ring = size - pinned
+    pos    number of positions processed so far, a tensor (): the operations of a call are the same
+           at every position
+    front  as in KVCache
+
+    A query attends to every position that is held and to all new ones, which is the rule of a
+    causal model for one new position, and AudioCALM's for a block. A ring as long as the window
+    holds exactly what the window shows.
+    """
+
+    def __init__(self, kv, size, pinned, pos, front):
+        self.kv = kv
+        self.size = size
+        self.pinned = pinned
+        self.pos = pos
+        self.front = front
+
+    @classmethod
+    def beside(cls, cache, size, pinned=0):
+        """Memory for what a filled KVCache holds and what is still to come; load() fills it."""
+        kv = []
+        for k, v in cache.kv.values():
+            shape = (*k.shape[:2], size, k.shape[3])
+            kv.append((k.new_zeros(shape), v.new_zeros(shape)))
+        pos = torch.zeros((), dtype=torch.long, device=k.device)
+        front = None if cache.front is None else torch.zeros_like(cache.front)
+        return cls(kv, size, pinned, pos, front)
+
+    def load(self, cache):
+        """Take over what a KVCache of the same model and batch holds."""
+        self.pos.fill_(cache.pos)
+        if self.front is not None:
+            self.front.copy_(cache.front)
+
+        # the first pinned positions, and the last ones
+        length = cache.kv[0][0].shape[2]
+        kept = torch.arange(length, device=self.pos.device)
+        kept = torch.where(kept < self.pinned, kept, kept + cache.pos - length)
+        slots = self.slots(kept)
+        for (k, v), (new_k, new_v) in zip(self.kv, cache.kv.values()):
+            k.index_copy_(2, slots, new_k)
+            v.index_copy_(2, slots, new_v)
+
+    def slots(self, positions):
+        """Where positions (n,) are held."""
+        in_ring = self.pinned + (positions - self.pinned) % (self.size - self.pinned)
+        return torch.where(positions < self.pinned, positions, in_ring)
+
+    def positions(self, new, device):
+        """As KVCache.positions; the new keys and values will be written there."""
+        positions = self.pos + torch.arange(new, device=device)
+        self.new_slots = self.slots(positions)
+        return positions if self.front is None else positions - self.front[:, None]
+
+    def mask(self, net, new, device):
+        """(mask (1, size) or (B, 1, 1, size), False): the slots that hold something by then."""
+        slot = torch.arange(self.size, device=device)
+        last = self.pos + new - 1
+        held = last - (last - slot) % (self.size - self.pinned)                 # position in a slot
+        if self.front is None:
+            return ((slot < self.pinned) | (held >= self.pinned))[None], False
+        return (held >= self.front[:, None])[:, None, None], False
+
+    def append(self, layer, k, v, window):
+        """Write k, v (B, H, T, d) of T new positions; return all slots (B, H, size, d)."""
+        keys, values = self.kv[layer]
+        keys.index_copy_(2, self.new_slots, k)
+        values.index_copy_(2, self.new_slots, v)
+        return keys, values
+
+    def copy(self):
+        """A cache to read from: it writes where this one will write next, and keeps its own pos."""
+        return StaticCache(self.kv, self.size, self.pinned, self.pos.clone(), self.front)
+
+    def reserve(self, new):
+        """There is room: the ring."""
+
+    def trim(self, first, last):
+        """The ring drops what is too old."""
 
 
 class Band(NamedTuple):
@@ -403,9 +513,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of layers: x (B, T, C) -> y (B, T, C).
 
-    cache      a KVCache to read and extend; positions then continue from cache.pos. With
-               cache.copy() the call reads the cache and leaves it unchanged.
-    positions  (T,) or (B, T), for the rotations, in place of 0, 1, 2 ...
+    cache      a KVCache or StaticCache to read and extend; positions then continue from cache.pos.
+               With cache.copy() the call reads the cache and leaves it unchanged.
+    positions  (T,) or (B, T), for the rotations, in place of 0, 1, 2 ...; without a cache
     mask       which keys a query attends to, in place of the config's rule, for P cached positions:
                bool (T, P + T) or (B, 1, T, P + T), True = attend, for SDPA; or a BlockMask, for
                flex_attention (fast when compiled).
@@ -459,25 +569,27 @@ class Transformer(nn.Module):
             mask = mask & (q - k < window)
         return mask, False
 
-    def forward(self, x, cache: KVCache | None = None, *, positions=None, mask=None, experts=None):
+    def forward(self, x, cache: KVCache | StaticCache | None = None, *, positions=None, mask=None,
+                experts=None):
         T = x.shape[1]
         if T == 0:
             return x
 
         # rotations of the positions, the same for all heads
-        if positions is None:
-            first = cache.pos if cache is not None else 0
-            positions = first + torch.arange(T, device=x.device)                # (T,)
-        elif positions.dim() == 2:
+        if cache is not None:
+            positions = cache.positions(T, x.device)                            # (T,) or (B, T)
+        elif positions is None:
+            positions = torch.arange(T, device=x.device)                        # (T,)
+        if positions.dim() == 2:
             positions = positions[:, None]                                      # (B, 1, T)
         rotation = rotations(positions, self.cfg.head_width, self.cfg.rope_base, x.dtype)
 
         # mask: the caller's, or the config's rule
         is_causal = False
-        if mask is None:
-            cached = cache is not None and 0 in cache.kv
-            past = cache.kv[0][0].shape[2] if cached else 0
-            mask, is_causal = self.attention_mask(T, past, x.device)
+        if mask is None and cache is not None:
+            mask, is_causal = cache.mask(self, T, x.device)
+        elif mask is None:
+            mask, is_causal = self.attention_mask(T, 0, x.device)
 
         # layers
         for i, block in enumerate(self.blocks):

@@ -72,11 +72,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import BackboneConfig, KVCache, Transformer
+from backbone import BackboneConfig, Transformer
+from branches import Branches, fixed_step, growing_step
 from data import vocabulary
 from discrete import (DISCRETE, MISSING, CodeEmbedding, DelayLine, NoDelay, delay_codes)
 from heads import HEADS, HeadConfig, energy_score
 from monologue import Monologue, NoMonologue, WordTokens
+from replay import normal, uniform, until_all_ended
 from schema import Kind, Range
 
 
@@ -134,81 +136,6 @@ def pack(parts):
 def masked_mean(values, mask):
     """Mean of the values where the mask is true; 0 where it is true nowhere."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
-class Branches:
-    """Three streaming transformers: with prefix, without it (guidance), and the short context.
-
-        long     prefix, text stream and latents    ─► z_long (B, C)
-        null     the same without the prefix        ─► z_null (B, C), with guidance only
-        short    latents                            ─► z_short (B, C), for kinds that have it
-
-    noise: share of the training noise that the latents get before they are read, 0 to 1.
-    """
-
-    def __init__(self, net, kind, guidance, noise, generator):
-        self.net = net
-        self.guidance = guidance
-        self.use_short = bool(net.cfg.short_layers and net.has_short[kind])
-        self.noise = noise * net.cfg.noise
-        self.short_noise = noise * net.cfg.short_noise
-        self.generator = generator
-        self.long_cache = KVCache()
-        self.null_cache = KVCache()
-        self.short_cache = KVCache()
-
-    def start(self, prefix, history, pad):
-        """Queue the prefix (B, P + L, C) and the history (B, n, D or K), each frame beside `pad`.
-
-        Returns the d audio inputs (B, d, C) that have no text beside them yet: with an acoustic
-        delay of d the first new words go there.
-        """
-        net = self.net
-        B, n = history.shape[:2]
-        bos = net.bos.expand(B, 1, -1)
-        self.pad = pad
-
-        # audio inputs: d positions without audio, then the history; the first n go beside PAD
-        delay = bos.new_zeros(B, net.acoustic_delay, bos.shape[2])
-        audio = net.embed_noised(net.latent, history, self.noise, self.generator)
-        audio = torch.cat([delay, audio], 1)                                # (B, d + n, C)
-        beside_pad = audio[:, :n] + pad[:, None]
-        self.long_input = torch.cat([prefix, bos, beside_pad], 1)           # (B, P + L + 1 + n, C)
-        self.null_input = torch.cat([bos, beside_pad], 1)                   # (B, 1 + n, C)
-
-        if self.use_short:
-            recent = net.embed_noised(net.short_latent, history, self.short_noise, self.generator)
-            self.short_input = torch.cat([net.short_bos.expand(B, 1, -1), recent], 1)
-        return audio[:, n:]
-
-    def step(self):
-        """Read the queued input -> z_long (B, C) and the guided z (B, C)."""
-        z_long = self.net.backbone(self.long_input, self.long_cache)[:, -1]
-        if self.guidance == 1:
-            return z_long, z_long
-
-        # latent guidance (CALM, third version)
-        z_null = self.net.backbone(self.null_input, self.null_cache)[:, -1]
-        return z_long, z_null + self.guidance * (z_long - z_null)
-
-    def add_short(self, z):
-        """z (B, C) -> Z = z + z_short (section 4.2)."""
-        if not self.use_short:
-            return z
-        return z + self.net.short(self.short_input, self.short_cache)[:, -1]
-
-    def feed(self, audio, token):
-        """Queue the embeddings of a latent and of the text token beside it, (B, C) each."""
-        self.long_input = (audio + token)[:, None]
-        self.null_input = (audio + self.pad)[:, None]
-
-    def feed_latent(self, x, token):
-        """Queue a new latent x (B, D or K) for all branches."""
-        net = self.net
-        self.feed(net.embed_noised(net.latent, x, self.noise, self.generator), token)
-        if self.use_short:
-            recent = net.embed_noised(net.short_latent, x, self.short_noise, self.generator)
-            self.short_input = recent[:, None]
 
 
 class CALM(nn.Module):
@@ -346,9 +273,8 @@ class CALM(nn.Module):
 
     def add_noise(self, x, k_max, generator=None):
         """x (.., D) -> √k ε + √(1-k) x with one k ~ U(0, k_max) per latent (section 4.3)."""
-        options = {"device": x.device, "generator": generator}
-        k = k_max * torch.rand(*x.shape[:-1], 1, **options)                 # (.., 1)
-        noise = torch.randn(x.shape, dtype=x.dtype, **options)
+        k = k_max * uniform((*x.shape[:-1], 1), generator, x.device)        # (.., 1)
+        noise = normal(x.shape, generator, x.device, x.dtype)
         return k.sqrt() * noise + (1 - k).sqrt() * x                        # CALM 4.3
 
     def embed_noised(self, embed, x, k_max, generator=None):
@@ -560,50 +486,70 @@ class CALM(nn.Module):
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, text, *, kind, max_frames, prompt=None, history=None, steps=None,
-                 temperature=1.0, guidance=1.0, noise=0.0, text_temperature=0.8, text_top_k=0,
-                 generator=None):
+    def generate(self, text, *, kind, max_frames, prompt=None, history=None, text_len=None,
+                 prompt_len=None, steps=None, temperature=1.0, guidance=1.0, noise=0.0,
+                 text_temperature=0.8, text_top_k=0, generator=None, fast=None):
         """Yield latents (B, D), or codes (B, K), frame by frame, and the rows that have ended (B,).
 
         Stops after max_frames or when all rows have ended. A row that has ended goes on yielding:
-        cut it there. text (B, L): tokens without padding; kind: an index; prompt (B, P, D): voice
-        prompt; history (B, n, D): clean latents to continue. All latents are normalised. noise:
-        share of the training noise that the latents get before they are read, 0 (the paper) to 1.
-        Monologue: the bytes of a speech's text run beside the latents, and nothing beside a
-        history; a row cannot end before its text is complete. text_temperature (the paper: 0.8)
-        and text_top_k (0 = all): of a text that the model writes itself.
+        cut it there. text (B, L): tokens, valid up to text_len (B,), None = all; kind: an index;
+        prompt (B, P, D): voice prompt, valid up to prompt_len (B,); history (B, n, D): clean
+        latents to continue. All latents are normalised. noise: share of the training noise that
+        the latents get before they are read, 0 (the paper) to 1. Monologue: the bytes of a
+        speech's text run beside the latents, and nothing beside a history; a row cannot end before
+        its text is complete. text_temperature (the paper: 0.8) and text_top_k (0 = all): of a text
+        that the model writes itself. fast: a replay.Fast, to generate in fixed memory; None = in a
+        cache that grows.
         """
         B = text.shape[0]
         history = self.no_frames(B) if history is None else history
         line = DelayLine(history) if self.code_delay else NoDelay(history)
-        text, monologue = self.start_monologue(text, kind, text_temperature, text_top_k)
-        branches = Branches(self, kind, guidance, noise, generator)
+        text, text_len, monologue = self.start_monologue(text, text_len, kind, text_temperature,
+                                                         text_top_k)
+        prefix, front = self.embed_prefix(text, prompt, text_len, prompt_len)
 
         # prefix and history; with an acoustic delay the first words run ahead of the audio
-        delayed = branches.start(self.embed_prefix(text, prompt), line.history, monologue.pad)
+        branches = Branches(self, kind, guidance, noise, front)
+        inputs, delayed = branches.start(prefix, line.history, monologue.pad, generator)
         for audio in delayed.unbind(1):                                     # (B, C), d times
-            z_long, _ = branches.step()
-            branches.feed(audio, monologue.step(z_long, generator))
+            z_long, _ = branches.read(inputs.without_short())
+            inputs.feed(audio, monologue.step(z_long, generator), monologue.pad)
+        first = branches.read(inputs)
 
-        ended = torch.zeros(B, dtype=torch.bool, device=text.device)
-        for step in range(max_frames + self.code_delay):
+        # latent by latent
+        sampling = {"steps": steps, "temperature": temperature}
+        frames = max_frames + self.code_delay
+        if fast is None:
+            step = growing_step(branches, sampling)
+            yield from self.frames(first, step, frames, line, monologue, generator)
+            return
+        with fixed_step(fast, branches, sampling, frames) as step:
+            yield from until_all_ended(
+                self.frames(first, step, frames, line, monologue, generator, look=not text.is_cuda))
+
+    def frames(self, first, step, count, line, monologue, generator, look=True):
+        """The frames of generate(); first: z_long and Z (B, C) of the first.
+
+        look: stop when all rows have ended, for which the host waits for the device.
+        """
+        z_long, Z = first
+        ended = torch.zeros(len(Z), dtype=torch.bool, device=Z.device)
+        for i in range(count):
             # z_long: the next text token, and whether the clip is over
-            z_long, z = branches.step()                                     # (B, C)
+            if i > 0:
+                z_long, Z, over = step.read(x, token, generator=generator)  # (B, C), (B, C), (B,)
             token = monologue.step(z_long, generator)
-            if step > 0:                                                    # at least one latent
-                over = self.eos(z_long).squeeze(-1) > 0
+            if i > 0:                                                       # at least one latent
                 ended = ended | (over & monologue.finished(over.device))
             frame_ended = line.advance(ended)
-            if frame_ended.all():
+            if look and frame_ended.all():
                 return
 
             # Z = z_long + z_short: the next latent
-            Z = branches.add_short(z)
-            x = self.head.sample(Z, steps=steps, temperature=temperature, generator=generator)
+            x, = step.draw(Z, generator=generator)
             x = line.put(x, ended)                                          # (B, D or K)
-            if step >= self.code_delay:
+            if i >= self.code_delay:
                 yield line.frame(), frame_ended
-            branches.feed_latent(x, token)
 
     def no_frames(self, B):
         """An empty history."""
@@ -611,23 +557,43 @@ class CALM(nn.Module):
             return torch.zeros(B, 0, self.codes[0], dtype=torch.long, device=self.bos.device)
         return self.bos.new_zeros(B, 0, self.latent_dim)
 
-    def start_monologue(self, text, kind, temperature, top_k):
-        """The tokens that stay before the audio, and the stream of those that run beside it."""
+    def start_monologue(self, text, text_len, kind, temperature, top_k):
+        """The tokens that stay before the audio, their number (B,) or None where there is no
+        padding, and the stream of those that run beside it.
+        """
         B = text.shape[0]
         if not self.cfg.monologue:
-            return text, NoMonologue(self.bos.new_zeros(B, len(self.bos)))
+            return text, text_len, NoMonologue(self.bos.new_zeros(B, len(self.bos)))
         pad = self.embed_words(torch.full((B, self.monologue), self.pad, device=text.device))
         if self.kinds[kind] != "speech":                        # captions stay before the audio
-            return text, NoMonologue(pad)
-        spoken = text[:, 1:].tolist()                           # the first token names the kind
-        return text[:, :1], Monologue(spoken, self.cfg.longest_pause, [self.word, *self.more_words],
-                                      self.text_embeddings(), pad, temperature, top_k,
-                                      self.word_tokens)
+            return text, text_len, NoMonologue(pad)
 
-    def embed_prefix(self, text, prompt):
-        """Voice prompt (B, P, D) or None and text (B, L), without padding -> (B, P + L, C)."""
-        text = self.text(text)
-        if prompt is None or prompt.shape[1] == 0:
-            return text
-        prompt, _ = self.embed_prompt(prompt, torch.tensor(prompt.shape[1]))
-        return torch.cat([prompt, text], 1)
+        # the first token names the kind
+        lengths = [text.shape[1]] * B if text_len is None else text_len.tolist()
+        spoken = [row[1:n] for row, n in zip(text.tolist(), lengths)]
+        return text[:, :1], None, Monologue(spoken, self.cfg.longest_pause,
+                                            [self.word, *self.more_words], self.text_embeddings(),
+                                            pad, temperature, top_k, self.word_tokens)
+
+    def embed_prefix(self, text, prompt, text_len=None, prompt_len=None):
+        """Voice prompt (B, P, D) or None and text (B, L) -> (B, P + L, C), padding in front.
+
+        Also its length in each row (B,); None where nothing is padded (no lengths are given).
+        """
+        B, L = text.shape
+        padded = text_len is not None or prompt_len is not None
+        parts = [(self.text(text), text.new_full((B,), L) if text_len is None else text_len)]
+        if prompt is not None and prompt.shape[1] > 0:
+            if prompt_len is None:
+                prompt_len = text.new_full((B,), prompt.shape[1])
+            parts.insert(0, self.embed_prompt(prompt, prompt_len))
+        if not padded:
+            return torch.cat([values for values, _ in parts], 1), None
+
+        # as in pack(), but padding first
+        values = torch.cat([values for values, _ in parts], 1)              # (B, P + L, C)
+        valid = torch.cat([torch.arange(v.shape[1], device=v.device) < length[:, None]
+                           for v, length in parts], 1)                      # (B, P + L)
+        order = torch.argsort(valid.int(), dim=1, stable=True)
+        values = values.gather(1, order[..., None].expand_as(values))
+        return values, (~valid).sum(1)

@@ -61,6 +61,7 @@ from torch import nn
 
 from backbone import KVCache, RMSNorm
 from heads import weighted_mean
+from replay import exponential
 
 MISSING = -1                                    # no code here: before a delayed level, or padding
 
@@ -294,8 +295,10 @@ def sample_codes(logits, temperature, top_k, generator):
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
+    # a race: p_i / e_i with e_i exponential is largest at i with probability p_i. So does
+    # torch.multinomial, with the same numbers; written out, the numbers can be drawn beforehand
     p = (logits / temperature).softmax(-1)
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+    return (p / exponential(p.shape, generator, p.device, p.dtype)).argmax(-1)
 
 
 def cross_entropy(logits, codes, weight=None):
@@ -389,8 +392,8 @@ class DepthTransformer(nn.Module):
     def project(self, z):
         """z (N, C) -> the input of each level (N, K, w); levels that share a set get the same."""
         per_set = torch.stack([linear(z) for linear in self.cond.each], 1)      # (N, sets, w)
-        last = per_set.shape[1] - 1
-        return per_set[:, [min(k, last) for k in range(self.levels)]]
+        rest = self.levels - per_set.shape[1]                       # levels that share the last set
+        return torch.cat([per_set, per_set[:, -1:].expand(-1, rest, -1)], 1)
 
     def run(self, h, level=None, cache=None):
         """All blocks over all levels (N, K, w), or over one level (N, 1, w) with a cache."""

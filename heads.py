@@ -59,6 +59,7 @@ import torch
 from torch import nn
 
 from adaln import AdaLNMLP, fp32, sinusoid
+from replay import normal
 from schema import Range
 
 HALF_PI = math.pi / 2
@@ -223,7 +224,7 @@ def tempered_noise(net, z, temperature, generator, shape):
     shape = shape or (*z.shape[:-1], net.dim)
     device = z.device if torch.is_tensor(z) else next(net.parameters()).device
     dtype = torch.promote_types(z.dtype, torch.float32) if torch.is_tensor(z) else torch.float32
-    eps = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    eps = normal(shape, generator, device, dtype)
     return math.sqrt(temperature) * eps                                     # CALM 4.5
 
 

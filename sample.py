@@ -45,6 +45,7 @@ from cli import BadInput, Parser, check_writable, cli, number, threads
 from config import LM_STAGES, open_run
 from data import KINDS, encode_text
 from decoder import seconds_in_file
+from replay import HOW, Fast
 
 PROGRESS_FRAMES = 24                # latents between two lines of progress
 INT8_WEIGHTS = 1 << 16              # of a matrix from which int8 is faster (one thread, batch 1)
@@ -162,6 +163,10 @@ def parse():
 
     # where it runs, and how fast
     p.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    p.add_argument("--fast", choices=["auto", "no", *HOW], default="auto",
+                   help="how latents follow each other: no = in a cache that grows; static = in "
+                        "fixed memory; graph = there, each as a CUDA graph; compile = compiled as "
+                        "well, which takes a minute to start; default: graph on cuda, else no")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--int8", action="store_true",
                    help="CPU: round the large matrices (where that is faster) to 8 bits, a conv "
@@ -198,6 +203,10 @@ def check_arguments(a):
                        "transcribes the whole of it")
     if a.int8 and a.device != "cpu":
         raise BadInput("--int8: is for --device cpu")
+    if a.int8 and a.fast == "compile":
+        raise BadInput("--int8: its matrices cannot be compiled; use --fast no")
+    if a.fast == "graph" and not a.device.startswith("cuda"):
+        raise BadInput(f"--fast graph: is for --device cuda, not {a.device}; use --fast no")
     try:
         torch.zeros(1, device=a.device)
     except (RuntimeError, AssertionError) as e:
@@ -511,6 +520,14 @@ def sampling_options(cfg, steps=None, temperature=None, guidance=None, noise=Non
             "text_top_k": cfg.text_top_k}
 
 
+def choose_fast(a):
+    """--fast, which says how generate() runs, as the option of that name: a Fast, or None."""
+    how = a.fast
+    if how == "auto":
+        how = "graph" if a.device.startswith("cuda") else "no"
+    return None if how == "no" else Fast(how)
+
+
 @torch.no_grad()
 def generate(a, cfg, vae, lm, texts):
     """All texts, one after the other, into --out.
@@ -518,7 +535,7 @@ def generate(a, cfg, vae, lm, texts):
     -> (seconds of new audio, seconds of work until the first of it, seconds of work).
     """
     options = sampling_options(cfg.sample, a.steps, a.temperature, a.cfg, a.noise)
-    generator = torch.Generator(a.device).manual_seed(a.seed)
+    options["fast"] = choose_fast(a)
     seconds = a.seconds or cfg.sample.seconds
     max_frames = max(1, round(seconds * cfg.vae.frame_rate))
     voice, history = load_prompt(a, cfg, vae, lm)
@@ -536,9 +553,11 @@ def generate(a, cfg, vae, lm, texts):
 
     new_frames = 0
     first_audio = None
-    for text in texts:
+    for i, text in enumerate(texts):
         tokens = torch.tensor([encode_text(text, a.kind, cfg.data)], dtype=torch.long,
                               device=a.device)
+        # a seed for each, whatever the one before has drawn
+        generator = torch.Generator(a.device).manual_seed(a.seed + i)
         latents = []
         wavs = []
         generated = lm.generate(tokens, kind=KINDS.index(a.kind), max_frames=max_frames,

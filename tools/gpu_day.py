@@ -75,18 +75,24 @@ def bench(out, toy):
         return command(name, "train", "--config", config, "--stage", stage, *options, seconds=100)
 
     quick = ["--config", "configs/quickstart.toml"] if toy else []
+    music = quick or ["--config", "configs/paper/calm_music.toml"]
+    fast = ["--fast", "static"] if toy else ["--fast", "static", "graph"]
     commands = [
-        train("train music", "calm_music", "lm", "--rows", "3", "--checkpoint"),
-        train("train speech", "calm_speech", "lm", "--rows", "1", "--checkpoint"),
-        train("train pocket", "pocket_tts", "lm", "--rows", "64"),
-        train("train audiocalm", "audiocalm", "audiocalm", "--rows", "4", "--checkpoint"),
-        train("train vae music", "calm_music", "vae", "--rows", "4"),
-        command("vae", "vae", *(quick or ["--config", "configs/paper/calm_music.toml"])),
-        command("sample", "sample", *quick, seconds=90)]
+        train("train music", "calm_music", "lm"),
+        train("train pocket", "pocket_tts", "lm"),
+        train("train speech", "calm_speech", "lm")]
     if not toy:
-        commands += [command("heads music", "heads", "--domain", "music"),
-                     command("heads speech", "heads", "--domain", "speech"),
-                     command("audiocalm", "audiocalm", "--seconds", "5", "--lengths", "5", "10")]
+        commands += [command("heads music", "heads", "--domain", "music", "--fast", "graph"),
+                     command("heads speech", "heads", "--domain", "speech", "--fast", "graph"),
+                     command("heads music eager", "heads", "--domain", "music")]
+    commands += [
+        command("sample", "sample", *quick, *fast, seconds=90),
+        train("train vae music", "calm_music", "vae", "--rows", "4"),
+        train("train audiocalm", "audiocalm", "audiocalm", "--rows", "4", "--checkpoint"),
+        command("vae", "vae", *music)]
+    if not toy:
+        commands.append(command("audiocalm", "audiocalm", "--seconds", "5",
+                                "--lengths", "5", "10"))
     return commands
 
 

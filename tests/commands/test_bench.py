@@ -31,8 +31,8 @@ def test_a_benchmark_prints_and_writes_every_part(tmp_path):
 
 @pytest.mark.parametrize("command, options, others", [
     ("vae", "--config --peer --seconds --compile", "--prefix --domain --lengths"),
-    ("heads", "--domain", "--config --seconds --peer --compile"),
-    ("sample", "--config --peer --prefix --seconds --compile", "--domain --window"),
+    ("heads", "--domain --fast", "--config --seconds --peer --compile"),
+    ("sample", "--config --peer --prefix --seconds --fast --compile", "--domain --window"),
     ("audiocalm", "--config --seconds --lengths --window", "--peer --compile --prefix")])
 def test_each_command_explains_its_options_and_no_others(command, options, others, capsys,
                                                         monkeypatch):

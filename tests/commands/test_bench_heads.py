@@ -1,4 +1,5 @@
 """-m tools.bench heads times what a frame really does, and its ratios are what they say."""
+import contextlib
 import os
 import types
 
@@ -49,6 +50,23 @@ def test_every_part_of_a_frame_runs_and_calls_its_network_as_often_as_its_steps(
     assert calls[-1] == (2, 375, dtype)
 
 
+def test_every_part_runs_in_fixed_memory_too_and_a_position_stays_the_same():
+    calm, rq = (load(f"{ROOT}/configs/paper/{kind}_music.toml", TINY) for kind in ("calm", "rq"))
+    for run in bench.frame_parts(calm, rq, "cpu", torch.float32, "static").values():
+        run()
+    torch.manual_seed(0)
+    z = torch.randn(1, 32)
+    found = []
+    for how in (None, "static"):
+        torch.manual_seed(1)
+        position = bench.one_position(calm.lm.backbone, 375, "cpu", torch.float32,
+                                      contextlib.nullcontext, how)
+        with torch.no_grad():
+            found += [position(z, None), position(z, None)]
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0])
+
+
 def test_a_timed_position_appends_to_a_buffer_that_has_room(monkeypatch):
     """Fault: "backbone" timed a move of the whole cache to a new buffer in every call (69.9 against
     64.3 ms), which a generation does once in hundreds of latents.
@@ -87,8 +105,8 @@ def test_figures_are_ratios_of_the_same_repeats_and_only_calm_pays_for_the_short
 
 def test_the_table_of_each_domain_is_printed_and_returned(monkeypatch, capsys):
     monkeypatch.setattr(bench, "load", lambda path: load(f"{ROOT}/{path}", TINY))
-    figures = bench.run(types.SimpleNamespace(domain=["speech", "music"], repeats=1, threads=0,
-                                              device="cpu"))
+    figures = bench.run(types.SimpleNamespace(domain=["speech", "music"], repeats=1, fast=None,
+                                              threads=0, device="cpu"))
     lines = capsys.readouterr().out.splitlines()
     assert list(figures) == ["speech", "music"] and len(lines) == 1 + 2 * (2 + 7)
     for domain, baseline in bench.BASELINE.items():

@@ -241,14 +241,21 @@ def test_int8_and_a_decoding_thread_give_sound_too(trained):
     assert np.isfinite(rounded).all() and len(rounded) >= 640
 
 
+def test_in_fixed_memory_a_long_text_sounds_the_same(trained):
+    text = "one two three four, five six seven eight, nine one two three"       # several pieces
+    plain = sample(trained, "--text", text, "--seed", "3")
+    fixed = sample(trained, "--text", text, "--seed", "3", "--fast", "static", out="f.wav")
+    np.testing.assert_allclose(fixed, plain, atol=2 / 32768)
+
+
 def test_sampling_is_timed_end_to_end(trained):
     done = run("-m", "tools.bench", "sample", "--config", f"{trained}/tiny.toml", "--repeats",
                "1", "--seconds", "0.4", "--threads", "1", "--json", f"{trained}/b.json")
     assert done.returncode == 0, done.stderr
     with open(f"{trained}/b.json") as f:
         figures = json.load(f)
-    assert set(figures) == {"nanoCALM", "nanoCALM, parallel", "latent by latent", "nanoCALM int8",
-                            "nanoCALM int8, parallel"}
+    assert set(figures) == {"nanoCALM", "nanoCALM, parallel", "latent by latent", "static",
+                            "nanoCALM int8", "nanoCALM int8, parallel"}
     for row in figures.values():
         assert min(row.values()) > 0
         assert row["first_audio_ms"] <= 400 / row["real_time_factor"]

@@ -1,6 +1,7 @@
 """Speed of the heads: one latent of CALM and of the RQ-Transformer, at the papers' sizes.
 
-    python -m tools.bench heads [--domain speech music] [--repeats 3] [--threads 1] [--json ...]
+    python -m tools.bench heads [--domain speech music] [--fast graph] [--repeats 3] [--threads 1]
+                                [--json ...]
 
     backbone, KV cache of 15 s ─► z ─► short context (CALM, music) ─► head ─► next latent or codes
 
@@ -10,7 +11,8 @@ three. Embeddings of the latent and the VAE are left out. Sizes are those of con
 (arXiv 2509.06926); speed-ups are relative to the paper's baseline, RQ with 8 levels for speech and
 32 for music. The RQ-Transformers share 8 sets of weights, whatever their number of levels: a set is
 75M parameters, more than any cache holds, so that each level reads its weights from memory either
-way.
+way. Without --fast a GPU mostly waits for the host to start kernels; with it (replay.py) the table
+compares what the heads compute.
 
 Precision: fp32 on a CPU, bf16 weights, caches and autocast on CUDA.
 """
@@ -20,10 +22,12 @@ import statistics
 
 import torch
 
-from backbone import BackboneConfig, KVCache, Transformer
+from backbone import BackboneConfig, KVCache, StaticCache, Transformer
+from cli import BadInput
 from config import load
 from discrete import RQ, sample_codes
 from heads import HEADS, TrigFlow
+from replay import HOW, WARM_UP, Replay, rounded
 from tools.bench.timing import inference, median_ratio, processor, race, set_threads
 
 HEAD_STEPS = (("consistency", 1), ("consistency", 4), ("trigflow", 10), ("trigflow", 100))
@@ -37,12 +41,17 @@ def add_options(parser):
     parser.add_argument("--domain", nargs="+", default=["speech", "music"],
                         choices=["speech", "music"],
                         help="default both; in fp32 music needs 12 GB, speech 11 GB")
+    parser.add_argument("--fast", choices=HOW,
+                        help="run every part in fixed memory: static, graph (cuda) or compile")
 
 
 def run(args):
     """Time the heads of each domain -> {domain: {head: figures}}."""
+    if args.fast == "graph" and args.device != "cuda":
+        raise BadInput("--fast graph: is for --device cuda; leave it out on a CPU")
     set_threads(args.threads)
-    print(f"one latent of CALM and RQ, torch {torch.__version__}, {processor(args.device)}")
+    print(f"one latent of CALM and RQ, torch {torch.__version__}, {processor(args.device)}"
+          + (f", {args.fast}" if args.fast else ""))
 
     figures = {}
     for domain in args.domain:
@@ -51,7 +60,8 @@ def run(args):
         frame_rate = calm.vae.frame_rate
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
 
-        times = race(frame_parts(calm, rq, args.device, dtype), args.repeats, args.device)
+        parts = frame_parts(calm, rq, args.device, dtype, args.fast)
+        times = race(parts, args.repeats, args.device)
         figures[domain] = head_figures(times, BASELINE[domain], frame_rate)
 
         backbone_ms = 1000 * statistics.median(times["backbone"]) * frame_rate
@@ -105,25 +115,25 @@ def head_figures(times, baseline, frame_rate):
 
 # ---------------------------------------------------------------- contestants
 
-def frame_parts(calm, rq, device, dtype):
+def frame_parts(calm, rq, device, dtype, how=None):
     """The parts of one latent's work, {part: function}.
 
     calm, rq: configs with the same backbone; dtype: of weights and caches. bf16 also turns autocast
-    on, which the fp32 islands of heads.py need.
+    on, which the fp32 islands of heads.py need. how: one of replay.HOW, None = as it is.
     """
     backbone = calm.lm.backbone
     z = torch.randn(1, backbone.dim, device=device, dtype=dtype)               # (1, C)
     autocast = lambda: torch.autocast(device, dtype, dtype == torch.bfloat16)
+    part = lambda function: make_part(function, z, autocast, how)
 
     # what makes z
     history = max(1, round(HISTORY * calm.vae.frame_rate))
-    position = one_position(backbone, history, device, dtype, autocast)
-    parts = {"backbone": inference(position, z[:, None], precision=autocast)}
+    parts = {"backbone": part(one_position(backbone, history, device, dtype, autocast, how))}
     if calm.lm.short_layers:
         short = BackboneConfig(**{**vars(backbone), "layers": calm.lm.short_layers,
                                   "window": calm.lm.short_context})
-        position = one_position(short, calm.lm.short_context - 1, device, dtype, autocast)
-        parts["short context"] = inference(position, z[:, None], precision=autocast)
+        history = calm.lm.short_context - 1
+        parts["short context"] = part(one_position(short, history, device, dtype, autocast, how))
 
     # continuous heads: TrigFlow shares the network, which saves memory
     consistency = filled(
@@ -131,24 +141,36 @@ def frame_parts(calm, rq, device, dtype):
         device, dtype)
     objectives = {"consistency": consistency, "trigflow": TrigFlow(consistency.net, calm.lm.head)}
     for name, steps in HEAD_STEPS:
-        sample = lambda z, head=objectives[name], steps=steps: head.sample(z, steps=steps)
+        sample = lambda z, generator, head=objectives[name], steps=steps: head.sample(
+            z, steps=steps, generator=generator)
         plural = "s" if steps > 1 else ""
-        parts[f"{name} {steps} step{plural}"] = inference(sample, z, precision=autocast)
+        parts[f"{name} {steps} step{plural}"] = part(sample)
 
     # RQ-Transformers: copies share the weights of the deepest
     rq_head = dataclasses.replace(rq.lm.head, sets=RQ_SETS)
     deepest = filled(lambda: RQ(max(RQ_LEVELS), rq.vae.codebook_size, backbone.dim, rq_head).net,
                      device, dtype)
-    choose = lambda logits: sample_codes(logits, temperature=1.0, top_k=0, generator=None)
     for levels in RQ_LEVELS:
         net = copy.copy(deepest)
         net.levels = levels
-        parts[f"rq {levels} levels"] = inference(net.sample, z, choose, precision=autocast)
+        parts[f"rq {levels} levels"] = part(lambda z, generator, net=net: net.sample(
+            z, lambda logits: sample_codes(logits, 1.0, 0, generator)))
     return parts
 
 
-def one_position(cfg, history, device, dtype, autocast):
-    """A function of x (1, 1, C): one position of a Transformer behind `history` cached ones.
+def make_part(function, z, autocast, how):
+    """A contestant that calls function(z, generator); how as in frame_parts, warmed up."""
+    if how is None:
+        return inference(function, z, None, precision=autocast)
+    step = Replay(lambda z, tape: (function(z, tape),), how)
+    run = inference(lambda z: step(z, generator=None), z, precision=autocast)
+    for _ in range(WARM_UP + 1):
+        run()
+    return run
+
+
+def one_position(cfg, history, device, dtype, autocast, how):
+    """A function of z (1, C): one position of a Transformer behind `history` cached ones.
 
     Each call reads a copy of the cache, which shares its buffers: the cache does not grow from
     repeat to repeat, and as in most positions of a generation there is room to append to it.
@@ -164,7 +186,11 @@ def one_position(cfg, history, device, dtype, autocast):
     # the last position of the history moves the others to buffers with room
     x = torch.randn(1, 1, cfg.dim, device=device, dtype=dtype)
     inference(net, x, cache, precision=autocast)()
-    return lambda x: net(x, cache.copy())
+    if how is not None:
+        growing = cache
+        cache = StaticCache.beside(growing, cfg.window or rounded(history + 1))
+        cache.load(growing)
+    return lambda z, generator: net(z[:, None], cache.copy())
 
 
 def filled(make, device, dtype):

@@ -2,6 +2,7 @@
 
     python -m tools.bench sample [--config configs/quickstart.toml | --peer pocket-tts]
                                  [--prefix 90] [--seconds 10] [--repeats 7] [--threads 1]
+                                 [--fast static graph compile] [--device cuda]
 
     prefix of --prefix positions: 24 of text, the rest voice (its latents are given)
        └─► CALM ─► latents one by one ─► VAE decoder, streaming ─► --seconds of audio
@@ -9,7 +10,8 @@
 The end-of-clip decision is switched off, so that every contestant generates the same length. The
 table has the real-time factor (and its ratio to the first row's), the time to the first audio, the
 time per latent without decoding, and CPU seconds per second of audio. "parallel" decodes in a
-second thread, "latent by latent" never groups latents for the decoder.
+second thread, "latent by latent" never groups latents for the decoder. "static", "graph" and
+"compile" generate in fixed memory (replay.py), all others in a cache that grows.
 
 --config takes a config with random weights, as it is and, on a CPU, rounded to int8. --peer
 pocket-tts takes its English model with random weights, as it is and with its quantize=True, against
@@ -21,7 +23,7 @@ Precision: fp32, also on CUDA.
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -30,6 +32,7 @@ from calm import CALM, CALMConfig
 from cli import BadInput, number
 from config import load
 from data import KINDS, vocabulary
+from replay import HOW, Fast
 from sample import to_int8
 from tools.bench import peers
 from tools.bench.timing import clock, median_ratio, set_threads
@@ -48,6 +51,7 @@ class Task:
     voice: torch.Tensor                     # (1, P, D) latents of the voice prompt
     frames: int                             # latents to generate
     device: str
+    fast: Fast | None = None                # None = in a cache that grows
 
 
 @dataclass
@@ -77,6 +81,10 @@ def add_options(parser):
                         help=f"positions before the audio, {TEXT_TOKENS} of them text (default 90)")
     parser.add_argument("--seconds", type=number(float, above=0), default=10.0,
                         help="length of the audio (default 10)")
+    parser.add_argument("--fast", nargs="*", choices=HOW, metavar="HOW",
+                        help=f"generation in fixed memory, some of {', '.join(HOW)}; default: all "
+                             "on cuda, static on a CPU, where compile takes minutes and graph does "
+                             "not exist")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile backbone, head and decoder")
 
@@ -87,6 +95,10 @@ def run(args):
         raise BadInput(f"--peer {args.peer}: runs on a CPU only; use --device cpu")
     if args.prefix <= TEXT_TOKENS:
         raise BadInput(f"--prefix: must be above {TEXT_TOKENS}, the positions of text")
+    if args.fast is None:
+        args.fast = HOW if args.device == "cuda" else ["static"]
+    if "graph" in args.fast and args.device != "cuda":
+        raise BadInput("--fast graph: is for --device cuda; leave it out on a CPU")
 
     contestants, sample_rate = make_contestants(args)
     set_threads(args.threads)            # only now: pocket-tts sets one thread when it is imported
@@ -99,7 +111,7 @@ def run(args):
         for name, contestant in contestants.items():
             row = time_audio(contestant, sample_rate, args.device)
             if i:
-                row["latent"] = statistics.median(contestant.latents(TIMED_LATENTS))
+                row["latent"] = statistics.mean(contestant.latents(TIMED_LATENTS))
                 rows[name].append(row)
 
     return summary(rows)
@@ -172,6 +184,8 @@ def make_contestants(args):
     if not args.peer:
         contestants["latent by latent"] = Contestant(lambda: audio_one_by_one(lm, vae, task),
                                                      lambda n: time_latents(lm, task, n))
+    for how in args.fast:
+        contestants[how] = ours(lm, vae, task, how=how)
 
     # ours in int8
     if args.device == "cpu":
@@ -219,14 +233,20 @@ def make_models(source, device, compiled):
     return lm.to(device).eval(), vae.to(device).eval()
 
 
-def ours(lm, vae, task, parallel=False):
-    """Sampling as sample.py does it: the decoder gets 1, 2, then 4 latents at a time."""
-    return Contestant(lambda: audio_in_groups(lm, vae, task, parallel),
-                      lambda n: time_latents(lm, task, n))
+def ours(lm, vae, task, parallel=False, how=None):
+    """Sampling as sample.py does it: the decoder gets 1, 2, then 4 latents at a time.
+
+    how: one of replay.HOW; audio and latents, of different lengths, have memory of their own.
+    """
+    for_audio = replace(task, fast=Fast(how) if how else None)
+    for_latents = replace(task, fast=Fast(how) if how else None)
+    return Contestant(lambda: audio_in_groups(lm, vae, for_audio, parallel),
+                      lambda n: time_latents(lm, for_latents, n))
 
 
 def generate(lm, task, frames):
-    return lm.generate(task.text, max_frames=frames, kind=0, prompt=task.voice, temperature=0.7)
+    return lm.generate(task.text, max_frames=frames, kind=0, prompt=task.voice, temperature=0.7,
+                       fast=task.fast)
 
 
 def audio_in_groups(lm, vae, task, parallel):
@@ -246,7 +266,10 @@ def audio_one_by_one(lm, vae, task):
 
 
 def time_latents(lm, task, count):
-    """Generate latents without decoding -> seconds of each, without the first."""
+    """Generate latents without decoding -> seconds of each, without the first.
+
+    Their mean counts: with task.fast latents come in groups, the first alone (replay.py).
+    """
     seconds = []
     before = 0.0
     for _ in generate(lm, task, count):

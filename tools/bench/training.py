@@ -10,9 +10,9 @@ The code of a step is train.py's; the rows are random numbers, all as long as th
 stand on the device already. The VAE's discriminators take part from the start; a WavLM teacher does
 not.
 
-    FLOPs      of one eager forward and backward pass as torch counts them: matrix products,
-               attention and convolutions, 2 per multiplication and addition; what --checkpoint
-               computes again is not counted
+    FLOPs      of the forward and backward pass as torch counts them: matrix products, attention
+               (but flex_attention) and convolutions, 2 per multiplication and addition; what
+               --checkpoint computes again is not counted
     MFU        FLOPs per second over the 989 TFLOP/s of bf16 on an H100 (NVIDIA's figure without
                sparsity); on other devices it is not given
     peak       most memory that torch held on the device, with weights, gradients, both moments of
@@ -67,6 +67,7 @@ def run(args):
     set_threads(args.threads)
     runtime = Runtime(cfg)
     trainer = RandomRows(cfg, args.stage, rows, runtime.device)
+    flops = rows * flops_of_a_row(trainer, runtime)
     if args.checkpoint or stage_cfg.checkpoint:
         recompute_activations(trainer.model)
 
@@ -83,11 +84,6 @@ def run(args):
             optimizer.step()
         if ema:
             ema.update(0)
-
-    # count before compiling: kernels of inductor are not counted
-    with FlopCounterMode(display=False) as counter:
-        gradients(trainer, batches, 0, runtime, 0, rows)
-    flops = counter.get_total_flops()
 
     if args.compile:
         trainer.compile()
@@ -179,6 +175,17 @@ def random_latents(cfg, stage, rows, monologue):
             "prompt_len": torch.full((rows,), cfg.data.prompt_frames),
             "words": torch.full((rows, frames, monologue), PAD),
             "aligned": torch.ones(rows, dtype=torch.bool)}
+
+
+def flops_of_a_row(trainer, runtime):
+    """FLOPs of one row, forward and backward: eager, since kernels of inductor are not counted, and
+    before activations are recomputed.
+    """
+    row = {name: value[:1] for name, value in trainer.batch.items()}
+    with FlopCounterMode(display=False) as counter:
+        gradients(trainer, [(range(1), row)], 0, runtime, 0, 1)
+    trainer.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 def measure(step, repeats, device):
