@@ -131,7 +131,7 @@ CASES = [  # command line, what the line must say
     ("-m tools.convert mimi {0}/good.wav --out {0}/c", "not a readable .safetensors file"),
     ("-m tools.convert mimi {0}/good.wav --out {0}/run", "vae.pt exists"),
     (SAMPLE + " --text hi --threads -1", "-1 is no number of CPU threads"),
-    ("-m tools.studies continue --run {0}/run", "needs 4 held-out clips of a kind"),
+    ("-m tools.studies continue --run {0}/run", "judges whole seconds of new audio"),
     ("evaluate.py --run {0}/run --threads -1", "-1 is no number of CPU threads"),
     ("train.py --config {0}/tiny.toml --threads -1", "threads: must lie in 0 .. 1024"),
     ("-m corpora.scan check {0}/backwards.jsonl", "times of words must not go backwards"),
