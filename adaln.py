@@ -297,3 +297,7 @@ class AdaLNMLP(nn.Module):
             dmodulated = self.norm.tangent(h, dh) * (1 + scale) + n * dscale + dshift
             dF = linear_tangent(self.output, dmodulated)
         return F, dF
+
+
+if __name__ == "__main__":
+    print("adaln.py is a library, used by train.py, sample.py and evaluate.py through heads.py")

@@ -74,6 +74,7 @@ from einops import rearrange, repeat
 from torch.nn.attention.flex_attention import create_block_mask
 
 from backbone import BackboneConfig, KVCache, StaticCache, Transformer
+from data import vocabulary
 from heads import LSD, AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
 from moe import Experts
 from replay import Replay, normal, rounded, uniform, until_all_ended
@@ -312,9 +313,9 @@ class AudioCALM(nn.Module):
     # ---------------------------------------------------------------- what every model offers
 
     @classmethod
-    def from_config(cls, cfg, vae, vocab, kinds, only=None):
-        """The model for the latents of a VAE (its config)."""
-        return cls(cfg, vae.latent_dim, vocab, kinds, only)
+    def from_config(cls, cfg, vae, data, kinds, only=None):
+        """The model for the latents of a VAE (its config) and the texts of data (DataConfig)."""
+        return cls(cfg, vae.latent_dim, vocabulary(data), kinds, only)
 
     @property
     def backbone(self):

@@ -21,7 +21,8 @@ Our row s is the paper's Z^{s+1}: there Zˢ predicts xˢ. M is the head batch mu
     L = mean over positions of the head's loss (eq. 3) + eos_weight · BCE("x^{s+1} does not exist")
 
 With an inner monologue (monologue = true) the words do not precede the audio. They run beside it as
-bytes, each word from the frame where it begins, and the audio lags d = acoustic_delay frames:
+bytes, or as tokens of data.tokenizer (monologue.py), each word from the frame where it begins, and
+the audio lags d = acoustic_delay frames:
 
     position    0    1    2    3    4    5    6  ...          d = 2
     text       BOS   t    h    e   ' '   -    c  ...          - = PAD, no new byte
@@ -34,7 +35,7 @@ bytes, each word from the frame where it begins, and the audio lags d = acoustic
 Read English has about 14.5 bytes per second. Where latents are rarer, each frame takes n bytes
 (monologue_tokens), embedded as a sum. Their logits come one after the other: byte i sees z_long
 plus the embeddings of bytes 1 ... i-1 of its frame. A word begins with a frame, and PAD fills its
-last. Elsewhere n is 1.
+last. Elsewhere n is 1, and with a tokenizer it can be.
 
 Given a text, generate() lets the model choose when the next word begins and puts its bytes there;
 without a text the model writes its own.
@@ -54,10 +55,10 @@ Where this differs from the paper:
 - The short branch can be limited to some kinds and dropped for a share of the training sequences:
   with the branch always on, the loss falls lower but the text is ignored (the paper has the branch
   for music, not for speech).
-- The monologue is made of bytes (the paper: one token of its text model per frame; we train no
-  tokenizer), and a space closes each word. The delay is a config value (the paper: 2 frames after
-  the text): a longer one lets the model read a word before it speaks it. The paper does not give
-  the weight of the text loss.
+- The monologue is made of bytes, and a space closes each word; with data.tokenizer it is the
+  paper's, one token of a text model per frame (we train no tokenizer). The delay is a config value
+  (the paper: 2 frames after the text): a longer one lets the model read a word before it speaks it.
+  The paper does not give the weight of the text loss.
 - k ~ U(0, noise): the paper's 1 is a config value; with 0.5 short speech learns the text faster.
 - Generation can add the training noise to the history that it reads (sample.noise; the paper never
   does). A small model that was trained on noised histories only takes a clean history for a louder
@@ -73,10 +74,10 @@ import torch.nn.functional as F
 
 from backbone import BackboneConfig, Transformer
 from branches import Branches, fixed_step, growing_step
-from data import PAD
+from data import vocabulary
 from discrete import (DISCRETE, MISSING, CodeEmbedding, DelayLine, NoDelay, delay_codes)
 from heads import HEADS, HeadConfig, energy_score
-from monologue import Monologue, NoMonologue
+from monologue import Monologue, NoMonologue, WordTokens
 from replay import normal, uniform, until_all_ended
 from schema import Kind, Range
 
@@ -108,9 +109,10 @@ class CALMConfig:
     monologue: bool = False
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0)] = 2
-    # n, bytes of text beside each latent (monologue only): n · frame rate must exceed the bytes per
-    # second of the speech, or the words fall behind the audio. Measured on 6,813 recordings, 4.3 h:
-    # 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at 25 Hz
+    # n, bytes (or tokens of data.tokenizer) beside each latent (monologue only): n · frame rate must
+    # exceed the bytes per second of the speech, or the words fall behind the audio. Measured on
+    # 6,813 recordings, 4.3 h: 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at
+    # 25 Hz
     monologue_tokens: Annotated[int, Range(1)] = 1
     # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1
@@ -140,16 +142,19 @@ class CALM(nn.Module):
     """The language model: loss(batch) trains it, generate(text, ...) yields latents frame by frame.
 
     latent_dim D; vocab: number of text tokens; kinds: names of the indices in batch["kind"], e.g.
-    (speech, sound, music); codes: (levels K, entries per level) of the RVQ, for discrete heads.
+    (speech, sound, music); codes: (levels K, entries per level) of the RVQ, for discrete heads;
+    word_tokens: the monologue's (monologue.WordTokens), None = bytes.
     """
 
-    def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None):
+    def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None, word_tokens=None):
         super().__init__()
         C = cfg.backbone.dim
         discrete = cfg.head.objective in DISCRETE
         self.cfg = cfg
         self.kinds = tuple(kinds)
-        self.monologue = cfg.monologue_tokens if cfg.monologue else 0       # bytes per latent
+        self.monologue = cfg.monologue_tokens if cfg.monologue else 0       # tokens per latent
+        self.word_tokens = word_tokens or WordTokens()
+        self.pad = self.word_tokens.pad
         self.latent_dim = latent_dim
         self.codes = codes if discrete else None                            # x: (B, T, K) int64
 
@@ -199,9 +204,11 @@ class CALM(nn.Module):
     # ---------------------------------------------------------------- what every model offers
 
     @classmethod
-    def from_config(cls, cfg, vae, vocab, kinds, only=None):
-        """The model for the latents of a VAE (its config); `only` is AudioCALM's: its experts."""
-        return cls(cfg, vae.latent_dim, vocab, kinds, vae.codes)
+    def from_config(cls, cfg, vae, data, kinds, only=None):
+        """The model for the latents of a VAE (its config) and the texts of data (DataConfig);
+        `only` is AudioCALM's: its experts.
+        """
+        return cls(cfg, vae.latent_dim, vocabulary(data), kinds, vae.codes, WordTokens(data))
 
     def wanted(self, state):
         """The part of a state_dict that this model loads (AudioCALM leaves out experts)."""
@@ -286,7 +293,7 @@ class CALM(nn.Module):
         audio = self.latent(x)                                              # (B, T, C)
         if words is not None:
             d = self.acoustic_delay
-            words = F.pad(words, (0, 0, 0, d), value=PAD)                   # (B, d + T, n)
+            words = F.pad(words, (0, 0, 0, d), value=self.pad)              # (B, d + T, n)
             audio = F.pad(audio, (0, 0, d, 0)) + self.embed_words(words)
         B, steps, _ = audio.shape                                           # T, or d + T
         audio = torch.cat([self.bos.expand(B, 1, -1), audio], 1)            # (B, 1+steps, C)
@@ -326,8 +333,8 @@ class CALM(nn.Module):
         noised = x if self.codes else self.add_noise(x, cfg.noise)
         words = None
         if cfg.monologue:
-            words = torch.where(keep[:, None, None], batch["words"], PAD)
-            words = F.pad(words, (0, 0, 0, self.code_delay), value=PAD)     # (B, T, n)
+            words = torch.where(keep[:, None, None], batch["words"], self.pad)
+            words = F.pad(words, (0, 0, 0, self.code_delay), value=self.pad)            # (B, T, n)
         z_long = self.condition(noised, batch["text"], batch["text_len"] * keep,
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         z_audio = z_long[:, self.acoustic_delay:]                           # (B, 1+T, C)
@@ -418,7 +425,7 @@ class CALM(nn.Module):
         Only aligned rows (B,) count, up to d positions behind the end of a clip, where PAD is due.
         """
         d = self.acoustic_delay
-        target = F.pad(words, (0, 0, 0, d), value=PAD)                      # (B, d+T, n)
+        target = F.pad(words, (0, 0, 0, d), value=self.pad)                 # (B, d+T, n)
         s = torch.arange(target.shape[1], device=target.device)
         valid = aligned[:, None] & (s < (frames + d * ended)[:, None])
         logits = self.text_logits(z_long[:, :-1], target).float()           # (B, d+T, n, vocab)
@@ -557,7 +564,7 @@ class CALM(nn.Module):
         B = text.shape[0]
         if not self.cfg.monologue:
             return text, text_len, NoMonologue(self.bos.new_zeros(B, len(self.bos)))
-        pad = self.embed_words(torch.full((B, self.monologue), PAD, device=text.device))
+        pad = self.embed_words(torch.full((B, self.monologue), self.pad, device=text.device))
         if self.kinds[kind] != "speech":                        # captions stay before the audio
             return text, text_len, NoMonologue(pad)
 
@@ -566,7 +573,7 @@ class CALM(nn.Module):
         spoken = [row[1:n] for row, n in zip(text.tolist(), lengths)]
         return text[:, :1], None, Monologue(spoken, self.cfg.longest_pause,
                                             [self.word, *self.more_words], self.text_embeddings(),
-                                            pad, temperature, top_k)
+                                            pad, temperature, top_k, self.word_tokens)
 
     def embed_prefix(self, text, prompt, text_len=None, prompt_len=None):
         """Voice prompt (B, P, D) or None and text (B, L) -> (B, P + L, C), padding in front.

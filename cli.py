@@ -13,15 +13,19 @@ Exit status of every command: 0 done, 2 the user's mistake (one line says which)
 1 anything else.
 """
 import argparse
+import errno
 import importlib.util
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 # what requirements.txt installs and every command imports
 PACKAGES = ("torch", "numpy", "soundfile", "soxr", "einops", "tqdm")
+# errors of a disk that is full, or of a quota
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_packages():
@@ -36,16 +40,37 @@ def check_packages():
 
 def explain_library():
     """End `python heads.py -h` with what the file is: a file that is no command has no -h."""
-    file = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    if file.parent.resolve() != Path(__file__).parent.resolve() or "-h" not in sys.argv[1:]:
+    file = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+    home = Path(__file__).resolve().parent
+    if file.parent != home or not {"-h", "--help"} & set(sys.argv[1:]) or is_command(file):
         return
-    if "__main__" not in file.read_text(encoding="utf-8"):
-        print(f"{file.name} is a library: import it, or use train.py, sample.py, evaluate.py or "
-              "report.py; README.md lists every command")
-        sys.exit()
+    users = [path.name for path in sorted(home.glob("*.py"), reverse=True)
+             if is_command(path) and file.stem in imported(path)]
+    print(f"{file.name} is a library, used by {', '.join(users) or 'tools'}; README.md lists every "
+          "command")
+    sys.exit()
 
 
-explain_library()                       # every file but layers.py imports this one
+def is_command(path):
+    """Whether a source file of ours is run by itself."""
+    return "\nif __name__ ==" in path.read_text(encoding="utf-8")
+
+
+def imported(path):
+    """Names of the files beside a source file that it imports, also through others."""
+    found = set()
+    waiting = [path]
+    while waiting:
+        source = waiting.pop().read_text(encoding="utf-8")
+        for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE):
+            other = path.with_name(f"{name}.py")
+            if name not in found and other.is_file():
+                found.add(name)
+                waiting.append(other)
+    return found
+
+
+explain_library()                       # every file imports this one, some through others
 
 
 class BadInput(Exception):
@@ -53,7 +78,11 @@ class BadInput(Exception):
 
 
 def cli(main):
-    """Run main(). BadInput becomes one "error: ..." line on stderr, exit status 2; Ctrl-C 130."""
+    """Run main(). BadInput becomes one "error: ..." line on stderr, exit status 2; Ctrl-C 130; a
+    full disk is one line too, exit status 1. Names that are not UTF-8 are printed with escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BadInput as e:
@@ -62,6 +91,12 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        print(f"error: {e.filename or 'a file'}: {e.strerror}; make room and run the command again",
+              file=sys.stderr)
+        sys.exit(1)
 
 
 class Parser(argparse.ArgumentParser):

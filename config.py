@@ -29,7 +29,7 @@ from audiocalm import AudioCALM, AudioCALMConfig
 from calm import CALM, CALMConfig
 from cli import BadInput
 from corpora.toy import ToyConfig
-from data import KINDS, DataConfig, vocabulary
+from data import KINDS, DataConfig
 from discrete import DISCRETE
 from gan import GANConfig
 from schema import Kind, Range, build
@@ -97,8 +97,8 @@ class StageConfig:
     warmup: Annotated[int, Range(0)] = 50
     # AdamW (Table 9)
     betas: list[Annotated[float, Range(0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
-    # on every parameter of two or more axes: matrices, embeddings, convolutions, also the gains
-    # (C, 1) of ConvNeXt and of weight norm; not on biases and norms
+    # on the weights of linear layers, convolutions and embeddings; not on biases, gains of norms
+    # and of weight norm, scales of residual branches (optim.weights_that_decay)
     weight_decay: Annotated[float, Range(0)] = 0.0
     # largest gradient norm; a larger gradient is scaled down to it
     grad_clip: Annotated[float, Range(above=0)] = 1.0
@@ -226,9 +226,9 @@ class Config:
         if self.lm.head.objective in DISCRETE and self.vae.bottleneck != "rvq":
             raise ValueError(f"lm.head.objective: {self.lm.head.objective} generates codes; "
                              "set vae.bottleneck = \"rvq\"")
-        if self.lm.monologue and (self.data.tokenizer or not self.data.kind_token):
-            raise ValueError("lm.monologue: is made of bytes behind the kind's token; it needs "
-                             "data.tokenizer = \"\" and data.kind_token = true")
+        if self.lm.monologue and not self.data.kind_token:
+            raise ValueError("lm.monologue: only the kind's token stands before the audio; it "
+                             "needs data.kind_token = true")
         samples = self.gan.disc_seconds * self.vae.sample_rate
         if samples and samples < max(self.gan.disc_windows):
             longest = max(self.gan.disc_windows) / self.vae.sample_rate
@@ -447,7 +447,7 @@ def open_run(run, stage="", device="cpu", kind=None):
 def make_model(cfg, stage, only=None):
     """The language model of a stage; only: the one kind that it will generate."""
     return STAGES[stage].model.from_config(
-        stage_table(cfg, stage), cfg.vae, vocabulary(cfg.data), KINDS, only)
+        stage_table(cfg, stage), cfg.vae, cfg.data, KINDS, only)
 
 
 def stage_seed(seed, stage):

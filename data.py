@@ -11,7 +11,6 @@
                                                         "text", "prompt", "x", ...
 
     text   encode_text(text, kind)                  [KIND h e l l o]         bytes and one special
-           word_stream(words, frames, frame_rate)   [PAD h e l l o _ END]    bytes beside the frames
 
 Every batch is a pure function of (seed, step, rows). The position in the data is therefore only a
 step number: resuming is exact, and 1 or 8 processes see the same global batch, each its own rows.
@@ -21,7 +20,7 @@ sound and music.
 Where this differs from the papers: text is bytes with one special token for the kind, not
 SentencePiece tokens or T5 embeddings, so that nothing is downloaded.
 Precision: audio float32 in a batch, int16 in memory.
-audio.py reads the files, corpora/scan.py makes manifests.
+audio.py and decoder.py read the files, corpora/scan.py makes manifests.
 """
 import json
 import math
@@ -38,14 +37,17 @@ from typing import Annotated, get_args
 import numpy as np
 import torch
 
-from audio import load_audio, seconds_in_file
+from audio import load_audio
 from cli import BadInput, atomic
+from decoder import has_ffmpeg, seconds_in_file
 from schema import Kind, Range
 
 KINDS = get_args(Kind)                              # speech, sound, music
 PAD = 256                                           # ids 0..255 are UTF-8 bytes
-END = 10                                            # line feed: all words of the clip are over
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+# endings of audio files, and of those that only ffmpeg reads (decoder.py)
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf",
+         ".w64", ".sph")
+FFMPEG_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mka", ".ape", ".wv")
 # up to this length a file is decoded whole and kept; of a longer one only the crop is read
 WHOLE_FILE_SECONDS = 60.0
 
@@ -206,12 +208,15 @@ def row_of(values):
     """The JSON object of a line -> {field of Clip: value}, without fields that are null."""
     # manifests written before 2026-11-27 call it said
     values = {"transcript": values.get("said"), **values}
+    # without a description the transcript is the text
+    if not values.get("text"):
+        values["text"] = values["transcript"]
     return {name: values[name] for name in FIELDS if values.get(name) is not None}
 
 
 def check_row(row, where):
     """Raise BadInput where a field's type or value is impossible."""
-    for name in ("text", "transcript", "kind", "speaker", "id"):
+    for name in ("transcript", "text", "kind", "speaker", "id"):
         if not isinstance(row.get(name, ""), str):
             raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
     for name in ("text", "transcript", "speaker"):
@@ -292,10 +297,16 @@ def load_clips(cfg):
     return train, valid or list(clips)
 
 
+def audio_endings():
+    """The endings of audio files that can be read here."""
+    return AUDIO + FFMPEG_AUDIO if has_ffmpeg() else AUDIO
+
+
 def audio_files(folder):
     """All audio files below a folder, sorted by path, without hidden ones."""
+    endings = audio_endings()
     return sorted(p for p in Path(folder).rglob("*")
-                  if p.suffix.lower() in AUDIO and not p.name.startswith("."))
+                  if p.suffix.lower() in endings and not p.name.startswith("."))
 
 
 def clips_in_folder(folder, kind="speech"):
@@ -309,7 +320,7 @@ def clips_in_folder(folder, kind="speech"):
         text = " ".join(read_text(text_file).split()) if text_file.is_file() else ""
         clips.append(Clip(str(path), text, kind, id=path.stem))
     if not clips:
-        raise BadInput(f"{folder}: no audio in it ({', '.join(AUDIO)}); "
+        raise BadInput(f"{folder}: no audio in it ({', '.join(audio_endings())}); "
                        "see `python -m corpora.scan -h`")
     return clips
 
@@ -409,54 +420,6 @@ def texts_left_out(clips, cfg, words_beside=False):
             raise BadInput(f"{sentence}; none is left to learn from")
         sentences.append(sentence + ("" if kind == "speech" else "; their ends are cut"))
     return sentences
-
-
-def word_frames(words, frame_rate, per_frame=1):
-    """[(bytes, first frame, seconds by which that is late), ...] of words and of the line feed."""
-    texts = [[*word.encode("utf-8"), 32] for word, _, _ in words] + [[END]]
-    starts = [start for _, start, _ in words] + [words[-1][2]]
-
-    placed = []
-    free = 0                                              # first frame after the word before
-    for ids, start in zip(texts, starts):
-        # 1e-6: 1.16 s at 25 Hz is 28.999... in floats
-        first = max(int(start * frame_rate + 1e-6), free)
-        free = first + math.ceil(len(ids) / per_frame)
-        placed.append((ids, first, first / frame_rate - start))
-    return placed
-
-
-def word_stream(words, frames, frame_rate, per_frame=1):
-    """The text beside the frames, for the inner monologue -> (frames, per_frame) int64.
-
-    words: [[word, start, end], ...] in seconds. The bytes of a word and a space lie in consecutive
-    frames, from the one where the word starts or, if that is later, where the word before it is
-    complete. A line feed follows where the last word ends; all other places hold PAD. Bytes beyond
-    the last frame are cut. frame_rate: frames per second; per_frame: bytes beside a frame.
-
-    The line feed marks that no word follows. Without it "no word yet" and "no more words" would be
-    the same, and generation could pause for seconds in the middle of a text."""
-    stream = np.full(frames * per_frame, PAD)
-    for ids, first, _ in word_frames(words, frame_rate, per_frame):
-        first *= per_frame
-        stream[first:first + len(ids)] = ids[:max(0, len(stream) - first)]
-    return stream.reshape(frames, per_frame)
-
-
-def late_words(clips, frame_rate, per_frame):
-    """One line if the words of a monologue fall more than 0.5 s behind the audio in any of the
-    first 1,000 aligned clips, else ""."""
-    aligned = [clip.words for clip in clips if clip.words][:1000]
-
-    def delays(n):
-        return [max(late for _, _, late in word_frames(words, frame_rate, n)) for words in aligned]
-    late = [seconds for seconds in delays(per_frame) if seconds > 0.5]
-    if not late:
-        return ""
-    enough = next((n for n in range(per_frame + 1, 9) if max(delays(n)) <= 0.5), 8)
-    return (f"monologue: words fall up to {max(late):.1f} s behind the audio, more than 0.5 s in "
-            f"{len(late):,} of {len(aligned):,} clips: {frame_rate * per_frame:g} bytes per second "
-            f"are too few; set lm.monologue_tokens = {enough} or a higher frame rate")
 
 
 # ---------------------------------------------------------------------------- order and prefetch

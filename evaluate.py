@@ -49,7 +49,7 @@ from tqdm import tqdm
 from cli import BadInput, Parser, atomic, check_writable, cli, number, threads
 from config import LM_STAGES, load_checkpoint, open_run
 from corpora import oracle
-from data import KINDS, encode_text, fits, load_clips, load_manifest, seconds_of
+from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from judges import METRICS, Judges
@@ -267,10 +267,11 @@ def batch_texts(texts, voices, kind, lm, cfg):
 
 def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options):
     """Generate one batch of texts -> list of waveforms (ch, S)."""
-    # monologues differ in length: spaces at the end add no words
+    # monologues differ in length: padding at the end adds no words
     ids = [encode_text(text, kind, cfg.data) for text in texts]
     longest = max(map(len, ids))
-    tokens = torch.tensor([row + [32] * (longest - len(row)) for row in ids], dtype=torch.long)
+    pad = pad_id(cfg.data)
+    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], dtype=torch.long)
 
     prompt = None
     if voices[texts[0]] is not None:

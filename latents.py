@@ -36,10 +36,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import audio_pieces, load_audio, seconds_in_file
+from audio import audio_pieces, load_audio
 from cli import BadInput, atomic
-from data import (KINDS, PAD, Order, encode_text, fits, global_rows, kinds_seen, late_words, pad_id,
-                  rng, word_stream)
+from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id,
+                  rng)
+from decoder import seconds_in_file
+from monologue import WordTokens, late_words, word_stream
 from prefetch import Prefetch
 
 
@@ -301,12 +303,12 @@ class LatentBatches:
         kind        (b,)                    int64, number in KINDS
         prompt      (b, prompt_frames, 2D)  as x
         prompt_len  (b,)                    int64, valid frames of prompt
-        words       (b, frames, n)          int64, bytes beside the frames (data.word_stream)
+        words       (b, frames, n)          int64, tokens beside the frames (monologue.py)
         aligned     (b,)                    bool, words holds the text, and text is only [kind]
 
-    words is for the inner monologue of calm.py: n is monologue, the bytes per frame (0 without
+    words is for the inner monologue of calm.py: n is monologue, the tokens per frame (0 without
     one; words is then empty), frame_rate the frames per second of the latents; aligned are the
-    clips whose manifest has words. late_words: data.late_words of the clips.
+    clips whose manifest has words. late_words: monologue.late_words of the clips.
 
     Rows of a clip longer than `frames` begin anywhere, evenly; speech with text begins at 0 with
     probability beginning_prob. Speech that begins later has no text, since the text is not aligned,
@@ -328,7 +330,10 @@ class LatentBatches:
         self.batch = batch
         self.frame_rate = frame_rate
         self.monologue = monologue
-        self.late_words = late_words(clips, frame_rate, monologue) if monologue else ""
+        self.word_tokens = WordTokens(cfg)
+        self.late_words = ""
+        if monologue:
+            self.late_words = late_words(clips, frame_rate, monologue, self.word_tokens)
         self.width = cache.levels or 2 * dim
         self.dtype = np.int64 if cache.levels else np.float32
         self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
@@ -379,12 +384,13 @@ class LatentBatches:
         aligned = self.is_aligned(clip)
         if aligned:
             ids = ids[:1]
-            words = word_stream(clip.words, T, self.frame_rate, self.monologue)[start:end]
+            words = word_stream(clip.words, T, self.frame_rate, self.monologue,
+                                self.word_tokens)[start:end]
 
         prompt = self.prompt(i, start, end, g)
         return {"x": padded(latents[start:end], cfg.frames, self.dtype),
                 "text": padded(ids, 1 + cfg.text_len, np.int64, pad_id(cfg)),
-                "words": padded(words, cfg.frames, np.int64, PAD),
+                "words": padded(words, cfg.frames, np.int64, self.word_tokens.pad),
                 "prompt": padded(prompt, cfg.prompt_frames, self.dtype),
                 "frames": torch.tensor(n),
                 "ended": torch.tensor(end == T),

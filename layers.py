@@ -313,3 +313,7 @@ class InverseSpectrum(nn.Module):
         """The samples that wait for further frames, (B, ch, latency) or fewer; ends the state."""
         overlap, skip, _ = state.pop(self)
         return overlap[..., skip:]
+
+
+if __name__ == "__main__":
+    print("layers.py is a library, used by train.py, sample.py and evaluate.py through vae.py")

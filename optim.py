@@ -10,8 +10,12 @@ import math
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from cli import BadInput
+
+# modules whose weight is a matrix, a kernel or a table; gains of norms and scales are in others
+WEIGHTS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)
 
 
 def schedule(cfg, step):
@@ -25,19 +29,20 @@ def schedule(cfg, step):
 def make_optimizers(trainer, cfg, device, key="optimizer"):
     """{name: optimizer} for trainer.optimized {name: module}; cfg: StageConfig.
 
-    Weight decay acts on parameters of two or more axes (StageConfig). Discriminators (2-d
-    convolutions with weight norm) stay with AdamW. key: of the choice in the config, for the
-    message. Errors: BadInput where this torch has no Muon.
+    Weight decay acts on the weights of linear layers, convolutions and embeddings (StageConfig).
+    Discriminators (2-d convolutions with weight norm) stay with AdamW. key: of the choice in the
+    config, for the message. Errors: BadInput where this torch has no Muon.
     """
     if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise BadInput(f"{key}: muon needs torch 2.9 or newer, this is {torch.__version__}; "
                        "use adamw")
 
-    def adamw(parameters):
-        matrices = [p for p in parameters if p.dim() >= 2]
-        vectors = [p for p in parameters if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
-                  {"params": vectors, "weight_decay": 0.0}]
+    def adamw(module, without=()):
+        parameters = [p for p in module.parameters() if id(p) not in without]
+        decayed = {id(p) for p in weights_that_decay(module)}
+        groups = [{"params": [p for p in parameters if id(p) in decayed],
+                   "weight_decay": cfg.weight_decay},
+                  {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas),
                                  fused=not device.startswith("mps"))
 
@@ -46,8 +51,23 @@ def make_optimizers(trainer, cfg, device, key="optimizer"):
         if cfg.optimizer == "muon" and name != "disc":
             optimizers[name] = Muon(module, adamw, cfg.lr, cfg.weight_decay)
         else:
-            optimizers[name] = adamw(list(module.parameters()))
+            optimizers[name] = adamw(module)
     return optimizers
+
+
+def weights_that_decay(module):
+    """The weights of linear layers, convolutions and embeddings within a module.
+
+    Not their biases, gains of norms, scales (C,) or (C, 1) of residual branches, single learned
+    vectors. Of a weight with weight norm, g v / |v|, only v: g is a gain.
+    """
+    for layer in module.modules():
+        if not isinstance(layer, WEIGHTS):
+            continue
+        if is_parametrized(layer, "weight"):
+            yield layer.parametrizations.weight.original1                   # v
+        else:
+            yield layer.weight
 
 
 class Muon:
@@ -63,8 +83,7 @@ class Muon:
     def __init__(self, module, adamw, lr, weight_decay):
         self.weights = [m.weight for m in module.modules() if is_matrix(m)]
         self.views = [p.detach().flatten(1) for p in self.weights]
-        in_muon = {id(p) for p in self.weights}
-        self.adamw = adamw([p for p in module.parameters() if id(p) not in in_muon])
+        self.adamw = adamw(module, without={id(p) for p in self.weights})
         self.muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay,
                                      adjust_lr_fn="match_rms_adamw")
         self.param_groups = self.muon.param_groups + self.adamw.param_groups

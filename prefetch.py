@@ -101,3 +101,7 @@ def leave_signals(worker):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    print("prefetch.py is a library, used by train.py")

@@ -210,3 +210,7 @@ def until_all_ended(frames):
                 return
             yield pair
         size = min(2 * size, MOST_UNSEEN)
+
+
+if __name__ == "__main__":
+    print("replay.py is a library, used by sample.py, through calm.py and audiocalm.py")

@@ -30,7 +30,7 @@ import unicodedata
 import warnings
 import wave
 
-from audio import load_audio, save_audio, seconds_in_file
+from audio import load_audio, save_audio
 from cli import check_packages
 
 if __name__ == "__main__":
@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from cli import BadInput, Parser, check_writable, cli, number, threads
 from config import LM_STAGES, open_run
 from data import KINDS, encode_text
+from decoder import seconds_in_file
 from replay import HOW, Fast
 
 PROGRESS_FRAMES = 24                # latents between two lines of progress

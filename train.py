@@ -54,7 +54,7 @@ import torch.distributed as dist
 
 import checks
 import stages
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, atomic, cli
 from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
                     save_checkpoint, stage_seed, table_changes, vae_weights)
 from corpora import toy
@@ -255,7 +255,11 @@ class Run:
         load_weights(self.trainer.model, state["model"], path)
         self.trainer.check_loaded(path)
         for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
+            try:
+                optimizer.load_state_dict(state["optimizers"][key])
+            except ValueError as e:                     # other groups of parameters
+                raise BadInput(f"{path}: holds the optimizer of another version of this code "
+                               f"({e}); finish it with that one, or begin again with --fresh") from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         return state["step"]
@@ -561,7 +565,7 @@ def run_stages(cfg, runtime, fresh):
     # what is there already must fit the config
     done = checks.check_checkpoints(cfg, clips, runtime.say)
     if runtime.rank == 0:
-        with open(f"{cfg.out}/config.toml", "w") as f:
+        with atomic(f"{cfg.out}/config.toml") as temp, open(temp, "w") as f:
             f.write(dump(cfg))
 
     for name in cfg.stages:

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import textwrap
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,12 @@ from tqdm import tqdm
 
 from audio import inspect
 from cli import BadInput, Parser, check_writable, cli
-from data import (AUDIO, KINDS, Clip, DataConfig, audio_files, clips_in_folder, encode_text,
-                  load_manifest, read_text, rng, seconds_of, write_manifest)
+from data import (FFMPEG_AUDIO, KINDS, Clip, DataConfig, audio_endings, audio_files,
+                  clips_in_folder, encode_text, load_manifest, read_text, rng, seconds_of,
+                  write_manifest)
 
 
-# audio and texts that scan does not read but names
-OTHER_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".oga", ".aif", ".aiff", ".au", ".caf",
-               ".w64", ".amr", ".mka", ".ape", ".wv", ".sph")
+# texts that scan does not read but names
 OTHER_TEXTS = (".txt", ".lab", ".textgrid", ".srt", ".vtt")
 
 # folders that say what is in them, not who speaks
@@ -67,8 +67,10 @@ def folder_of_audio(folder, kind):
 
 
 def speaker_of(path):
-    """The first folder of a relative path that can be a speaker's name, or ""."""
-    return next((name for name in path.parts[:-1] if name.lower() not in NOT_SPEAKERS), "")
+    """The first folder of a relative path that can be a speaker's name, or "". Bytes that are not
+    UTF-8 become U+FFFD."""
+    folder = next((name for name in path.parts[:-1] if name.lower() not in NOT_SPEAKERS), "")
+    return os.fsencode(folder).decode("utf-8", "replace")
 
 
 def ljspeech(folder, kind):
@@ -147,7 +149,7 @@ def libritts(folder, kind):
     clips = []
     for path in sorted(folder.rglob("*.normalized.txt")):
         stem = path.name.removesuffix(".normalized.txt")
-        audio = first_file(path.with_name(stem + ending) for suffix in AUDIO
+        audio = first_file(path.with_name(stem + ending) for suffix in audio_endings()
                            for ending in (suffix, suffix.upper()))
         speaker = path.parent.parent.name
         clips.append(make_clip(audio, read_text(path), kind, speaker))
@@ -203,7 +205,7 @@ def find_clips(folder, layout="folder", kind="speech", speaker=None):
         raise BadInput(f"{folder}: no such folder; correct the path")
     found = LAYOUTS[layout](root, kind)
 
-    clips = [clip for clip in found if clip is not None and is_readable(clip)]
+    clips = [clip for clip in found if clip is not None and os.path.isfile(clip.audio)]
     for sentence in left_out(root, layout, found, clips):
         print(sentence, file=sys.stderr)
     if not clips:
@@ -212,16 +214,6 @@ def find_clips(folder, layout="folder", kind="speech", speaker=None):
     if speaker is not None:
         clips = [replace(clip, speaker=speaker) for clip in clips]
     return clips
-
-
-def is_readable(clip):
-    """Whether a clip's file is there and a manifest, which is UTF-8, can hold its name."""
-    return is_utf8(clip.audio) and os.path.isfile(clip.audio)
-
-
-def is_utf8(path):
-    """Whether a path is UTF-8; Python has surrogates for other bytes."""
-    return not re.search("[\ud800-\udfff]", str(path))
 
 
 def left_out(root, layout, found, clips):
@@ -257,16 +249,14 @@ def reason_left_out(path, layout, stems):
     lower = ending.lower()
     if os.path.basename(path).startswith("."):
         return ""
-    if not is_utf8(path):
-        return "with names that are not UTF-8; rename them"
     if os.path.isdir(path):
         return "linked folders, which are not entered; copy them, or scan them by themselves"
     if not os.path.exists(path):
         return "links that lead nowhere"
-    if lower in AUDIO:
+    if lower in audio_endings():
         return "audio files that belong to no text of the layout"
-    if lower in OTHER_AUDIO:
-        return f"files {ending}, which are not read; convert them to .flac"
+    if lower in FFMPEG_AUDIO:
+        return f"files {ending}, which only ffmpeg reads; install it or convert them to .flac"
 
     # texts: other layouts have them elsewhere
     if layout == "folder" and ending == ".txt" and stem not in stems:
@@ -304,7 +294,7 @@ def describe_clip(clip, seed=0):
     transcript per second, named only where it is unusual."""
     if not clip.text:
         return ""
-    name = hashlib.sha256(clip.id.encode()).digest()[:8]
+    name = hashlib.sha256(clip.id.encode("utf-8", "surrogateescape")).digest()[:8]
     g = rng("describe", seed, int.from_bytes(name, "little"))
 
     def pick(options):
@@ -376,6 +366,10 @@ def check(manifest, out):
             else:
                 good.append(clip)
     print(f"{len(good)} of {len(clips)} clips are good")
+    repeated = sorted(path for path, n in Counter(c.audio for c in clips).items() if n > 1)
+    if repeated:
+        print(f"note: {len(repeated)} files stand in several lines, e.g. {repeated[0]}; each line "
+              "is a clip of its own")
 
     if out and good:
         write_manifest(out, good)
@@ -418,8 +412,13 @@ def describe(manifest, out, seed, rewritten, text_len):
     of training; how many texts exceed it, before and after, is printed."""
     clips = load_manifest(manifest)
     texts = read_rewritten(rewritten) if rewritten else {}
-    if rewritten and not set(texts) & {clip.id for clip in clips}:
+    ids = Counter(clip.id for clip in clips)
+    if rewritten and not texts.keys() & ids.keys():
         raise BadInput(f"{rewritten}: none of its ids is in {manifest}; use the manifest's ids")
+    ambiguous = [name for name in texts if ids[name] > 1]
+    if ambiguous:
+        raise BadInput(f"{rewritten}: id {ambiguous[0]} names {ids[ambiguous[0]]} clips of "
+                       f"{manifest}; give each an \"id\" of its own there")
     if seed < 0:
         raise BadInput("--seed: cannot be negative; set 0 or more")
 

@@ -150,7 +150,7 @@ def continue_clips(lm, vae, cfg, clips, kind, options):
 def curves_by_second(wavs, prompt_samples, real, seconds, rate):
     """{"alive", "level", "mmd"} of continuations (ch, S) of prompts of `prompt_samples`, each a
     list: the prompts' figure, then one per second of new audio, None where fewer than 4 clips go
-    on. real (n, 160): features of real seconds.
+    on. real: list of (160,), features of real seconds; mmd is None without 4 of them on each side.
     """
     # columns of (wav, level of its prompt): the prompts, then what has not ended, by second
     prompts = [wav[:, :prompt_samples] for wav in wavs]
@@ -171,9 +171,13 @@ def curves_by_second(wavs, prompt_samples, real, seconds, rate):
             curves["mmd"].append(None)
             continue
         changes = torch.stack([decibels(wav) - level for wav, level in column])
-        features = torch.stack([x for wav, _ in column for x in features_by_second(wav, rate)])
         curves["level"].append(round(changes.median().item(), 2))
-        curves["mmd"].append(round(mmd(features, real), 4))
+
+        # whole seconds: a shorter prompt has none
+        features = [x for wav, _ in column for x in features_by_second(wav, rate)]
+        enough = min(len(features), len(real)) >= MIN_CLIPS
+        distance = round(mmd(torch.stack(features), torch.stack(real)), 4) if enough else None
+        curves["mmd"].append(distance)
     return curves
 
 
@@ -204,14 +208,16 @@ def judge_continuation(lm, vae, cfg, clips, options, limit, folder=""):
         if folder:
             for clip, wav in zip(prompts, wavs):
                 save_audio(f"{folder}/{clip_name(clip)}.wav", wav.numpy(), rate)
-        curves = curves_by_second(wavs, prompt_samples, torch.stack(real), int(cfg.sample.seconds),
-                                  rate)
+        curves = curves_by_second(wavs, prompt_samples, real, int(cfg.sample.seconds), rate)
         found[kind] = {"clips": len(prompts), **curves}
     return found
 
 
 def continue_(a, cfg, vae, clips, stages):
     """Continue held-out clips with every stage -> {"continue lm": judge_continuation's, ...}."""
+    if cfg.sample.seconds < 1:
+        raise BadInput(f"continue: judges whole seconds of new audio, and this run's "
+                       f"sample.seconds is {cfg.sample.seconds:g}; use a run with 1 or more")
     figures = {}
     for stage in stages:
         lm = open_stage(a.run, stage)

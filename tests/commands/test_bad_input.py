@@ -1,15 +1,18 @@
 """Every mistake of a user: one line on stderr that names it, exit code 2, no traceback."""
+import errno
 import importlib
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
 
+import cli as cli_module
 from cli import cli
 from conftest import ROOT, write
 
@@ -128,7 +131,7 @@ CASES = [  # command line, what the line must say
     ("-m tools.convert mimi {0}/good.wav --out {0}/c", "not a readable .safetensors file"),
     ("-m tools.convert mimi {0}/good.wav --out {0}/run", "vae.pt exists"),
     (SAMPLE + " --text hi --threads -1", "-1 is no number of CPU threads"),
-    ("-m tools.studies continue --run {0}/run", "needs 4 held-out clips of a kind"),
+    ("-m tools.studies continue --run {0}/run", "judges whole seconds of new audio"),
     ("evaluate.py --run {0}/run --threads -1", "-1 is no number of CPU threads"),
     ("train.py --config {0}/tiny.toml --threads -1", "threads: must lie in 0 .. 1024"),
     ("-m corpora.scan check {0}/backwards.jsonl", "times of words must not go backwards"),
@@ -216,15 +219,35 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
 
 
-LIBRARIES = ["audiocalm", "backbone", "calm", "config", "data", "discrete", "gan", "heads",
-             "judges", "latents", "moe", "optim", "schema", "stages", "vae"]
-
-
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_a_file_that_is_no_command_says_so(name):
+@pytest.mark.parametrize("name, commands", [
+    ("adaln", ["train", "sample", "evaluate"]), ("layers", ["train", "sample", "evaluate"]),
+    ("moe", ["train", "sample", "evaluate"]), ("optim", ["train"]), ("judges", ["evaluate"])])
+def test_a_file_that_is_no_command_says_who_uses_it(name, commands):
     """Fault: `python heads.py -h` printed nothing."""
     done = run(f"{name}.py", "-h")
-    assert done.returncode == 0 and done.stdout.startswith(f"{name}.py is a library: "), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{name}.py is a library, used by ")
+    users = [name for name in ("train", "sample", "evaluate") if f"{name}.py" in done.stdout]
+    assert users == commands and len(done.stdout.splitlines()) == 1
+
+
+def test_every_file_that_is_no_command_imports_what_says_so():
+    """Fault: adaln.py and layers.py did not."""
+    files = [path for path in Path(ROOT).glob("*.py")
+             if path.name != "cli.py" and not cli_module.is_command(path)]
+    assert len(files) > 15
+    assert [path.name for path in files if "cli" not in cli_module.imported(path)] == []
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+    """Fault: a traceback."""
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/run/vae.pt")
+    with pytest.raises(SystemExit) as end:
+        cli(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == ("error: out/run/vae.pt: No space left on device; make room "
+                                       "and run the command again\n")
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])

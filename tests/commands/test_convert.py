@@ -476,13 +476,14 @@ def test_audiocalm_gets_a_text_models_backbone_too(tmp_path, monkeypatch):
                                net.model(text).last_hidden_state, atol=1e-4, rtol=0)
 
 
-def test_a_monologue_of_bytes_gets_no_text_model_with_its_own_tokens(tmp_path, monkeypatch):
-    """A traceback before: the tables were joined outside of config.build."""
+def test_a_text_model_starts_a_model_with_a_monologue_of_its_tokens(tmp_path, monkeypatch):
+    """Fault: refused, since a monologue was made of bytes."""
     text_folder(tmp_path / "text", "qwen3")
     monkeypatch.setattr("sys.argv", ["tools.convert", "qwen3", str(tmp_path / "text"), "--out",
                                      str(tmp_path / "run"), "--config", "configs/flite_tts.toml"])
-    with pytest.raises(BadInput, match="monologue"):
-        convert.main()
+    convert.main()
+    lm = make_model(load(tmp_path / "run" / "config.toml"), "lm")
+    assert lm.word.out_features == len(lm.text.weight) == 60 + 1 + len(KINDS) and lm.pad == 60
 
 
 def test_what_a_backbone_cannot_do_and_a_missing_shard_are_refused_by_name(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import soundfile as sf
 import torch
 
+from cli import BadInput
 from config import Config, build
 from conftest import run, write
 from data import Clip
@@ -123,3 +124,20 @@ def test_a_continuation_that_fades_or_ends_shows_in_its_curves(tmp_path, monkeyp
     assert len(list((tmp_path / "out").glob("*.wav"))) == 6
     draw_continuation(str(tmp_path / "c.png"), found)
     assert (tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_prompts_or_clips_below_a_second_have_no_distance_but_a_level():
+    """Fault: torch.stack of no features was a traceback."""
+    g = torch.Generator().manual_seed(0)
+    wavs = [0.1 * torch.randn(1, 8000 + 16000, generator=g) for _ in range(5)]
+    real = [feature for wav in wavs for feature in studies.features_by_second(wav, 16000)]
+    assert len(real) == 5
+    curves = studies.curves_by_second(wavs, 8000, real, 1, 16000)          # prompts of 0.5 s
+    assert curves["alive"] == [1.0, 1.0] and curves["level"] == pytest.approx([0, 0], abs=0.3)
+    assert curves["mmd"][0] is None and abs(curves["mmd"][1]) < 0.5
+
+    assert studies.features_by_second(wavs[0][:, :9000], 16000) == []      # clips of 0.6 s
+    assert studies.curves_by_second(wavs, 8000, [], 1, 16000)["mmd"] == [None, None]
+    with pytest.raises(BadInput, match="whole seconds of new audio"):
+        cfg = build(Config, {"sample": {"seconds": 0.4}})
+        studies.continue_(None, cfg, None, [], ["lm"])

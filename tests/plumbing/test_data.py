@@ -16,8 +16,9 @@ from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
 from config import load
 from conftest import ROOT
-from data import (PAD, AudioBatches, Clip, DataConfig, Order, encode_text, late_words, load_clips,
-                  load_manifest, word_frames, word_stream, write_manifest)
+from data import (PAD, AudioBatches, Clip, DataConfig, Order, encode_text, load_clips,
+                  load_manifest, write_manifest)
+from monologue import late_words, word_frames, word_stream
 from prefetch import Prefetch, Workers
 
 

@@ -12,8 +12,9 @@ import latents
 from audio import load_audio
 from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
-from data import PAD, AudioBatches, Clip, DataConfig, word_stream
+from data import PAD, AudioBatches, Clip, DataConfig
 from latents import LatentBatches, LatentCache
+from monologue import word_stream
 from stages import LMStage
 from vae import VAE, VAEConfig
 

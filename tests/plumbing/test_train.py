@@ -22,6 +22,7 @@ import checks
 import optim
 import stages
 import train
+from backbone import RMSNorm
 from cli import BadInput
 from config import (STAGES, Config, StageConfig, dump, load, load_checkpoint, make_model, open_run,
                     resolve, save_checkpoint, stage_seed)
@@ -30,6 +31,7 @@ from data import Clip
 from discrete import ResidualVQ
 from gan import Discriminators
 from latents import LatentBatches
+from layers import ConvNeXt
 from schema import build
 from vae import VAE
 
@@ -388,6 +390,32 @@ def test_discriminators_are_not_given_to_muon():
     stage = types.SimpleNamespace(optimized={"disc": torch.nn.Conv2d(1, 2, 3)})
     found = optim.make_optimizers(stage, StageConfig(optimizer="muon"), "cpu")["disc"]
     assert isinstance(found, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_acts_on_weights_and_not_on_gains_scales_and_biases(optimizer):
+    """Fault: scales (C, 1) of ConvNeXt and the g of weight norm decayed, having two axes."""
+    net = torch.nn.ModuleDict({
+        "linear": torch.nn.Linear(3, 2), "text": torch.nn.Embedding(5, 2), "unit": ConvNeXt(4),
+        "norm": RMSNorm(4), "conv": torch.nn.utils.parametrizations.weight_norm(
+            torch.nn.Conv2d(1, 2, 3))}).double()
+    weights = {"linear.weight", "text.weight", "conv.parametrizations.weight.original1",
+               *(f"unit.body.{i}.conv.weight" for i in (0, 2, 4))}
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    assert weights < set(before)
+    stage = types.SimpleNamespace(optimized={"lm": net})
+    cfg = StageConfig(optimizer=optimizer, lr=0.1, weight_decay=0.5)
+    opt = optim.make_optimizers(stage, cfg, "cpu")["lm"]
+
+    # a step of gradients of 0 is a step of the decay alone
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    for name, p in net.named_parameters():
+        decays = name in weights
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 * decays))
+    assert before["unit.scale"].shape == (4, 1)
+    assert before["conv.parametrizations.weight.original0"].dim() == 4      # g
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():

@@ -50,7 +50,7 @@ def run(args):
     try:
         cfg = dataclasses.replace(cfg, out=args.out, **{args.stage: model_table},
                                   data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
-    except ValueError as e:                          # an inner monologue consists of bytes
+    except ValueError as e:                          # e.g. lm.monologue without a kind
         raise BadInput(f"--config {args.config}: {e}") from None
     getattr(cfg.train, args.stage).init = f"{args.out}/text.pt"
 
