@@ -34,6 +34,7 @@ from discrete import DISCRETE
 from gan import GANConfig
 from schema import Kind, Range, build
 from vae import VAE, VAEConfig
+from weights import load_safetensors
 
 
 # ---------------------------------------------------------------- stages
@@ -384,6 +385,9 @@ def load_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote; tensors only, no code (weights_only)."""
     if os.path.isdir(path):
         raise BadInput(folder_of_checkpoints(path))
+    exported = exported_file(path)
+    if exported:
+        return load_exported(exported, device)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -397,6 +401,28 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or not {"stage", "config", "model", "done"} <= state.keys():
         raise BadInput(f"{path}: not a nanoCALM checkpoint; expected stage, config, model, done")
     return state
+
+
+def exported_file(path):
+    """The .safetensors file in place of the checkpoint `path` (tools.convert export), or None."""
+    other = path.removesuffix(".pt") + ".safetensors"
+    return other if not os.path.exists(path) and os.path.exists(other) else None
+
+
+def load_exported(path, device):
+    """An exported stage as load_checkpoint gives it: averaged weights in fp32, no optimizers."""
+    tensors, metadata = load_safetensors(path)
+    try:
+        state = json.loads(metadata["nanocalm"])
+        known = {"stage", "config", "done"} <= state.keys()
+    except (KeyError, ValueError, AttributeError, RecursionError):
+        known = False
+    if not known:
+        raise BadInput(f"{path}: not written by tools.convert export; "
+                       "python -m tools.convert -h names what else can be read")
+    weights = {name: w.to(device, torch.float32) if w.is_floating_point() else w.to(device)
+               for name, w in tensors.items()}
+    return {**state, "model": {}, "ema": weights, "optimizers": {}}
 
 
 def load_weights(module, state, path):
@@ -431,7 +457,7 @@ def open_run(run, stage="", device="cpu", kind=None):
     vae = VAE(cfg.vae)
     load_weights(vae, vae_weights(state), f"{run}/vae.pt")
     vae.to(device).eval()
-    trained = [s for s in LM_STAGES if os.path.exists(f"{run}/{s}.pt")]
+    trained = trained_stages(run)
     if not (stage or trained):
         return cfg, vae, None, "vae"
 
@@ -442,6 +468,12 @@ def open_run(run, stage="", device="cpu", kind=None):
     lm = make_model(cfg, stage, only=kind)
     load_weights(lm, lm.wanted(state["ema"] or state["model"]), path)
     return cfg, vae, lm.to(device).eval(), stage
+
+
+def trained_stages(run):
+    """The language-model stages that a run folder, or an exported one, holds, in order."""
+    return [stage for stage in LM_STAGES
+            if os.path.exists(f"{run}/{stage}.pt") or exported_file(f"{run}/{stage}.pt")]
 
 
 def make_model(cfg, stage, only=None):

@@ -47,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 from cli import BadInput, Parser, atomic, check_writable, cli, number, threads
-from config import LM_STAGES, load_checkpoint, open_run
+from config import load_checkpoint, open_run, trained_stages
 from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
@@ -428,7 +428,7 @@ def prepare(a):
 
 def find_stages(run, stage=""):
     """The language models that a run has, in order of training; with `stage` only that one."""
-    stages = [name for name in LM_STAGES if os.path.exists(f"{run}/{name}.pt")]
+    stages = trained_stages(run)
     if not stage:
         return stages
     if stage not in stages:

@@ -42,7 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cli import BadInput, Parser, check_writable, cli, number, threads
-from config import LM_STAGES, open_run
+from config import LM_STAGES, load_checkpoint, open_run
 from data import KINDS, encode_text
 from decoder import seconds_in_file
 from replay import HOW, Fast
@@ -589,7 +589,7 @@ def what_was_seen(run, stage, cfg):
 
     A checkpoint from before 2026-11-27 does not say so: the config is asked for the kinds.
     """
-    state = torch.load(f"{run}/{stage}.pt", mmap=True, weights_only=True)
+    state = load_checkpoint(f"{run}/{stage}.pt")
     weighted = [kind for kind in KINDS if cfg.data.weights.get(kind, 0) > 0]
     kinds = weighted or (KINDS if cfg.data.manifest else cfg.toy.kinds)
     return {"kinds": kinds, "voice_prompts": True} | state.get("seen", {})

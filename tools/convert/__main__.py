@@ -1,4 +1,4 @@
-"""Start from published weights: python -m tools.convert mimi|pocket-tts|qwen3|llama IN --out RUN
+"""Published weights to a run, or a run to weights that travel: python -m tools.convert MODEL IN --out
 
     mimi    Kyutai's codec, one .safetensors file, named as in PyPI `moshi` or `pocket-tts`
             -> a run folder with config.toml and vae.pt for evaluate.py, sample.py and train.py
@@ -10,6 +10,8 @@
             tokenizer) and text.pt: a CALM (or --stage audiocalm) whose backbone and text embedding
             are the text model's and whose other weights are random. Train it with
             python train.py --config RUN/config.toml
+    export  a finished run -> a folder of .safetensors, config.toml and a model card, which takes a
+            run's place in sample.py and evaluate.py (--dtype, --card, --stage)
 
     published names ─► rename ─► reorder or fold, exactly ─► every name and shape checked ─► RUN
 
@@ -25,9 +27,11 @@ import argparse
 import os
 
 from cli import BadInput, Parser, cli
-from tools.convert import mimi, pocket_tts, text_model
+from config import LM_STAGES
+from tools.convert import export, mimi, pocket_tts, text_model
 
-MODELS = {"mimi": mimi, "pocket-tts": pocket_tts, "qwen3": text_model, "llama": text_model}
+MODELS = {"mimi": mimi, "pocket-tts": pocket_tts, "qwen3": text_model, "llama": text_model,
+          "export": export}
 
 
 def positive(text):
@@ -42,7 +46,7 @@ def options():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS,
                         help="which published model")
-    parser.add_argument("weights", help="its .safetensors file, or the folder of a text model")
+    parser.add_argument("weights", help="its .safetensors file, the folder of a text model, or a run")
     parser.add_argument("--out", required=True, help="the run folder to make")
 
     parser.add_argument("--heads", type=positive, default=8,
@@ -55,14 +59,19 @@ def options():
     parser.add_argument("--data",
                         help="mimi: manifest or folder of audio to measure the latents on")
 
-    parser.add_argument("--stage", default="lm", choices=["lm", "audiocalm"],
-                        help="qwen3, llama: the model that gets the backbone (default lm, a CALM)")
+    parser.add_argument("--stage", default="", choices=LM_STAGES,
+                        help="qwen3, llama: the model that gets the backbone, lm (default) or "
+                        "audiocalm; export: the one that travels (default: the last trained)")
     parser.add_argument("--config", help="qwen3, llama: the experiment that gets this backbone "
                         "(default: the defaults of config.py)")
     parser.add_argument("--tokenizer", help="pocket-tts: its tokenizer.json "
                         "(default: the one in the folder of the weights)")
     parser.add_argument("--eos-threshold", type=float, default=-4.0,
                         help="pocket-tts: the logit above which a clip ends (default -4)")
+    parser.add_argument("--dtype", choices=export.DTYPES, default="bf16",
+                        help="export: of the matrices (default bf16)")
+    parser.add_argument("--card", metavar="FILE",
+                        help="export: lines for the model card: data, licence, figures")
     return parser
 
 
@@ -72,9 +81,16 @@ def main():
         raise BadInput(f"{args.weights}: no such file")
     if os.path.isfile(args.out):
         raise BadInput(f"--out {args.out}: is a file; name a folder for the run")
-    stage = "text" if args.model in ("qwen3", "llama") else "vae"
-    if os.path.exists(f"{args.out}/{stage}.pt"):
-        raise BadInput(f"{args.out}/{stage}.pt exists; choose another --out")
+    if args.model in ("qwen3", "llama"):
+        args.stage = args.stage or "lm"
+        if args.stage not in ("lm", "audiocalm"):
+            raise BadInput(f"--stage {args.stage}: a text model becomes lm or audiocalm")
+
+    # what is there already stays
+    file = {"qwen3": "text.pt", "llama": "text.pt", "export": "vae.safetensors"}
+    file = f"{args.out}/{file.get(args.model, 'vae.pt')}"
+    if os.path.exists(file):
+        raise BadInput(f"{file} exists; choose another --out")
 
     MODELS[args.model].run(args)
 

@@ -1,0 +1,91 @@
+"""A run as a folder of weights to give away: python -m tools.convert export RUN --out DIR
+
+    RUN/vae.pt, RUN/STAGE.pt ─► averaged weights, rounded ─► DIR/vae.safetensors, DIR/STAGE.safetensors
+    RUN/config.toml          ─────────────────────────────► DIR/config.toml
+    its config and --card    ─────────────────────────────► DIR/README.md, the model card
+
+DIR takes the place of a run folder in sample.py, evaluate.py and config.open_run; optimizers, logs
+and samples stay behind. In fp32 nothing changes; bf16 keeps 8 bits of each weight, fp16 11.
+Vectors (norms, biases, statistics of the latents) stay fp32: they are few.
+"""
+import json
+import os
+
+import torch
+
+from cli import BadInput, atomic
+from config import dump, load_checkpoint, resolve, trained_stages, vae_weights
+from weights import save_safetensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CARD = """\
+# {title}
+
+A continuous audio language model (CALM, arXiv 2509.06926) trained with nanoCALM.
+
+- What it does: {what}. Its audio is synthetic: say so where you publish it.
+- Weights: {sizes} parameters, {dtype}.
+- Audio: {sample_rate} Hz, {channels} channel(s), {frame_rate:g} latents of {dim} channels per second.
+- Training: {steps}; every setting is in `config.toml`. Kinds of audio: {kinds}.
+{notes}
+    python sample.py --run {out} --text "..."
+"""
+
+
+def run(args):
+    """Write the folder. Errors: BadInput where the run is not finished or DIR holds a model."""
+    states = {"vae": finished(args.weights, "vae")}
+    last = args.stage or (trained_stages(args.weights) or ["vae"])[-1]
+    states[last] = finished(args.weights, last)
+    os.makedirs(args.out, exist_ok=True)
+
+    sizes = {}
+    for name, state in states.items():
+        weights = vae_weights(state) if name == "vae" else state["ema"] or state["model"]
+        sizes[name] = save(f"{args.out}/{name}.safetensors", state, weights, args.dtype)
+        print(f"{args.out}/{name}.safetensors: {sizes[name] / 1e6:.2f}M parameters, {args.dtype}")
+
+    cfg = resolve(states[last]["config"])
+    write(f"{args.out}/config.toml", dump(cfg))
+    write(f"{args.out}/README.md", card(args, cfg, states, sizes))
+
+
+def finished(folder, stage):
+    state = load_checkpoint(f"{folder}/{stage}.pt")
+    if not state["done"]:
+        raise BadInput(f"{folder}/{stage}.pt: its training is not finished; train it to its end")
+    return state
+
+
+def save(path, state, weights, dtype):
+    """One stage -> its number of parameters and buffers."""
+    about = {key: state.get(key) for key in ("stage", "step", "done", "clips", "config", "seen")}
+    rounded = {name: w.to(DTYPES[dtype]) if w.is_floating_point() and w.dim() > 1 else w
+               for name, w in weights.items()}
+    save_safetensors(path, rounded, {"format": "pt", "nanocalm": json.dumps(about)})
+    return sum(w.numel() for w in weights.values())
+
+
+def card(args, cfg, states, sizes):
+    """The text of the model card; --card adds a file's lines: data, licence, figures."""
+    notes = ""
+    if args.card:
+        with open(args.card, encoding="utf8") as f:
+            notes = f.read().rstrip() + "\n"
+
+    last = list(states)[-1]                              # "vae" where nothing else was trained
+    kinds = (states[last].get("seen") or {}).get("kinds", [])
+    sizes = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in sizes.items())
+    steps = ", ".join(f"{name} {state['step']} steps" for name, state in states.items())
+    return CARD.format(
+        title=os.path.basename(os.path.normpath(args.out)), dtype=args.dtype, sizes=sizes,
+        what="audio to latents and back" if last == "vae" else "audio from text",
+        sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels, dim=cfg.vae.latent_dim,
+        frame_rate=cfg.vae.frame_rate, steps=steps,
+        kinds=", ".join(kinds) or "not recorded", notes=notes, out=args.out)
+
+
+def write(path, text):
+    with atomic(path) as temp, open(temp, "w", encoding="utf8") as f:
+        f.write(text)
