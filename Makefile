@@ -1,6 +1,7 @@
 # make quickstart   everything on a laptop CPU: environment, corpus, VAE, language model, wavs, pictures, figures
 # make check        the papers' equations (tests/papers), under two minutes on two cores
 # make test         all tests, under 8 minutes on two cores
+# make gpu-day      tools.gpu_day at toy size on the CPU, about 10 minutes
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -10,6 +11,10 @@ quickstart: .venv/ready
 
 check: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/papers
+
+# every command of a GPU day at toy size, so that no minute of a GPU is spent on a typing error
+gpu-day: .venv/test-ready
+	for part in correct bench train; do OMP_NUM_THREADS=1 $(BIN)/python -m tools.gpu_day $$part --toy || exit 1; done
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
@@ -27,4 +32,4 @@ test: .venv/test-ready
 clean:
 	rm -rf .venv out
 
-.PHONY: quickstart check test clean
+.PHONY: quickstart check test gpu-day clean

@@ -45,11 +45,12 @@ def correct(out, toy):
     steps = 3 if toy else 30
     config = ["train.py", "--config", "configs/quickstart.toml", "--out", f"{out}/correct",
               "--stages", '["vae","lm","consistency","audiocalm","audiocalm_lsd"]',
-              "--toy.clips", "48", "--toy.valid_clips", "12", "--sample.count", "1", "--sample.seconds", "1", "--fresh"]
+              "--toy.clips", "48", "--toy.valid_clips", "12", "--sample.count", "1",
+              "--sample.seconds", "1", "--fresh"]
     for stage in ("vae", "lm", "consistency", "audiocalm", "audiocalm_lsd"):
         config += [f"--train.{stage}.steps", str(steps), f"--train.{stage}.log_every", "5"]
     if toy:
-        config += ["--device", "cpu"]
+        config += ["--device", "cpu", "--threads", "1"]
     return [
         Command("gpu tests", [*tests, *([] if toy else ["-n", "4"]), "-m", "gpu", "tests/gpu"], 240),
         Command("stages", config, 240, {"TORCH_LOGS": "graph_breaks,recompiles"}),
@@ -62,7 +63,7 @@ def bench(out, toy):
     """tools.bench at paper sizes; at toy size the quickstart's."""
     def command(name, kind, *options, seconds=60):
         file = name.replace(" ", "_")
-        short = ["--repeats", "1"] if toy else []
+        short = ["--repeats", "1", "--threads", "1"] if toy else []
         return Command(name, ["-m", "tools.bench", kind, *options, "--json", f"{out}/{file}.json",
                               *short], seconds)
 
@@ -74,7 +75,7 @@ def bench(out, toy):
             config, options = f"configs/paper/{config}.toml", [*options, "--compile"]
         return command(name, "train", "--config", config, "--stage", stage, *options, seconds=100)
 
-    quick = ["--config", "configs/quickstart.toml"] if toy else []
+    quick = ["--config", "configs/quickstart.toml", "--seconds", "1"] if toy else []
     music = quick or ["--config", "configs/paper/calm_music.toml"]
     fast = ["--fast", "static"] if toy else ["--fast", "static", "graph"]
     commands = [
