@@ -144,7 +144,9 @@ class CALM(nn.Module):
     latent_dim D; vocab: number of text tokens; kinds: names of the indices in batch["kind"], e.g.
     (speech, sound, music); codes: (levels K, entries per level) of the RVQ, for discrete heads;
     word_tokens: the monologue's (monologue.WordTokens), None = bytes.
+    static_shapes (attribute): compute padding on a CPU too, as on CUDA (plan.py).
     """
+    static_shapes = False
 
     def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None, word_tokens=None):
         super().__init__()
@@ -380,8 +382,8 @@ class CALM(nn.Module):
         """Mean of the head's loss (eq. 3) over the valid positions (B, T), and metrics."""
         kind = kind[:, None].expand_as(valid)                               # (B, T)
 
-        # on CUDA shapes are static, so padding is computed too and weighs 0
-        if not x.is_cuda:
+        # static shapes: padding is computed too and weighs 0
+        if not (x.is_cuda or self.static_shapes):
             Z = Z[valid]                                                    # (N, C)
             x = x[valid]                                                    # (N, D)
             kind = kind[valid]                                              # (N,)

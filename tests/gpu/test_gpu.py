@@ -12,7 +12,7 @@ import torch._inductor.config
 
 from config import load, make_model
 from conftest import ROOT, TINY, logged, run, write
-from tools.bench.training import RandomRows, random_audio, random_latents
+from plan import RandomRows, random_audio, random_latents
 from vae import VAE
 
 pytestmark = [pytest.mark.gpu,

@@ -20,24 +20,21 @@ not.
 
 Precision: fp32 on a CPU, bf16 autocast on CUDA, as in training.
 """
-import dataclasses
 import statistics
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import number
-from config import STAGES, load, make_model, stage_table
-from data import KINDS, PAD
-from discrete import DISCRETE
-from gan import VAEGAN
+from config import STAGES, load
 from optim import make_optimizers
+from plan import H100, RandomRows
 from stages import recompute_activations
 from tools.bench.timing import clock, processor, set_threads
 from train import EMA, Runtime, clip_gradients, gradients
 
 # bf16 FLOP/s of the devices whose utilisation is given
-PEAKS = {"H100": 989e12, "H200": 989e12}
+PEAKS = {"H100": H100, "H200": H100}
 
 
 def add_options(parser):
@@ -101,80 +98,6 @@ def run(args):
                "peak_gb": peak_gigabytes(runtime.device), "first_seconds": round(first, 1)}
     report(args, figures)
     return figures
-
-
-class RandomRows:
-    """A stage as train.py's functions see it, on one micro-batch of random rows."""
-
-    def __init__(self, cfg, stage, rows, device):
-        self.stage = stage
-        with torch.device(device):
-            if stage == "vae":
-                self.model = self.make_vae(cfg)
-                self.batch = random_audio(cfg, rows)
-            else:
-                self.model = make_model(cfg, stage)
-                self.batch = random_latents(cfg, stage, rows, self.model.monologue)
-        self.model.to(device).train()
-
-        self.averaged = self.model
-        self.optimized = {stage: self.model}
-        if stage == "vae":
-            self.averaged = self.model.vae
-            self.optimized = {"vae": self.model.vae}
-            if self.model.disc is not None:
-                self.optimized["disc"] = self.model.disc
-
-    def make_vae(self, cfg):
-        """The VAE and its discriminators, without the teacher, whose weights are not ours."""
-        weights = {k: v for k, v in cfg.gan.loss_weights.items() if k != "distill"}
-        gan = dataclasses.replace(cfg.gan, disc_start=0, disc_warmup=0, loss_weights=weights)
-        return VAEGAN(cfg.vae, gan)
-
-    def losses(self, batch, step):
-        if self.stage == "vae":
-            yield from self.model.losses(batch["audio"], step)
-        else:
-            loss, metrics = self.model.loss(dict(batch))
-            yield self.stage, loss, metrics
-
-    def compile(self):
-        if self.stage == "vae":
-            self.model.vae.encoder.compile()
-            self.model.vae.decoder.compile()
-        else:
-            self.model.compile_for_training()
-
-
-def random_audio(cfg, rows):
-    """{"audio": (rows, channels, S)}: crops as long as in training."""
-    hop = cfg.vae.hop
-    samples = -(-round(cfg.data.crop_seconds * cfg.vae.sample_rate) // hop) * hop
-    return {"audio": 0.1 * torch.randn(rows, cfg.vae.channels, samples)}
-
-
-def random_latents(cfg, stage, rows, monologue):
-    """A batch of LatentBatches' layout: every row as long as data.frames, with text and prompt."""
-    frames = cfg.data.frames
-    shape = (rows, frames, cfg.vae.latent_dim)
-    x = torch.randn(shape)
-    prompt = torch.randn(rows, cfg.data.prompt_frames, cfg.vae.latent_dim)
-    if stage_table(cfg, stage).head.objective in DISCRETE:
-        levels, entries = cfg.vae.codebooks, cfg.vae.codebook_size
-        x = torch.randint(entries, (rows, frames, levels))
-        prompt = torch.randint(entries, (rows, cfg.data.prompt_frames, levels))
-
-    text_len = 1 if monologue else 1 + cfg.data.text_len
-    return {"x": x,
-            "frames": torch.full((rows,), frames),
-            "ended": torch.ones(rows, dtype=torch.bool),
-            "text": torch.randint(PAD, (rows, 1 + cfg.data.text_len)),
-            "text_len": torch.full((rows,), text_len),
-            "kind": torch.arange(rows) % len(KINDS),
-            "prompt": prompt,
-            "prompt_len": torch.full((rows,), cfg.data.prompt_frames),
-            "words": torch.full((rows, frames, monologue), PAD),
-            "aligned": torch.ones(rows, dtype=torch.bool)}
 
 
 def flops_of_a_row(trainer, runtime):
