@@ -27,7 +27,7 @@ import torch
 
 from audiocalm import AudioCALM, AudioCALMConfig
 from calm import CALM, CALMConfig
-from cli import BadInput
+from cli import BadInput, atomic
 from corpora.toy import ToyConfig
 from data import KINDS, DataConfig
 from discrete import DISCRETE
@@ -355,22 +355,9 @@ def refuse_other_table(path, saved, cfg, table):
 
 
 def save_checkpoint(path, state):
-    """Write to a temporary file, then rename: a crash or a full disk leaves the old checkpoint
-    whole.
-    """
-    temp = f"{path}.tmp"
-    try:
-        with open(temp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e:             # torch reports a full disk as RuntimeError
-        if os.path.exists(temp):
-            os.remove(temp)
-        kept = "; the previous checkpoint is untouched" if os.path.exists(path) else ""
-        raise BadInput(f"{path}: could not be written ({e}); "
-                       f"free some disk space and run again{kept}") from None
+    """Write the whole checkpoint or none: a crash or a full disk leaves the old one untouched."""
+    with atomic(path) as temp, open(temp, "wb") as f:
+        torch.save(state, f)
 
 
 def folder_of_checkpoints(path):

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from audio import audio_pieces, load_audio
-from cli import BadInput, atomic
+from cli import BadInput, atomic, write_file
 from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id,
                   rng)
 from decoder import seconds_in_file
@@ -275,8 +275,7 @@ def write_shard(path, index, clips, latents):
     with atomic(shard_file(path, len(index["shards"]))) as temp, open(temp, "wb") as out:
         np.save(out, np.concatenate(latents))
     index["shards"].append({"clips": clips, "frames": [len(x) for x in latents]})
-    with atomic(path / "index.json") as temp:
-        Path(temp).write_text(json.dumps(index))
+    write_file(path / "index.json", json.dumps(index))
 
 
 def shard_file(path, k):

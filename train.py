@@ -54,7 +54,7 @@ import torch.distributed as dist
 
 import checks
 import stages
-from cli import BadInput, Parser, atomic, cli
+from cli import BadInput, Parser, append_line, clean_temps, cli, write_file
 from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
                     save_checkpoint, stage_seed, table_changes, vae_weights)
 from corpora import toy
@@ -307,8 +307,8 @@ class Run:
 
     def write(self, step, figures):
         if self.runtime.rank == 0:
-            with open(f"{self.cfg.out}/log.jsonl", "a") as f:
-                f.write(json.dumps({"stage": self.name, "step": step, **figures}) + "\n")
+            append_line(f"{self.cfg.out}/log.jsonl",
+                        json.dumps({"stage": self.name, "step": step, **figures}))
 
     def validate(self, step):
         """Held-out figures with the averaged weights; the stage renders samples too.
@@ -350,8 +350,8 @@ class Run:
 
 
 def write_log(out, rows):
-    with open(f"{out}/log.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    """log.jsonl with these rows alone."""
+    write_file(f"{out}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------- the loop
@@ -565,8 +565,7 @@ def run_stages(cfg, runtime, fresh):
     # what is there already must fit the config
     done = checks.check_checkpoints(cfg, clips, runtime.say)
     if runtime.rank == 0:
-        with atomic(f"{cfg.out}/config.toml") as temp, open(temp, "w") as f:
-            f.write(dump(cfg))
+        write_file(f"{cfg.out}/config.toml", dump(cfg))
 
     for name in cfg.stages:
         if done[name]:
@@ -590,6 +589,9 @@ def main():
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
 
     with locked(cfg.out, runtime.rank):
+        if runtime.rank == 0:
+            for folder, _, _ in os.walk(cfg.out):
+                clean_temps(folder)
         run_stages(cfg, runtime, arguments.fresh)
 
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
@@ -598,4 +600,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, outlives_screen=True)

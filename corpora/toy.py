@@ -20,10 +20,10 @@ build of numpy. Files are 16-bit PCM.
 """
 import argparse
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,7 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, cli, sync_all, write_file
 from corpora import oracle
 from corpora.synth import CAPTIONS, DIGITS, KINDS, RATES, VOICES, WORDS, attributes, synthesise
 from schema import Kind, Range, build
@@ -180,7 +180,7 @@ def make(cfg, out_dir, rate=16000):
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(mark, json.dumps(dict(recipe, finished=False)))
+        write_file(mark, json.dumps(dict(recipe, finished=False)))
         for path in manifests:
             path.unlink(missing_ok=True)
         shutil.rmtree(out / "wav", ignore_errors=True)      # ours, since the mark is there
@@ -192,9 +192,10 @@ def make(cfg, out_dir, rate=16000):
                 for i, clip in enumerate(clips(cfg, split)):
                     lines.append(write_clip(out, f"{split}-{i:06d}", clip, rate))
                     bar.update()
-                write_whole(path, "\n".join(lines) + "\n")
-        write_whole(mark, json.dumps(dict(recipe, finished=True)))
-    except (OSError, sf.SoundFileError) as e:
+                sync_all()                                  # the clips, before what names them
+                write_file(path, "\n".join(lines) + "\n")
+        write_file(mark, json.dumps(dict(recipe, finished=True)))
+    except OSError as e:
         raise BadInput(f"cannot write the toy corpus to {out}: {e}") from None
     return manifests
 
@@ -207,17 +208,10 @@ def read_mark(path):
         return {}
 
 
-def write_whole(path, text):
-    """Write a file that appears only when it is complete."""
-    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temp.write_text(text)
-    os.replace(temp, path)
-
-
 def write_clip(out, name, clip, rate):
     """Write one wav -> its line of the manifest."""
     wav, words = synthesise(**clip, rate=rate)
-    sf.write(out / "wav" / f"{name}.wav", wav, rate, subtype="PCM_16")
+    write_wav(out / "wav" / f"{name}.wav", wav, rate)
 
     speaker = f"toy{clip['voice']}" if clip["kind"] == "speech" else ""
     return json.dumps(dict(id=name, audio=f"wav/{name}.wav", text=clip["text"], kind=clip["kind"],
@@ -303,16 +297,20 @@ def options():
     return parser
 
 
+def write_wav(path, wav, rate):
+    """Write (S,) as 16-bit .wav, without waiting for the disk."""
+    file = BytesIO()
+    sf.write(file, wav, rate, subtype="PCM_16", format="WAV")
+    write_file(path, file.getvalue(), sync=False)
+
+
 def say(args):
     """Write one clip and print what the oracle reads from it."""
     wav, _ = synthesise(args.say, args.kind, voice=args.voice, seed=args.seed,
                         rate=args.sample_rate)
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        sf.write(args.out, wav, args.sample_rate, subtype="PCM_16")
-    except (OSError, sf.SoundFileError, TypeError, ValueError) as e:
-        raise BadInput(f"cannot write {args.out}: {e}; it must be a .wav file") from None
-
+    if not args.out.lower().endswith(".wav"):
+        raise BadInput(f"--out {args.out}: only .wav is written")
+    write_wav(args.out, wav, args.sample_rate)
     read = oracle.judge(wav, args.say, args.kind, args.sample_rate)["text"]
     print(f"{args.out}: {len(wav) / args.sample_rate:.2f} s, the oracle reads {read!r}")
 

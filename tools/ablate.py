@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from cli import BadInput, Parser, atomic, check_writable, cli
+from cli import BadInput, Parser, check_writable, cli, write_file
 from config import LM_STAGES, Config, dump, load, load_checkpoint, resolve
 from report import draw_ablation
 from schema import build
@@ -443,8 +443,7 @@ def main():
     result = summarize(figures)
     print_table(result)
     if arguments.json:
-        with atomic(arguments.json) as temp, open(temp, "w") as f:
-            json.dump(result, f, indent=1)
+        write_file(arguments.json, json.dumps(result, indent=1))
     if arguments.picture:
         draw_ablation(arguments.picture, rows, columns_of(result), result)
 

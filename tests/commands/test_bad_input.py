@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
         raise OSError(errno.ENOSPC, "No space left on device", "out/run/vae.pt")
     with pytest.raises(SystemExit) as end:
         cli(main)
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert capsys.readouterr().err == ("error: out/run/vae.pt: No space left on device; make room "
                                        "and run the command again\n")
 
