@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 # from the ground up: a file imports only files that stand before it
-ORDER = ["cli", "schema", "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae",
+ORDER = ["cli", "schema", "checkpoint", "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae",
          "gan", "decoder", "audio", "data", "monologue", "prefetch", "latents", "branches", "calm",
          "audiocalm", "optim", "corpora", "config", "report", "sample", "stages", "checks", "train",
          "judges", "evaluate", "tools"]
