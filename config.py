@@ -454,7 +454,10 @@ def open_run(run, stage="", device="cpu", kind=None):
     encoder = encoder_id(weights)
     state = load_stage(path, stage)
     refuse_other_encoder(state, encoder, path, vae_path)
-    cfg = saved_config(state, path)
+    vae_cfg, cfg = cfg, saved_config(state, path)
+    for before, now in table_changes(cfg, vae_cfg, "vae")[:1]:
+        raise BadInput(f"{path}: was trained with [vae] {before}, but {vae_path} has {now}; "
+                       "restore the one that belongs to the other")
     weights = state["ema"] or state["model"]
     lm = build_saved(cfg, stage, weights, path, kind)
     load_weights(lm, lm.wanted(weights), path)
