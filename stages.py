@@ -31,9 +31,10 @@ from adaln import AdaLNMLP
 from audio import load_audio, save_audio
 from backbone import Transformer
 from calm import CALM
+from checkpoint import load_checkpoint, load_weights
 from cli import BadInput
-from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model,
-                    refuse_other_table, resolve, stage_seed, stage_table, vae_weights)
+from config import (LM_STAGES, STAGES, build_saved, encoder_id, make_model, refuse_other_table,
+                    saved_config, stage_seed, stage_table, vae_weights)
 from data import KINDS, AudioBatches, encode_text, fits, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
@@ -63,6 +64,8 @@ class VAEStage:
         except ValueError as e:                      # the teacher cannot be loaded
             raise BadInput(f"gan.{e}") from None
         self.averaged = self.model.vae
+        # of a VAE whose latents it needs: none
+        self.encoder = ""
 
         # one optimizer for the VAE and the projection to the teacher, one for the discriminators
         learning = [part for part_name, part in self.model.named_children()
@@ -150,6 +153,7 @@ class LMStage:
 
         # the trained VAE, and the latents of every clip
         weights = self.load_vae()
+        self.encoder = encoder_id(weights)
         table = stage_table(cfg, name)
         # K, 0 for latents
         self.code_levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0
@@ -184,7 +188,7 @@ class LMStage:
         Errors: BadInput where it was trained with another [vae], whose latents would be others."""
         path = f"{self.cfg.out}/vae.pt"
         state = self.finished(path, "vae")
-        refuse_other_table(path, resolve(state["config"]), self.cfg, "vae")
+        refuse_other_table(path, saved_config(state, path), self.cfg, "vae")
         weights = vae_weights(state)
         self.vae = VAE(self.cfg.vae)
         load_weights(self.vae, weights, path)
@@ -217,18 +221,18 @@ class LMStage:
                     return self.vae.encode_codes(wav, state)
                 return torch.cat(self.vae.encode(wav, state), -1)
 
-        def build(show):
+        def build():
             return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                                      sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
                                      hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
-                                     levels=self.code_levels, batch_seconds=60.0, show=show)
+                                     levels=self.code_levels, batch_seconds=60.0)
 
         # the first process encodes, the others wait and then only read
         if self.runtime.rank == 0:
-            build(show=True)
+            build()
         if self.runtime.world > 1:
             dist.barrier()
-        return build(show=False)
+        return LatentCache(f"{cfg.out}/latents/{key}")
 
     def note_other_caches(self, *used):
         """Say how many caches this stage does not use: they are left to the user to delete."""
@@ -417,7 +421,7 @@ class DistillStage(LMStage):
         stage = state["stage"]
         if stage not in LM_STAGES or STAGES[stage].model is not CALM:
             raise BadInput(f"train.distill.teacher: {path} is no CALM but \"{stage}\"")
-        teacher_cfg = resolve(state["config"])
+        teacher_cfg = saved_config(state, path)
         teacher_table = stage_table(teacher_cfg, stage)
         for table in (self.cfg.lm, teacher_table):
             if table.monologue or table.head.objective in DISCRETE:
@@ -427,7 +431,7 @@ class DistillStage(LMStage):
         if self.cfg.lm.head.objective != objective:
             raise BadInput(f"lm.head.objective: must be the teacher's, '{objective}'")
 
-        teacher = make_model(teacher_cfg, stage)
+        teacher = build_saved(teacher_cfg, stage, weights, path)
         load_weights(teacher, weights, path)
         return teacher
 

@@ -54,9 +54,10 @@ import torch.distributed as dist
 
 import checks
 import stages
+from checkpoint import check_optimizer, load_checkpoint, load_weights
 from cli import BadInput, Parser, append_line, clean_temps, cli, write_file
-from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
-                    save_checkpoint, stage_seed, table_changes, vae_weights)
+from config import (STAGES, dump, load, read_log, refuse_other_encoder, save_checkpoint,
+                    saved_config, stage_seed, table_changes, vae_weights)
 from corpora import toy
 from data import load_clips, load_manifest
 from optim import make_optimizers, schedule
@@ -252,17 +253,25 @@ class Run:
     def load(self, path):
         """Go on from this stage's own checkpoint -> its step."""
         state = load_checkpoint(path, self.runtime.device)
+        refuse_other_encoder(state, self.trainer.encoder, path, f"{self.cfg.out}/vae.pt")
+        checks.note_changed_runtime(self.name, state, self.how(), self.runtime.say)
         load_weights(self.trainer.model, state["model"], path)
         self.trainer.check_loaded(path)
         for key, optimizer in self.optimizers.items():
             try:
                 optimizer.load_state_dict(state["optimizers"][key])
-            except ValueError as e:                     # other groups of parameters
+                check_optimizer(optimizer, path)
+            except (ValueError, KeyError, TypeError, AttributeError) as e:      # other groups
                 raise BadInput(f"{path}: holds the optimizer of another version of this code "
                                f"({e}); finish it with that one, or begin again with --fresh") from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         return state["step"]
+
+    def how(self):
+        """What of this run's processes decides its noise and rounding, for the checkpoint."""
+        return {"dtype": "bf16" if self.runtime.bf16 else "fp32",
+                "rows of a forward pass": self.micro}
 
     def load_init(self, path):
         """Begin with the weights of another checkpoint (train.STAGE.init)."""
@@ -275,8 +284,10 @@ class Run:
         self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
 
         # the same shapes may mean something else
-        for old, new in table_changes(resolve(state["config"]), self.cfg, "vae"):
+        for old, new in table_changes(saved_config(state, path), self.cfg, "vae"):
             self.runtime.say(f"{self.name}: {path} was trained with [vae] {old}, here {new}")
+        if state.get("encoder", "") not in ("", self.trainer.encoder):
+            self.runtime.say(f"{self.name}: {path} was trained on the latents of another VAE")
 
     def batches(self, step):
         """This process's micro-batches of a step, one for each of self.parts."""
@@ -329,6 +340,8 @@ class Run:
             optimizers = {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()}
             save_checkpoint(self.path, {"stage": self.name, "step": step, "done": done,
                                         "clips": self.clips,
+                                        "encoder": self.trainer.encoder,
+                                        "runtime": self.how(),
                                         "config": dataclasses.asdict(self.cfg),
                                         "seen": self.trainer.batch.seen,
                                         "model": self.trainer.model.state_dict(),

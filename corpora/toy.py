@@ -48,15 +48,15 @@ class ToyConfig:
     """The [toy] table. Two equal tables make the same files, byte for byte."""
 
     # training clips; 1000 are 20 minutes of audio, made in 15 s
-    clips: Annotated[int, Range(1)] = 1200
+    clips: Annotated[int, Range(1, 10_000_000)] = 1200
     # held-out clips; speech among them uses only unseen digit pairs
-    valid_clips: Annotated[int, Range(1)] = 120
+    valid_clips: Annotated[int, Range(1, 10_000_000)] = 120
     # the first 1 to 6 voices; more make speaker identity a real task
     voices: Annotated[int, Range(1, 6)] = 1
     # words in a training string, at least
-    digits_min: Annotated[int, Range(1)] = 2
+    digits_min: Annotated[int, Range(1, 1000)] = 2
     # words in a training string, at most; a spoken digit lasts about a third of a second
-    digits_max: int = 2
+    digits_max: Annotated[int, Range(1, 1000)] = 2
     # a quarter of the strings also carry a word such as "yes" or "stop"
     words: bool = False
     # kinds of clips in the corpus
@@ -64,9 +64,9 @@ class ToyConfig:
     # share of each of `kinds`; they sum to 1
     shares: list[Annotated[float, Range(0)]] = field(default_factory=lambda: [0.5, 0.25, 0.25])
     # longest clip in seconds, which the loader relies on; clips keep their natural length below
-    max_seconds: float = 2.5
+    max_seconds: Annotated[float, Range(above=0, high=3600)] = 2.5
     # seed of every random choice
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, below=2 ** 63)] = 0
 
     def __post_init__(self):
         if self.digits_max < self.digits_min:
