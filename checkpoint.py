@@ -105,12 +105,14 @@ def check_archive(file, path):
 
 
 def moved(value, device):
-    """A (nested) state with its tensors on a device."""
+    """A (nested) state with its tensors on a device; its dicts and lists are the same ones."""
     if torch.is_tensor(value):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    return [moved(item, device) for item in value] if isinstance(value, list) else value
+        value |= {key: moved(item, device) for key, item in value.items()}
+    elif isinstance(value, list):
+        value[:] = [moved(item, device) for item in value]
+    return value
 
 
 # ---------------------------------------------------------------- what is in it

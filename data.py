@@ -218,14 +218,14 @@ def check_row(row, where):
     """Raise BadInput where a field's type or value is impossible."""
     for name in ("transcript", "text", "kind", "speaker", "id"):
         if not isinstance(row.get(name, ""), str):
-            raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
+            raise BadInput(f"{where}: {name} must be a string; it is {shown(row[name])}")
     for name in ("text", "transcript", "speaker"):
         check_characters(row.get(name, ""), f"{where}: {name}")
     if row.get("kind", "speech") not in KINDS:
-        raise BadInput(f"{where}: unknown kind {row['kind']!r}; use {', '.join(KINDS)}")
+        raise BadInput(f"{where}: unknown kind {shown(row['kind'])}; use {', '.join(KINDS)}")
     seconds = row.get("duration", 1)
     if not is_seconds(seconds) or not seconds > 0:
-        raise BadInput(f"{where}: duration must be positive seconds; it is {seconds!r}")
+        raise BadInput(f"{where}: duration must be positive seconds; it is {shown(seconds)}")
     check_words(row.get("words", []), where)
 
 
@@ -246,11 +246,11 @@ def check_words(words, where):
     """Raise BadInput unless words is [[word, start, end], ...] in order of time."""
     form = f"{where}: words must be [[word, start, end], ...]"
     if not isinstance(words, list):
-        raise BadInput(f"{form}; it is {words!r}")
+        raise BadInput(f"{form}; it is {shown(words)}")
     for word in words:
         if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
                 and all(is_seconds(seconds) for seconds in word[1:])):
-            raise BadInput(f"{form}; one is {word!r}")
+            raise BadInput(f"{form}; one is {shown(word)}")
         check_characters(word[0], f"{where}: words")
 
     # words may overlap: aligners produce that

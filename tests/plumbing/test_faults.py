@@ -1,7 +1,6 @@
 """Nothing damaged or hostile is used silently: refused in one line, repaired, or harmless."""
 import dataclasses
 import errno
-import functools
 import json
 import sys
 import zipfile
@@ -360,11 +359,70 @@ def test_a_hostile_line_of_a_manifest_is_refused_or_can_be_written_again(tmp_pat
 
 # ---------------------------------------------------------------- resuming
 
-def resumed(tiny, tmp_path, say, done=False, **changes):
-    """check_checkpoints of a run whose vae.pt was saved by another config."""
-    state = load_checkpoint(f"{tiny[0]}/vae.pt") | {"done": done, "clips": checks.digest_of([])}
-    save_checkpoint(str(tmp_path / "vae.pt"), state)
-    table = functools.reduce(lambda t, item: config.set_value(t, *item) or t, changes.items(),
-                             json.loads(json.dumps(state["config"])))
-    table |= {"out": str(tmp_path), "stages": ["vae"]}
-    return checks.check_checkpoints(resolve(table), [], say)
+def resumed(tiny, tmp_path, key, value, done=False):
+    """What check_checkpoints says where vae.pt was saved by a config with another value of a key.
+    """
+    state = load_checkpoint(f"{tiny[0]}/vae.pt")
+    table = state["config"] | {"out": str(tmp_path), "stages": ["vae"]}
+    save_checkpoint(str(tmp_path / "vae.pt"), state | {"done": done, "config": table})
+    said = []
+    changed = json.loads(json.dumps(table))
+    config.set_value(changed, key, value)
+    checks.check_checkpoints(resolve(changed), [], said.append)
+    return said
+
+
+@pytest.mark.parametrize("key, value", [
+    ("seed", 5), ("dtype", "bf16"), ("data.seed", 3), ("data.frames", 17), ("toy.seed", 9),
+    ("data.gain_db", 3.0), ("train.vae.batch", 2), ("train.vae.micro_batch", 2),
+    ("train.vae.ema", 0.5), ("train.vae.freeze", ["encoder"]), ("train.vae.steps", 99),
+    ("train.vae.lr", 0.5), ("train.vae.lr_end", 0.5), ("train.vae.warmup", 3),
+    ("train.vae.weight_decay", 0.5), ("train.vae.grad_clip", 0.5), ("train.vae.betas", [0.1, 0.2])])
+def test_what_decides_a_result_is_said_where_it_changed_before_a_resume(
+        tiny, tmp_path, key, value):
+    """Fault: another seed, dtype or toy corpus was mixed in silently."""
+    [sentence] = resumed(tiny, tmp_path, key, value)
+    assert f"{key.removeprefix('train.vae.')} = " in sentence and str(value) in sentence
+    assert "to step 1, and resumes with" in sentence
+
+
+def test_nothing_is_said_where_nothing_that_decides_changed(tiny, tmp_path):
+    for key, value in (("train.vae.log_every", 7), ("data.workers", 2), ("sample.count", 2),
+                       ("threads", 2)):
+        assert resumed(tiny, tmp_path, key, value) == []
+
+
+def test_a_stage_does_not_resume_with_another_optimizer(tiny, tmp_path):
+    """Fault: muon's state for adamw was a KeyError with its traceback."""
+    with pytest.raises(BadInput, match="vae.pt: trained with train.vae.optimizer = muon to step 1"):
+        resumed(tiny, tmp_path, "train.vae.optimizer", "adamw")
+    [sentence] = resumed(tiny, tmp_path, "train.vae.optimizer", "adamw", done=True)
+    assert "was trained with optimizer = muon, not adamw, and is finished" in sentence
+
+
+def test_another_precision_or_size_of_a_forward_pass_is_said():
+    said = []
+    saved = {"step": 7, "runtime": {"dtype": "fp32", "rows of a forward pass": 4}}
+    checks.note_changed_runtime("lm", saved, {"dtype": "bf16", "rows of a forward pass": 2},
+                                said.append)
+    assert [line.split(",")[0] for line in said] == [
+        "lm: trained with dtype = 'fp32' to step 7",
+        "lm: trained with rows of a forward pass = 4 to step 7"]
+    checks.note_changed_runtime("lm", saved, saved["runtime"], said.append)
+    checks.note_changed_runtime("lm", {"step": 7}, saved["runtime"], said.append)
+    assert len(said) == 2
+
+
+def test_clips_are_the_same_elsewhere_on_the_disk_but_not_with_another_recording(tmp_path):
+    one, other = (checks.digest_of(corpus(tmp_path / name, 3)) for name in ("a", "b"))
+    assert checks.same_clips(one, other)
+
+    # a longer recording under the same name
+    changed = corpus(tmp_path / "b", 3)
+    with open(changed[1].audio, "ab") as f:
+        f.write(bytes(100))
+    assert not checks.same_clips(one, checks.digest_of(changed))
+
+    # checkpoints of before sizes were kept
+    assert checks.same_clips(one.split()[0], checks.digest_of(changed))
+    assert checks.same_clips("", one) and not checks.same_clips("0" * 16, one)

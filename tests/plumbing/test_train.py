@@ -519,7 +519,8 @@ def test_the_consistency_stage_of_a_rectified_flow_is_lsd_from_its_weights(finis
     flow = stages.LMStage(cfg, runtime, clips, valid, "lm").model
     for p in flow.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    save_checkpoint(f"{tmp_path}/run/lm.pt", {"stage": "lm", "config": {}, "done": True,
+    save_checkpoint(f"{tmp_path}/run/lm.pt", {"stage": "lm", "step": 0, "done": True,
+                                              "config": {}, "optimizers": {},
                                               "model": flow.state_dict(), "ema": None})
     few = stages.ConsistencyStage(cfg, runtime, clips, valid, "consistency").model
     assert few.cfg.head.objective == "lsd" and few.cfg.head.sample_steps == 1
