@@ -2,8 +2,8 @@
 
     python -m tests.faults.campaign --seed 0 --minutes 10 [--kind kill ...]
 
-Kinds take turns until the time is up; a trial is named by its kind and seed, and --seed N --trials
-1 --kind K repeats one. What "survived" means:
+Kinds take turns until the time is up; a trial is named by its kind and seed; `--kind K --seed N
+--trials 1 --workers 1` repeats one. What "survived" means:
 
 kill        SIGKILL of a training at a random moment or before or after a random file operation, in
             a random stage; every third time of two processes. The same command then ends with
@@ -26,7 +26,6 @@ nan         A loss that is NaN or infinite for 1 to 14 steps: exit 0 or one line
 No trial survives with a traceback, a hang (60 s) or a message of more than 600 characters.
 """
 import argparse
-import collections
 import errno
 import functools
 import glob
@@ -36,6 +35,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import soundfile as sf
 import torch
@@ -67,7 +67,7 @@ def kill(homes, seed):
     stage = r.choice(home.stages)
     home.reset(stage)
     if r.random() < 0.5:
-        at = r.randint(1, home.operations[stage])
+        at = some_operation(r, home.operations[stage])
         done = r.random() < 0.5
         children = home.start(stage, lambda: kill_at(home.out, at, done))
         end_all(children, children[0].wait())
@@ -76,6 +76,11 @@ def kill(homes, seed):
         time.sleep(r.uniform(0, home.seconds[stage]))
         end_all(children, None)
     return finish(home, stage)
+
+
+def some_operation(r, count):
+    """The number of a file operation: of all, or of the last ones, since a corpus has many."""
+    return r.randint(1 if r.random() < 0.5 else max(1, count - 40), count)
 
 
 def end_all(children, first):
@@ -118,7 +123,7 @@ def storage(homes, seed):
     stage = r.choice(home.stages)
     home.reset(stage)
     if r.random() < 0.7:
-        at = r.randint(1, home.operations[stage])
+        at = some_operation(r, home.operations[stage])
         code = r.choice(ERRORS)
         sticks = r.random() < 0.5
         prepare = lambda: fail_at(home.out, at, code, sticks)
@@ -321,19 +326,23 @@ def homes_in(folder, names):
     return homes
 
 
-def campaign(homes, kinds, seed, minutes, trials):
-    """Run trials of all kinds in turn -> {kind: [what was wrong with each, "" = survived]}."""
-    found = collections.defaultdict(list)
-    seeds = dict.fromkeys(kinds, seed)
-    end = time.monotonic() + 60 * minutes
-    while time.monotonic() < end and seeds[kinds[0]] - seed < trials:
-        for kind in kinds:
-            for _ in range(min(SHARE.get(kind, 1), trials)):
-                wrong = KINDS[kind](homes, seeds[kind])
-                found[kind].append(wrong)
-                if wrong:
-                    print(f"{kind} {seeds[kind]}: {wrong}", flush=True)
-                seeds[kind] += 1
+def campaign(a, seed):
+    """Run trials of all kinds in turn, from `seed` on in steps of a.workers.
+
+    -> {kind: [what was wrong with each trial, "" = survived]}.
+    """
+    end = time.monotonic() + 60 * a.minutes
+    found = {kind: [] for kind in a.kind}
+    with tempfile.TemporaryDirectory() as folder:
+        homes = homes_in(folder, a.stages)
+        while time.monotonic() < end and any(len(wrong) < a.trials for wrong in found.values()):
+            for kind in a.kind:
+                for _ in range(min(SHARE.get(kind, 1), a.trials - len(found[kind]))):
+                    one = seed + a.workers * len(found[kind])
+                    wrong = KINDS[kind](homes, one)
+                    found[kind].append(wrong)
+                    if wrong:
+                        print(f"{kind} {one}: {wrong}", flush=True)
     return found
 
 
@@ -341,7 +350,9 @@ def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the first trial of each kind")
     p.add_argument("--minutes", type=number(float, above=0), default=10.0, help="default: 10")
-    p.add_argument("--trials", type=number(int, 1), default=10 ** 9, help="of a kind, at most")
+    p.add_argument("--trials", type=number(int, 1), default=10 ** 9,
+                   help="of a kind and worker, at most")
+    p.add_argument("--workers", type=number(int, 1, 64), default=2, help="processes; default: 2")
     p.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     p.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES,
                    help="of the trainings, in order; default: all")
@@ -351,9 +362,11 @@ def parse():
 def main():
     a = parse()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        found = campaign(homes_in(folder, a.stages), a.kind, a.seed, a.minutes, a.trials)
+    with ProcessPoolExecutor(a.workers) as pool:
+        parts = list(pool.map(campaign, [a] * a.workers, range(a.seed, a.seed + a.workers)))
+
     print(f"{'':12s}{'tried':>8s}{'survived':>10s}")
+    found = {kind: [text for part in parts for text in part[kind]] for kind in a.kind}
     for kind, wrong in found.items():
         print(f"{kind:12s}{len(wrong):8d}{wrong.count(''):10d}")
     if any(text for wrong in found.values() for text in wrong):

@@ -10,7 +10,8 @@ from tests.faults.campaign import KINDS
 @pytest.fixture(scope="module")
 def few():
     """One trial of every kind, in stages of a second."""
-    return run("-m", "tests.faults.campaign", "--seed", "6", "--trials", "1", "--stages", "vae", "lm")
+    return run("-m", "tests.faults.campaign", "--seed", "6", "--trials", "1", "--workers", "1",
+               "--stages", "vae", "lm")
 
 
 @pytest.mark.parametrize("kind", KINDS)
