@@ -255,6 +255,8 @@ class Run:
         state = load_checkpoint(path, self.runtime.device)
         refuse_other_encoder(state, self.trainer.encoder, path, f"{self.cfg.out}/vae.pt")
         checks.note_changed_runtime(self.name, state, self.how(), self.runtime.say)
+        if state["ema"]:
+            load_weights(self.trainer.averaged, state["ema"], path)      # do they fit?
         load_weights(self.trainer.model, state["model"], path)
         self.trainer.check_loaded(path)
         for key, optimizer in self.optimizers.items():
