@@ -265,7 +265,8 @@ class Run:
                 check_optimizer(optimizer, path)
             except (ValueError, KeyError, TypeError, AttributeError) as e:      # other groups
                 raise BadInput(f"{path}: holds the optimizer of another version of this code "
-                               f"({e}); finish it with that one, or begin again with --fresh") from e
+                               f"({e}); finish it with that one, or begin again with --fresh"
+                               ) from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         return state["step"]
