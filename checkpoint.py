@@ -61,13 +61,13 @@ def why_unreadable(error, path):
     if isinstance(error, MemoryError) or "allocate memory" in str(error) \
             or isinstance(error, torch.OutOfMemoryError):
         size = os.path.getsize(path) / 1e9
-        return f"does not fit into memory ({size:.2f} GB); free some, nothing is wrong with the file"
+        return f"does not fit into memory ({size:.2f} GB); free some, the file may well be whole"
     if isinstance(error, OSError) and error.errno not in CONTENTS:
         return (f"cannot be read ({error.strerror}); the file may be whole: "
                 "look after the disk or the limits of the system first")
     if isinstance(error, RecursionError):
         return "not a readable checkpoint (nested too deeply); " + DAMAGED
-    return f"not a readable checkpoint ({type(error).__name__}), damaged or no checkpoint; {DAMAGED}"
+    return f"not a readable checkpoint ({type(error).__name__}), damaged or none; {DAMAGED}"
 
 
 def folder_of_checkpoints(path):
@@ -233,7 +233,8 @@ def load_weights(module, state, path):
         weight = state.get(name)
         if torch.is_tensor(weight) and weight.dtype != own.dtype \
                 and not (weight.dtype in FLOATS and own.dtype in FLOATS):
-            raise BadInput(f"{path}: {name} holds {weight.dtype} in place of {own.dtype}; {DAMAGED}")
+            raise BadInput(f"{path}: {name} holds {weight.dtype} in place of {own.dtype}; "
+                           f"{DAMAGED}")
     try:
         module.load_state_dict(state)
     except RuntimeError as e:
@@ -246,5 +247,5 @@ def check_optimizer(optimizer, path):
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                raise BadInput(f"{path}: {name} of the optimizer has shape {tuple(value.shape)} for "
-                               f"weights {tuple(parameter.shape)}; {DAMAGED}")
+                raise BadInput(f"{path}: {name} of the optimizer has shape {tuple(value.shape)} "
+                               f"for weights {tuple(parameter.shape)}; {DAMAGED}")

@@ -371,8 +371,8 @@ def refuse_download(name, path):
     checkpoint says must not reach the network.
     """
     if name and not os.path.exists(name) and not in_cache_of_hub(name):
-        raise BadInput(f"{path}: its data.tokenizer = {shown(name)} is not on this machine, and what "
-                       "a checkpoint names is not downloaded; if you trust it, `hf download "
+        raise BadInput(f"{path}: its data.tokenizer = {shown(name)} is not on this machine, and "
+                       "what a checkpoint names is not downloaded; if you trust it, `hf download "
                        "NAME tokenizer.json` first")
 
 

@@ -17,15 +17,15 @@
             prompt [p p p p 0 0]                 (B, prompt_frames, 2D)  same voice, other frames
             x      [f f f f f f f f 0 0]         (B, frames, 2D)         "ended": has the clip's end
 
-A shard or index that is damaged is encoded again, which is said (shards.py). With an RVQ of K levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure
-function of (seed, step, rows), as those of data.py.
+A shard or index that is damaged is encoded again, which is said (shards.py). With an RVQ of K
+levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure function of
+(seed, step, rows), as those of data.py.
 
 Paper: CALM (arXiv 2509.06926), voice-prompt prefix. Where this differs: latents are cached as the
 posterior's mean and log-variance, so that training can sample them anew at every step.
 Precision: float16 (int16 for codes) on disk, float32 (int64 for codes) in a batch.
 """
 import hashlib
-import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -1,13 +1,14 @@
 """The files of a cache of latents: each is written with a checksum and verified when it is opened.
 
-    KEY/index.json       {"names", "n", "dim", "levels", "shards": [{"clips", "frames", "crc32"}, ...],
-                          "crc32": of the index without this key}
+    KEY/index.json       {"names", "n", "dim", "levels", "shards": [{"clips", "frames", "crc32"},
+                          ...], "crc32": of the index without this key}
     KEY/shard_00000.npy  one clip after the other (latents.py has the picture)
 
     damaged_shards ─► form, checksum and finite numbers of every shard, read once per process
                       (1.4 s per GB) ─► LatentCache.build encodes those that fail again
 
-An index from before 2026-11-28 has no checksums: its shards are checked for form and finite numbers.
+An index from before 2026-11-28 has no checksums: its shards are checked for form and finite
+numbers.
 """
 import json
 import os

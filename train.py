@@ -255,6 +255,8 @@ class Run:
         state = load_checkpoint(path, self.runtime.device)
         refuse_other_encoder(state, self.trainer.encoder, path, f"{self.cfg.out}/vae.pt")
         checks.note_changed_runtime(self.name, state, self.how(), self.runtime.say)
+        if state["ema"]:
+            load_weights(self.trainer.averaged, state["ema"], path)      # do they fit?
         load_weights(self.trainer.model, state["model"], path)
         self.trainer.check_loaded(path)
         for key, optimizer in self.optimizers.items():
@@ -263,7 +265,8 @@ class Run:
                 check_optimizer(optimizer, path)
             except (ValueError, KeyError, TypeError, AttributeError) as e:      # other groups
                 raise BadInput(f"{path}: holds the optimizer of another version of this code "
-                               f"({e}); finish it with that one, or begin again with --fresh") from e
+                               f"({e}); finish it with that one, or begin again with --fresh"
+                               ) from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         return state["step"]
