@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cli import BadInput
+
 
 class Prefetch:
     """for batch in Prefetch(fn, first_step): a thread calls fn(step) `ahead` steps early.
@@ -70,7 +72,11 @@ class Workers:
         return self
 
     def __next__(self):
-        made = next(self.batches)
+        try:
+            made = next(self.batches)
+        except RuntimeError as e:                       # of DataLoader: a process was ended
+            raise BadInput(f"data.processes: a process that makes batches has ended "
+                           f"({str(e).splitlines()[0]}); for want of memory use fewer") from e
         if isinstance(made, Exception):
             raise made
         return made
