@@ -66,7 +66,11 @@ class Workers:
     def __init__(self, fn, first, stop, processes, pin):
         loader = DataLoader(Steps(fn), batch_size=None, sampler=range(first, stop),
                             num_workers=processes, pin_memory=pin, worker_init_fn=leave_signals)
+        # without DataLoader's own answer to the end of a process: an error wherever the training
+        # is, in the middle of an optimizer's step too
+        on_end = signal.getsignal(signal.SIGCHLD)
         self.batches = iter(loader)
+        signal.signal(signal.SIGCHLD, on_end)
 
     def __iter__(self):
         return self

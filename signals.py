@@ -10,6 +10,7 @@ Imports nothing of ours, and no torch: train.py listens before its slow imports.
 import contextlib
 import os
 import signal
+import sys
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STATUS = 130
@@ -42,7 +43,7 @@ def on_signal(number, frame):
     if mode == "cut":
         raise Cut
     if mode == "leave":
-        leave()
+        raise Interrupted(STATUS)
 
 
 def asked():
@@ -50,11 +51,10 @@ def asked():
     return noted != 0
 
 
-def leave():
-    """Say it once for all processes, and end; written past print, which a signal may cut in two."""
+def tell():
+    """Say it, once for all processes of torchrun."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"interrupted; the same command goes on from the last checkpoint\n")
-    raise Interrupted(STATUS)
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def held():
     finally:
         mode = before
     if asked() and before == "leave":
-        leave()
+        raise Interrupted(STATUS)
 
 
 @contextlib.contextmanager

@@ -138,16 +138,18 @@ class Runtime:
         try:
             while not work.is_completed():
                 if signals.asked():
-                    signals.leave()
+                    raise signals.Interrupted(signals.STATUS)
                 time.sleep(0.005)
             work.wait()
         except signals.Interrupted:
+            signals.tell()
             sys.stdout.flush()
             os._exit(signals.STATUS)        # an orderly exit would wait for the barrier
         except RuntimeError:                # the connection to a process is closed
             if signals.asked():
-                signals.leave()
-            raise SystemExit("another process of this training has ended, and this one with it")
+                raise signals.Interrupted(signals.STATUS) from None
+            raise SystemExit("another process of this training has ended, and this one with it"
+                             ) from None
 
     def any_of(self, flag):
         """Whether the flag is true in any process."""
@@ -214,7 +216,7 @@ def train(trainer, name, cfg, runtime):
                 run.save()
                 runtime.say(f"{name}: interrupted, {run.path} holds step {run.step}; "
                             "the same command goes on from there")
-                raise signals.Interrupted(signals.STATUS)
+                sys.exit(signals.STATUS)
 
         # the weights first, whatever comes
         run.save()
@@ -375,6 +377,25 @@ def main():
     if arguments.print:
         print(dump(cfg), end="")
         return
+    try:
+        train_all(cfg, arguments.fresh)
+    except signals.Interrupted:
+        signals.tell()
+        raise
+    except FloatingPointError as e:
+        # diverged; every process says the same
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError:
+        # after a signal another process may have left in the middle of a collective
+        if not signals.asked():
+            raise
+        sys.exit(signals.STATUS)
+
+
+def train_all(cfg, fresh):
+    """Open the run folder, as its only owner, and train what is not finished."""
     runtime = Runtime(cfg)
     try:
         os.makedirs(f"{cfg.out}/samples", exist_ok=True)
@@ -386,26 +407,11 @@ def main():
     if runtime.rank == 0:
         lock = owned(cfg.out, "another training writes to it", say=runtime.say)
     with lock:
-        run_to_end(cfg, runtime, arguments.fresh)
+        run_stages(cfg, runtime, fresh)
 
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
     if runtime.world > 1:
         dist.destroy_process_group()
-
-
-def run_to_end(cfg, runtime, fresh):
-    """run_stages; divergence is one line and status 1, a signal to any process status 130."""
-    try:
-        run_stages(cfg, runtime, fresh)
-    except FloatingPointError as e:
-        if runtime.rank == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError:
-        # after a signal, others may end in the middle of a collective
-        if runtime.world > 1 and signals.asked():
-            signals.leave()
-        raise
 
 
 if __name__ == "__main__":
