@@ -7,6 +7,7 @@ Both give fn(first), fn(first + 1), ... in order, whatever the number of workers
 its step only, so that a resumed run sees the same ones. An error of fn is raised where its batch
 would have come.
 """
+import os
 import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -68,9 +69,11 @@ class Workers:
                             num_workers=processes, pin_memory=pin, worker_init_fn=leave_signals)
         # without DataLoader's own answer to the end of a process: an error wherever the training
         # is, in the middle of an optimizer's step too
-        on_end = signal.getsignal(signal.SIGCHLD)
+        posix = os.name == "posix"
+        on_end = posix and signal.getsignal(signal.SIGCHLD)
         self.batches = iter(loader)
-        signal.signal(signal.SIGCHLD, on_end)
+        if posix:
+            signal.signal(signal.SIGCHLD, on_end)
 
     def __iter__(self):
         return self
@@ -79,7 +82,7 @@ class Workers:
         try:
             made = next(self.batches)
         except RuntimeError as e:                       # of DataLoader: a process was ended
-            raise BadInput(f"data.processes: a process that makes batches has ended "
+            raise BadInput("data.processes: a process that makes batches has ended "
                            f"({str(e).splitlines()[0]}); for want of memory use fewer") from e
         if isinstance(made, Exception):
             raise made

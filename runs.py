@@ -148,7 +148,7 @@ class Run:
         self.step = 0
         self.saved = 0
         self.done = False
-        self.whole = True                       # not in the middle of an optimizer's step
+        self.whole = True                       # not in the middle of a step or a save
 
     def split_batch(self):
         """Rows of a step that are this process's, and rows of one forward pass."""
@@ -168,6 +168,7 @@ class Run:
         self.parts = [range(s, s + self.micro) for s in range(first, first + self.rows, self.micro)]
 
     def freeze(self):
+        """Take the parts of train.STAGE.freeze out of the training."""
         parts = dict(self.trainer.averaged.named_children())
         for part in self.stage_cfg.freeze:
             if part not in parts:
@@ -225,7 +226,7 @@ class Run:
     def lacks_figures(self):
         """Whether the checkpoint is of a step whose validation was cut off."""
         every = self.stage_cfg.valid_every
-        if not (self.step and every and self.step % every == 0 and self.step < self.stage_cfg.steps):
+        if not self.step or self.step == self.stage_cfg.steps or not every or self.step % every:
             return False
         rows = (json.loads(line) for line in read_log(self.cfg.out))
         return not any(row["stage"] == self.name and row["step"] == self.step
@@ -241,7 +242,8 @@ class Run:
                 optimizer.load_state_dict(state["optimizers"][key])
             except ValueError as e:                     # other groups of parameters
                 raise BadInput(f"{path}: holds the optimizer of another version of this code "
-                               f"({e}); finish it with that one, or begin again with --fresh") from e
+                               f"({e}); finish it with that one, or begin again with --fresh"
+                               ) from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
         self.step = state["step"]
@@ -297,7 +299,7 @@ class Run:
         except Exception:
             if self.whole:
                 self.running.undo()
-                self.attempt("the last step", self.keep)
+                self.attempt("saving the last step", self.keep)
             raise
 
     # ------------------------------------------------------------ checkpoints
@@ -322,8 +324,10 @@ class Run:
         if bad:
             raise FloatingPointError(f"{self.name}: {bad} is not finite after step {self.step}, "
                                      f"which is not saved; {self.advice()}")
+        self.whole = False
         if self.runtime.rank == 0:
             save_checkpoint(self.path, state)
+        self.whole = True
         self.saved = self.step
         self.done = done
         self.runtime.meet()
@@ -382,13 +386,12 @@ class Run:
         return made
 
     def attempt(self, what, job, *arguments):
-        """Whether job(*arguments) went well; an error is one line and does not end the training."""
+        """Whether job(*arguments) went well; an error is one line, and ends nothing."""
         try:
             job(*arguments)
         except Exception as e:
             reason = " ".join(str(e).split())[:200]
-            self.runtime.say(f"{self.name}: {what} failed ({type(e).__name__}: {reason}); "
-                             "the training is not affected")
+            self.runtime.say(f"{self.name}: {what} failed ({type(e).__name__}: {reason})")
             return False
         return True
 
@@ -444,6 +447,7 @@ def is_validation(row):
 
 
 def write_log(out, rows):
+    """log.jsonl with these rows, whole or as it was."""
     with atomic(f"{out}/log.jsonl") as temp, open(temp, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -8,18 +8,15 @@ import contextlib
 import errno
 import fcntl
 import glob
-import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
 import time
 
 import pytest
-import soundfile as sf
 import torch
 
 import cli
@@ -32,7 +29,6 @@ from cli import BadInput
 from config import load, load_checkpoint
 from conftest import TINY, logged, write
 from corpora import toy
-from latents import LatentCache
 
 SMALL = (TINY.replace("clips = 24", "clips = 6").replace("valid_clips = 8", "valid_clips = 3")
          .replace('"lm", "consistency"', '"lm"').replace("steps = 12", "steps = 6")
@@ -281,7 +277,7 @@ def test_pictures_that_cannot_be_drawn_cost_neither_training_nor_sounds(tmp_path
     out = f"{tmp_path}/run"
     (status, printed, errors), = training(tmp_path, *arguments, prepare=prepare)
     assert (status, errors.count("Traceback")) == (0, 0)
-    assert "samples failed (OSError: [Errno 5] the disk is on fire)" in printed
+    assert "vae: samples failed (OSError: [Errno 5] the disk is on fire)" in printed
     assert load_checkpoint(f"{out}/vae.pt")["done"]
     assert len(glob.glob(f"{out}/samples/*_reconstruction.wav")) == 3
     assert not glob.glob(f"{out}/samples/*.png")
@@ -336,6 +332,16 @@ def test_a_held_out_file_that_cannot_be_read_is_named_before_anything_is_trained
     assert status == 2 and os.path.basename(broken) in errors and "vae 1/" not in printed
 
 
+def test_a_checkpoint_that_cannot_be_written_is_tried_once_and_one_line(tmp_path):
+    def prepare(rank):
+        def full(*_):
+            raise BadInput("vae.pt: could not be written")
+        runs.save_checkpoint = full
+    (status, printed, errors), = training(tmp_path, *vae_only(tmp_path), prepare=prepare)
+    assert (status, errors) == (2, "error: vae.pt: could not be written\n")
+    assert "failed" not in printed
+
+
 # ---------------------------------------------------------------- what is not finite
 
 def opened(folder, *overrides):
@@ -360,17 +366,16 @@ def test_codebooks_and_balancer_do_not_take_a_skipped_step(tmp_path):
     """Fault: the forward pass of a step that was then skipped had moved both."""
     ends = []
     for steps in ("2", "3"):
-        run = opened(tmp_path / steps if os.makedirs(tmp_path / steps) is None else None,
-                     "--vae.bottleneck", "rvq", "--gan.loss_weights",
-                     "{mel = 1.0, time = 1.0, commit = 0.1}", "--gan.balance", "0.9",
+        os.mkdir(tmp_path / steps)
+        run = opened(tmp_path / steps, "--vae.bottleneck", "rvq", "--gan.balance", "0.9",
+                     "--gan.loss_weights", "{mel = 1.0, time = 1.0, commit = 0.1}",
                      "--train.vae.steps", steps)
         spoil(run.trainer, {2})
         with contextlib.suppress(FloatingPointError):
             train.train(run.trainer, "vae", run.cfg, run.runtime)
         ends.append(load_checkpoint(run.path))
     assert [end["step"] for end in ends] == [2, 2]
-    assert {"vae.rvq.counts", "balancer.norms"} <= {
-        k.replace("quantizer", "rvq").replace("bottleneck", "rvq") for k in ends[0]["model"]}
+    assert sum(k.endswith((".counts", "balancer.norms")) for k in ends[0]["model"]) == 2
     for part in ("model", "ema"):
         changed = [k for k in ends[0][part] if not torch.equal(ends[0][part][k], ends[1][part][k])
                    and "latent_" not in k]
