@@ -34,6 +34,7 @@ from tqdm import tqdm
 from cli import BadInput, Parser, cli, sync_all, write_file
 from corpora import oracle
 from corpora.synth import CAPTIONS, DIGITS, KINDS, RATES, VOICES, WORDS, attributes, synthesise
+from locks import owned
 from schema import Kind, Range, build
 
 # longest clip of each kind in s: fixed part, part per word
@@ -162,7 +163,7 @@ def make(cfg, out_dir, rate=16000):
     """Write out_dir/wav/*.wav, train.jsonl and valid.jsonl; return the paths of both manifests.
 
     toy.json marks a finished corpus: with the same settings nothing is done again, with others the
-    corpus is made anew. Manifests appear only when complete. Not for two processes at once.
+    corpus is made anew. Manifests appear only when complete; a second process waits for the first.
     Errors: BadInput where out_dir holds files of these names that are not a toy corpus.
     """
     out = Path(out_dir)
@@ -170,34 +171,46 @@ def make(cfg, out_dir, rate=16000):
     manifests = (out / "train.jsonl", out / "valid.jsonl")
     recipe = dict(asdict(cfg), sample_rate=rate, version=1)
 
+    def finished():
+        return (read_mark(mark) == dict(recipe, finished=True)
+                and all(path.exists() for path in manifests))
+
     # finished before, or somebody else's files
-    before = read_mark(mark)
-    if before == dict(recipe, finished=True) and all(path.exists() for path in manifests):
+    if finished():
         return manifests
     for path in (*manifests, out / "wav"):
-        if before is None and path.exists():
+        if read_mark(mark) is None and path.exists():
             raise BadInput(f"{path} exists and toy.py did not write it, choose another folder")
 
+    # by one process; who waited for another finds it finished
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_file(mark, json.dumps(dict(recipe, finished=False)))
-        for path in manifests:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(out / "wav", ignore_errors=True)      # ours, since the mark is there
-        (out / "wav").mkdir()
-
-        with tqdm(total=cfg.clips + cfg.valid_clips, desc="toy corpus", unit=" clips") as bar:
-            for split, path in zip(("train", "valid"), manifests):
-                lines = []
-                for i, clip in enumerate(clips(cfg, split)):
-                    lines.append(write_clip(out, f"{split}-{i:06d}", clip, rate))
-                    bar.update()
-                sync_all()                                  # the clips, before what names them
-                write_file(path, "\n".join(lines) + "\n")
-        write_file(mark, json.dumps(dict(recipe, finished=True)))
+        with owned(out, "the toy corpus is being made", wait=True):
+            if not finished():
+                write_corpus(cfg, out, manifests, recipe, rate)
     except OSError as e:
         raise BadInput(f"cannot write the toy corpus to {out}: {e}") from None
     return manifests
+
+
+def write_corpus(cfg, out, manifests, recipe, rate):
+    """Make every clip and both manifests in out, over what toy.py left there."""
+    mark = out / "toy.json"
+    write_file(mark, json.dumps(dict(recipe, finished=False)))
+    for path in manifests:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(out / "wav", ignore_errors=True)      # ours, since the mark is there
+    (out / "wav").mkdir()
+
+    with tqdm(total=cfg.clips + cfg.valid_clips, desc="toy corpus", unit=" clips") as bar:
+        for split, path in zip(("train", "valid"), manifests):
+            lines = []
+            for i, clip in enumerate(clips(cfg, split)):
+                lines.append(write_clip(out, f"{split}-{i:06d}", clip, rate))
+                bar.update()
+            sync_all()                                  # the clips, before what names them
+            write_file(path, "\n".join(lines) + "\n")
+    write_file(mark, json.dumps(dict(recipe, finished=True)))
 
 
 def read_mark(path):

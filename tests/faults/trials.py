@@ -20,6 +20,7 @@ import traceback
 
 import torch
 
+import signals
 import train
 from cli import cli, write_file
 from report import draw_losses, draw_spectrograms
@@ -125,6 +126,7 @@ class Child:
         os.environ.update(environment)
         sys.argv = arguments
         try:
+            signals.listen()
             draw_nothing()
             prepare()
             cli(main, outlives_screen=True)

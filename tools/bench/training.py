@@ -32,9 +32,10 @@ from data import KINDS, PAD
 from discrete import DISCRETE
 from gan import VAEGAN
 from optim import make_optimizers
+from runs import EMA
 from stages import recompute_activations
 from tools.bench.timing import clock, processor, set_threads
-from train import EMA, Runtime, clip_gradients, gradients
+from train import Runtime, clip_gradients, gradients
 
 # bf16 FLOP/s of the devices whose utilisation is given
 PEAKS = {"H100": 989e12, "H200": 989e12}
