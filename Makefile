@@ -2,6 +2,7 @@
 # make check        the papers' equations (tests/papers), under two minutes on two cores
 # make test         all tests, under 8 minutes on two cores
 # make gpu-day      tools.gpu_day at toy size on the CPU, about 10 minutes
+# make faults       kills, damaged files, full disks, NaN: ten minutes on two cores, tried and survived
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -19,6 +20,9 @@ gpu-day: .venv/test-ready
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
+faults: .venv/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --minutes 10
+
 # One venv, made once; made again when the pins change. torch comes from wherever pip is set up to find it.
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,4 +36,4 @@ test: .venv/test-ready
 clean:
 	rm -rf .venv out
 
-.PHONY: quickstart check test gpu-day clean
+.PHONY: quickstart check test gpu-day faults clean

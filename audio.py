@@ -5,6 +5,7 @@
     load_audio      a whole file, or a part of it
     audio_pieces    a file of any length, in pieces: memory does not grow with the length
     save_audio      a 16-bit .wav
+    WavStream       one that grows
     inspect         what is wrong with a file: it ends too early, is silent, too loud, ...
 
 Samples above full scale (float files; MP3s overshoot a little) are clipped to +-1, alike in crops,
@@ -13,6 +14,7 @@ latents and prompts. A peak can be known only for a whole file, so a crop could 
 Precision: float32.
 """
 import math
+import os
 import re
 import struct
 from io import BytesIO
@@ -23,7 +25,7 @@ import soundfile as sf
 import soxr
 import torch
 
-from cli import BadInput, atomic
+from cli import BadInput, Failure, is_stream, write_errors, write_file
 from decoder import UNKNOWN, audio_info, decode, mapped, ogg_links
 
 
@@ -194,21 +196,104 @@ def wav_promise(data, info):
 
 # ---------------------------------------------------------------------------- writing
 
-def save_audio(path, wav, sample_rate):
+UNKNOWN_SIZE = 0xFFFFFFFF           # in a .wav header: until the end
+
+
+def refuse_poison(wav, sample_rate, where, first=0):
+    """Failure where generated audio (..., S) is not finite, naming its first such moment: played,
+    a NaN is a tone at full scale. first: samples before wav.
+    """
+    wrong = ~torch.isfinite(wav).flatten(0, -2).all(0)                      # (S,)
+    if wrong.any():
+        at = (first + int(wrong.nonzero()[0])) / sample_rate
+        raise Failure(f"{where}: the audio is not finite from {at:.3f} s on, nothing of that is "
+                      "written; use an earlier checkpoint of the model")
+
+
+def limit(wav):
+    """wav cut to +-1 -> (the same shape, how many samples were beyond, the peak)."""
+    level = wav.abs()
+    loud = int((level > 1).sum())
+    return wav.clamp(-1, 1), loud, float(level.max()) if level.numel() else 0.0
+
+
+def say_limited(path, loud, peak):
+    """One line where limit() acted."""
+    if loud:
+        print(f"{path}: {loud} samples above full scale (peak {peak:.3g}) were limited", flush=True)
+
+
+def save_audio(path, wav, sample_rate, sync=True):
     """Write wav, a tensor or array (channels, S) or (S,), as 16-bit .wav, limited to +-1.
 
-    Atomic (temporary file, then rename); makes parent folders. Errors: BadInput when `path` is
-    not a .wav or cannot be written, ValueError when wav is not finite.
+    Whole or not at all (cli.atomic); makes parent folders. -> as limit(): samples limited, peak.
+    Errors: BadInput when `path` is not a .wav or cannot be written, Failure when wav is not finite.
     """
     path = Path(path)
-    if path.suffix.lower() != ".wav":
+    if path.suffix.lower() != ".wav" and not is_stream(path):
         raise BadInput(f"{path}: only .wav is written; name the file {path.stem}.wav")
-    if torch.is_tensor(wav):
-        wav = wav.detach().float().cpu().numpy()
-    wav = np.atleast_2d(np.asarray(wav, dtype=np.float32))
-    if not np.isfinite(wav).all():
-        raise ValueError(f"save_audio({path}): the audio is not finite")
+    wav = torch.atleast_2d(torch.as_tensor(wav).detach().float().cpu())
+    refuse_poison(wav, sample_rate, path)
+
+    wav, loud, peak = limit(wav)
     file = BytesIO()
-    sf.write(file, np.clip(wav.T, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
-    with atomic(path) as temp:
-        Path(temp).write_bytes(file.getvalue())
+    sf.write(file, wav.numpy().T, sample_rate, subtype="PCM_16", format="WAV")
+    write_file(path, file.getvalue(), sync)
+    return loud, peak
+
+
+class WavStream:
+    """A 16-bit .wav that grows, whole after every piece, whenever the program ends.
+
+        RIFF size WAVE | fmt: channels, rate | data size | samples, samples, ...
+              └───────── grow with every piece ────┘
+
+    Samples are written before the sizes that name them. A pipe, a FIFO and a device cannot be
+    written again: there both sizes are 0xFFFFFFFF, until the end, as ffmpeg has it.
+    """
+
+    def __init__(self, path, channels, sample_rate):
+        self.path = path
+        self.channels = channels
+        self.sample_rate = sample_rate
+        self.samples = 0
+        self.grows = not is_stream(path)
+        with write_errors(path):
+            if self.grows:
+                write_file(path, self.header(0))
+                self.file = open(path, "r+b", buffering=0)
+                self.file.seek(0, os.SEEK_END)
+            else:
+                self.file = open(path, "wb", buffering=0)
+                write_all(self.file, self.header(UNKNOWN_SIZE))
+
+    def header(self, size):
+        """The 44 bytes before `size` bytes of samples."""
+        size = min(size, UNKNOWN_SIZE)
+        width = 2 * self.channels
+        return struct.pack("<4sI4s4sIHHIIHH4sI",
+                           b"RIFF", min(size + 36, UNKNOWN_SIZE), b"WAVE",
+                           b"fmt ", 16, 1, self.channels, self.sample_rate,
+                           width * self.sample_rate, width, 16,
+                           b"data", size)
+
+    def write(self, wav):
+        """wav (channels, n) in +-1."""
+        pcm = (wav * 32767).round().T.contiguous().numpy()                  # (n, channels)
+        with write_errors(self.path):
+            write_all(self.file, pcm.astype("<i2").tobytes())
+            self.samples += wav.shape[-1]
+            if self.grows:
+                self.file.seek(0)
+                write_all(self.file, self.header(2 * self.channels * self.samples))
+                self.file.seek(0, os.SEEK_END)
+
+    def close(self):
+        self.file.close()
+
+
+def write_all(file, data):
+    """Write bytes to an unbuffered file, in as many calls as it takes."""
+    data = memoryview(data)
+    while len(data):
+        data = data[file.write(data):]

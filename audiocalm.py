@@ -92,11 +92,11 @@ class FlowConfig(HeadConfig):
     # what the network learns; consistency would need a tangent through the whole backbone
     objective: Literal["rectified_flow", "trigflow", "lsd"] = "rectified_flow"
     # width of the read-out
-    width: Annotated[int, Range(1)] = 256
+    width: Annotated[int, Range(1, 100_000)] = 256
     # blocks of the read-out; thin, because the backbone does the work
-    blocks: Annotated[int, Range(1)] = 1
+    blocks: Annotated[int, Range(1, 10_000)] = 1
     # M, samples of (t, noise) that share one clean half
-    multiplier: Annotated[int, Range(1)] = 1
+    multiplier: Annotated[int, Range(1, 10_000)] = 1
     # mean of the logit of t: times are logit-normal(0, 1) (Esser et al. 2024)
     p_mean: float = 0.0
     # standard deviation of the logit of t
@@ -111,7 +111,7 @@ class AudioCALMConfig:
     head: FlowConfig = field(default_factory=FlowConfig)
     # latents generated together, which see each other; 1 = frame by frame, as CALM. The paper
     # sweeps it without publishing the value; the first audio comes after one block
-    block: Annotated[int, Range(1)] = 4
+    block: Annotated[int, Range(1, 10_000)] = 4
     # largest share s of noise in the history during training (generation: sample.noise)
     history_noise: Annotated[float, Range(0, 1)] = 0.3
     # the same for the voice prompt; less, because a recording has none of the model's errors
@@ -121,11 +121,11 @@ class AudioCALMConfig:
     # speech = the speech expert of moe.py, all = one for each kind (the control of the ablation)
     experts: Literal["none", "speech", "all"] = "speech"
     # hidden width of an expert
-    expert_dim: Annotated[int, Range(1)] = 256
+    expert_dim: Annotated[int, Range(1, 1_000_000)] = 256
     # weight of the end-of-clip loss
     stop_weight: Annotated[float, Range(0)] = 0.1
     # latents of history that are seen and cached, in whole blocks; 0 = all
-    window: Annotated[int, Range(0)] = 0
+    window: Annotated[int, Range(0, 1_000_000)] = 0
 
     def __post_init__(self):
         if self.window % self.block:

@@ -49,23 +49,23 @@ from schema import Range
 class BackboneConfig:
     """Sizes of a transformer. Table 9: music 1536 / 48 layers / 24 heads, speech 2560 / 24 / 20."""
     # Model width C.
-    dim: Annotated[int, Range(1)] = 256
+    dim: Annotated[int, Range(1, 100_000)] = 256
     # Number of layers, each attention and MLP.
-    layers: Annotated[int, Range(0)] = 4
+    layers: Annotated[int, Range(0, 10_000)] = 4
     # Number of query heads.
-    heads: Annotated[int, Range(1)] = 4
+    heads: Annotated[int, Range(1, 10_000)] = 4
     # Number of key/value heads (GQA); 0 = as many as query heads.
-    kv_heads: Annotated[int, Range(0)] = 0
+    kv_heads: Annotated[int, Range(0, 10_000)] = 0
     # Channels per head, even because RoPE rotates pairs; 0 = dim / heads (Qwen3: 128 at any width).
-    head_dim: Annotated[int, Range(0)] = 0
+    head_dim: Annotated[int, Range(0, 100_000)] = 0
     # Kind of MLP: swiglu has three matrices, gelu and gelu_tanh have two.
     mlp: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     # Hidden width of the MLP; 0 = 4 C for gelu, 8/3 C rounded up to a multiple of 32 for swiglu.
-    mlp_dim: Annotated[int, Range(0)] = 0
+    mlp_dim: Annotated[int, Range(0, 1_000_000)] = 0
     # RMSNorm on the q and k of each head, which steadies training at high learning rates (Qwen3).
     qk_norm: bool = False
     # Positions that a query attends to, its own included; 0 = all earlier ones.
-    window: Annotated[int, Range(0)] = 0
+    window: Annotated[int, Range(0, 1_000_000)] = 0
     # Whether a query attends to its own and earlier positions only.
     causal: bool = True
     # Kind of norm: rms, or layer = LayerNorm with bias (Mimi).
@@ -78,7 +78,7 @@ class BackboneConfig:
     final_norm: bool = True
     # Base of RoPE's frequencies: the slowest rotation has a period of about
     # 2π · rope_base^(1 - 2/d) positions, d channels per head.
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, Range(above=0)] = 10000.0
 
     def __post_init__(self):
         if self.head_dim % 2:

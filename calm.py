@@ -90,9 +90,9 @@ class CALMConfig:
     # largest share of noise k in the latents that the backbone reads (4.3: 1); 0 = no noise
     noise: Annotated[float, Range(0, 1)] = 1.0
     # layers of T_short (Table 9: 4 for music, none for speech); 0 = no short branch
-    short_layers: Annotated[int, Range(0)] = 0
+    short_layers: Annotated[int, Range(0, 10_000)] = 0
     # K, latents that each layer of T_short looks back (4.2: 10; Table 7: 5 is too few)
-    short_context: Annotated[int, Range(1)] = 10
+    short_context: Annotated[int, Range(1, 1_000_000)] = 10
     # largest share of noise k in the latents that T_short reads (the paper's are clean: 0)
     short_noise: Annotated[float, Range(0, 1)] = 0.0
     # kinds that use the short branch
@@ -108,17 +108,17 @@ class CALMConfig:
     # put words beside the latents instead of before them, where the manifest has their times
     monologue: bool = False
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
-    acoustic_delay: Annotated[int, Range(0)] = 2
+    acoustic_delay: Annotated[int, Range(0, 1000)] = 2
     # n, bytes (or tokens of data.tokenizer) beside each latent (monologue only): n · frame rate must
     # exceed the bytes per second of the speech, or the words fall behind the audio. Measured on
     # 6,813 recordings, 4.3 h: 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at
     # 25 Hz
-    monologue_tokens: Annotated[int, Range(1)] = 1
+    monologue_tokens: Annotated[int, Range(1, 1000)] = 1
     # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1
     # frames without text after which generation begins the next word whatever the model predicts: a
     # model that missed a word's beginning has never seen a pause so long and may wait for ever
-    longest_pause: Annotated[int, Range(1)] = 25
+    longest_pause: Annotated[int, Range(1, 1_000_000)] = 25
 
 
 def pack(parts):

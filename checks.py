@@ -2,7 +2,8 @@
 
     corpus ─────► announce_data ───────► clips, kinds, word times, voice prompts
     config ─────► refuse_missing_init ─► train.STAGE.init is a checkpoint that is there
-    run folder ─► check_checkpoints ───► another [vae], [gan], [lm] or [audiocalm]: refused
+    run folder ─► check_checkpoints ───► another [vae], [gan], [lm] or [audiocalm], another
+                                     │   optimizer or VAE: refused
                                      └─► other settings or other clips: said
 """
 import dataclasses
@@ -11,11 +12,13 @@ import math
 import os
 
 from calm import CALM
+from checkpoint import folder_of_checkpoints
 from cli import BadInput
-from config import (LM_STAGES, STAGES, folder_of_checkpoints, load_checkpoint, refuse_other_table,
-                    resolve)
+from config import (LM_STAGES, STAGES, encoder_id, load_stage, refuse_other_encoder,
+                    refuse_other_table, saved_config, vae_weights)
 from data import seconds_of, texts_left_out
 from latents import digest
+from schema import shown
 
 
 # ---------------------------------------------------------------- the corpus
@@ -108,11 +111,41 @@ def note_changed_training(cfg, path, name, state, saved, clips, say):
         other_clips = (f"{name}: resumes on other clips than those of its first {state['step']} "
                        "steps")
 
-    # [train.NAME], and what of [data] the batches depend on
-    for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg)]:
+    # [train.NAME], what of [data] the batches depend on, and the run's own keys
+    for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg),
+                     *run_changes(saved, cfg)]:
         say(sentence.format(old, new))
-    if state.get("clips", "") not in ("", digest_of(clips)):
+    if not same_clips(state.get("clips", ""), digest_of(clips)):
         say(other_clips)
+
+
+def refuse_other_optimizer(cfg, path, name, state, saved):
+    """BadInput where a stage would resume with an optimizer that cannot read the saved state."""
+    old, new = (getattr(c.train, name).optimizer for c in (saved, cfg))
+    if old != new and not state["done"]:
+        raise BadInput(f"{path}: trained with train.{name}.optimizer = {old} to step "
+                       f"{state['step']}, whose state {new} cannot go on with; set it back, use "
+                       f"--fresh, or --out with --train.{name}.init {path}")
+
+
+def note_changed_runtime(name, state, how, say):
+    """Print what differs between the processes that saved a checkpoint and those that resume:
+    noise is drawn per forward pass. how: {"dtype": "fp32", "rows of a forward pass": 8, ...}.
+    """
+    for key, old in state.get("runtime", {}).items():
+        if key in how and old != how[key]:
+            say(f"{name}: trained with {key} = {shown(old)} to step {state['step']}, and resumes "
+                f"with {how[key]}: another noise or rounding from here on")
+
+
+def run_changes(saved, cfg):
+    """[("seed = 0", 1), ...] of the keys that stand in no table, and of the toy corpus."""
+    changes = [(f"{key} = {getattr(saved, key)}", getattr(cfg, key))
+               for key in ("seed", "dtype") if getattr(saved, key) != getattr(cfg, key)]
+    if not (saved.data.manifest or cfg.data.manifest):
+        old, new = (dataclasses.asdict(c.toy) for c in (saved, cfg))
+        changes += [(f"toy.{key} = {old[key]}", new[key]) for key in old if old[key] != new[key]]
+    return changes
 
 
 def training_changes(saved, cfg, name):
@@ -131,20 +164,47 @@ def data_changes(saved, cfg):
 
 
 def digest_of(clips):
-    """16 hex digits that name the training clips, without their place on the disk."""
-    return digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
+    """What names the training clips, without their place on the disk: 16 hex digits of the
+    manifest's fields, and 16 of the sizes of the audio files.
+    """
+    fields = digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
+    return f"{fields} {digest([size_of(clip.audio) for clip in clips])}"
+
+
+def size_of(path):
+    """Bytes of a file, -1 where it cannot be read: load_audio will say so."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def same_clips(old, new):
+    """Whether two digests name the same clips; those of older checkpoints lack the sizes."""
+    return all(a == b for a, b in zip(old.split(), new.split()))
 
 
 def check_checkpoints(cfg, clips, say):
     """Compare the checkpoints in the run folder with the config -> {stage: whether finished}."""
+    encoder = finished_encoder(cfg)
     done = {}
     for name in cfg.stages:
         path = f"{cfg.out}/{name}.pt"
         done[name] = False
         if os.path.exists(path):
-            state = load_checkpoint(path, "cpu")
-            saved = resolve(state["config"])
+            state = load_stage(path, name)
+            saved = saved_config(state, path)
             check_same_model(cfg, path, name, saved)
+            refuse_other_optimizer(cfg, path, name, state, saved)
+            if name in LM_STAGES and encoder:
+                refuse_other_encoder(state, encoder, path, f"{cfg.out}/vae.pt")
             note_changed_training(cfg, path, name, state, saved, clips, say)
             done[name] = state["done"]
     return done
+
+
+def finished_encoder(cfg):
+    """encoder_id of the run's VAE, "" while it is not there or not finished."""
+    path = f"{cfg.out}/vae.pt"
+    state = load_stage(path, "vae") if os.path.exists(path) else {"done": False}
+    return encoder_id(vae_weights(state)) if state["done"] else ""

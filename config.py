@@ -27,14 +27,15 @@ import torch
 
 from audiocalm import AudioCALM, AudioCALMConfig
 from calm import CALM, CALMConfig
-from cli import BadInput
+from checkpoint import build_within, checksum, exported_file, load_checkpoint, load_weights
+from cli import BadInput, atomic
 from corpora.toy import ToyConfig
-from data import KINDS, DataConfig
+from data import KINDS, DataConfig, refuse_download
 from discrete import DISCRETE
 from gan import GANConfig
-from schema import Kind, Range, build
+from latents import digest
+from schema import Kind, Range, build, shown
 from vae import VAE, VAEConfig
-from weights import load_safetensors
 
 
 # ---------------------------------------------------------------- stages
@@ -74,17 +75,17 @@ StageName = Literal[*STAGES]
 class StageConfig:
     """[train.vae], [train.lm], [train.audiocalm] ...: one stage of training."""
     # optimizer steps
-    steps: Annotated[int, Range(1)] = 1000
+    steps: Annotated[int, Range(1, 1_000_000_000)] = 1000
     # checkpoint of the same sizes to start from (vae.pt of a run or of tools/convert); "" = none
     init: str = ""
     # parts of the model that keep their weights, e.g. ["encoder"] of a VAE: latents, and with them
     # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)
     freeze: list[str] = field(default_factory=list)
     # rows per optimizer step, over all processes
-    batch: Annotated[int, Range(1)] = 8
+    batch: Annotated[int, Range(1, 1_000_000)] = 8
     # rows per forward pass; 0 = batch / processes; fewer need less memory. Losses are means over
     # the positions of a forward pass, so rows of unequal length weigh a little differently
-    micro_batch: Annotated[int, Range(0)] = 0
+    micro_batch: Annotated[int, Range(0, 1_000_000)] = 0
     # compute the activations inside each layer a second time in the backward pass instead of
     # keeping them: about a third more time, and memory for one layer's instead of all
     checkpoint: bool = False
@@ -95,7 +96,7 @@ class StageConfig:
     # final learning rate as a share of lr; cosine in between
     lr_end: Annotated[float, Range(0)] = 0.1
     # optimizer steps of linear warm-up
-    warmup: Annotated[int, Range(0)] = 50
+    warmup: Annotated[int, Range(0, 1_000_000_000)] = 50
     # AdamW (Table 9)
     betas: list[Annotated[float, Range(0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
     # on the weights of linear layers, convolutions and embeddings; not on biases, gains of norms
@@ -108,11 +109,11 @@ class StageConfig:
     # discriminators' learning rate; 0 = lr
     disc_lr: Annotated[float, Range(0)] = 0.0
     # steps between two lines of the log
-    log_every: Annotated[int, Range(1)] = 20
+    log_every: Annotated[int, Range(1, 1_000_000_000)] = 20
     # steps between validation losses and re-rendered clips; 0 = at the end only
-    valid_every: Annotated[int, Range(0)] = 0
+    valid_every: Annotated[int, Range(0, 1_000_000_000)] = 0
     # steps between checkpoints
-    save_every: Annotated[int, Range(1)] = 500
+    save_every: Annotated[int, Range(1, 1_000_000_000)] = 500
 
     def __post_init__(self):
         if self.micro_batch > 0 and self.batch % self.micro_batch:
@@ -161,27 +162,27 @@ class TrainConfig:
 class SampleConfig:
     """[sample]: what train.py renders at the end, and the defaults of sample.py."""
     # head steps per latent; 0 = the objective's default (1 for consistency and lsd, 20 for a flow)
-    steps: Annotated[int, Range(0)] = 0
+    steps: Annotated[int, Range(0, 10_000)] = 0
     # variance of the noise (CALM 4.5: 0.8 for continuation, 0.7 for text to speech); for codes, the
     # temperature of the softmax
     temperature: Annotated[float, Range(0)] = 0.8
     # of a text that a monologue writes itself: temperature of its softmax (CALM: 0.8)
     text_temperature: Annotated[float, Range(0)] = 0.8
     # of such a text: sample from this many likeliest tokens; 0 = all
-    text_top_k: Annotated[int, Range(0)] = 0
+    text_top_k: Annotated[int, Range(0, 1_000_000)] = 0
     # noise on a model's generated past, as a share of the noise in training (lm.noise,
     # lm.short_noise, audiocalm.history_noise): 0 (the papers) .. 1; for long continuations
     noise: Annotated[float, Range(0, 1)] = 0.0
     # classifier-free guidance: a in Z = Z_null + a (Z_cond - Z_null); 1 = off
     cfg: float = 1.0
     # longest clip that is generated, in seconds
-    seconds: Annotated[float, Range(above=0)] = 5.0
+    seconds: Annotated[float, Range(above=0, high=100_000)] = 5.0
     # seconds of audio that are continued where there is no text (CALM section 5)
-    prompt_seconds: Annotated[float, Range(above=0)] = 3.0
+    prompt_seconds: Annotated[float, Range(above=0, high=100_000)] = 3.0
     # kind -> texts; {} = from the validation manifest
     texts: dict[Kind, list[str]] = field(default_factory=dict)
     # clips of each kind rendered at the end
-    count: Annotated[int, Range(0)] = 3
+    count: Annotated[int, Range(0, 10_000)] = 3
 
 
 @dataclass
@@ -252,7 +253,11 @@ class Config:
 
 def resolve(table):
     """A Config from a (nested) dict of today's layout or an older one; strict."""
-    return build(Config, migrate(table))
+    try:
+        return build(Config, migrate(table))
+    except RecursionError:
+        raise BadInput("the config: its tables or lists are nested too deeply; no key needs more "
+                       "than four levels") from None
 
 
 def migrate(table):
@@ -287,8 +292,10 @@ def load(path, overrides=()):
             table = migrate(tomllib.load(f))
     except FileNotFoundError:
         raise BadInput(f"config {path}: no such file; see configs/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+    except (ValueError, RecursionError, IsADirectoryError) as e:    # also 5,000 digits, [[[[...
         raise BadInput(f"config {path}: not readable as TOML: {e}") from None
+    except OSError as e:
+        raise BadInput(f"config {path}: cannot be read ({e.strerror}); correct the path") from None
 
     overrides = list(overrides)
     while overrides:
@@ -311,6 +318,8 @@ def parse_value(name, text):
         return tomllib.loads(f"v = {number}")["v"]
     except tomllib.TOMLDecodeError:
         return text if name != "stages" else [part.strip() for part in text.split(",")]
+    except (ValueError, RecursionError) as e:                # 5,000 digits, [[[[...
+        raise BadInput(f"--{name}: {shown(text)}: not readable as TOML: {e}") from None
 
 
 def set_value(table, name, value):
@@ -331,7 +340,9 @@ def dump(cfg):
         plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
         if key and (plain or not table):
             lines.append(f"\n[{key}]")
-        lines.extend(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in plain.items())
+        # JSON's strings are TOML's but for DEL, which TOML wants escaped
+        lines.extend(f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+                     for k, v in plain.items())
         for k, v in table.items():
             if isinstance(v, dict):
                 walk(v, f"{key}.{k}" if key else k)
@@ -356,88 +367,49 @@ def refuse_other_table(path, saved, cfg, table):
 
 
 def save_checkpoint(path, state):
-    """Write to a temporary file, then rename: a crash or a full disk leaves the old checkpoint
-    whole.
-    """
-    temp = f"{path}.tmp"
-    try:
-        with open(temp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e:             # torch reports a full disk as RuntimeError
-        if os.path.exists(temp):
-            os.remove(temp)
-        kept = "; the previous checkpoint is untouched" if os.path.exists(path) else ""
-        raise BadInput(f"{path}: could not be written ({e}); "
-                       f"free some disk space and run again{kept}") from None
-
-
-def folder_of_checkpoints(path):
-    """What to say where a folder was given for a checkpoint."""
-    names = sorted(name for name in os.listdir(path) if name.endswith(".pt"))
-    inside = f"give one of its checkpoints: {', '.join(names)}" if names else "it has no checkpoint"
-    return f"{path} is a folder; {inside}"
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote; tensors only, no code (weights_only)."""
-    if os.path.isdir(path):
-        raise BadInput(folder_of_checkpoints(path))
-    exported = exported_file(path)
-    if exported:
-        return load_exported(exported, device)
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint; "
-                       "train it first: python train.py --config ...") from None
-    except PermissionError:
-        raise BadInput(f"{path}: may not be read; correct its permissions") from None
-    except Exception as e:                    # a truncated zip, a pickle, anything but a checkpoint
-        raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__}); "
-                       "delete it or restore a copy") from None
-    if not isinstance(state, dict) or not {"stage", "config", "model", "done"} <= state.keys():
-        raise BadInput(f"{path}: not a nanoCALM checkpoint; expected stage, config, model, done")
-    return state
-
-
-def exported_file(path):
-    """The .safetensors file in place of the checkpoint `path` (tools.convert export), or None."""
-    other = path.removesuffix(".pt") + ".safetensors"
-    return other if not os.path.exists(path) and os.path.exists(other) else None
-
-
-def load_exported(path, device):
-    """An exported stage as load_checkpoint gives it: averaged weights in fp32, no optimizers."""
-    tensors, metadata = load_safetensors(path)
-    try:
-        state = json.loads(metadata["nanocalm"])
-        known = {"stage", "config", "done"} <= state.keys()
-    except (KeyError, ValueError, AttributeError, RecursionError):
-        known = False
-    if not known:
-        raise BadInput(f"{path}: not written by tools.convert export; "
-                       "python -m tools.convert -h names what else can be read")
-    weights = {name: w.to(device, torch.float32) if w.is_floating_point() else w.to(device)
-               for name, w in tensors.items()}
-    return {**state, "model": {}, "ema": weights, "optimizers": {}}
-
-
-def load_weights(module, state, path):
-    """Strict load with one line instead of torch's list of keys."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as e:
-        first = next(line.strip() for line in str(e).splitlines()[1:] if line.strip())
-        raise BadInput(f"{path}: does not fit this config's model: {first[:200]}") from None
+    """Write the whole checkpoint or none: a crash or a full disk leaves the old one untouched."""
+    state = {**state, "checksum": checksum(state)}
+    with atomic(path) as temp, open(temp, "wb") as f:
+        torch.save(state, f)
 
 
 def vae_weights(state):
     """The VAE's weights of a checkpoint of stage "vae", the averaged ones where there are any."""
     return state["ema"] or {k.removeprefix("vae."): v for k, v in state["model"].items()
                             if k.startswith("vae.")}
+
+
+def saved_config(state, path):
+    """The Config inside a checkpoint, or BadInput naming the file and the key."""
+    try:
+        return resolve(state["config"])
+    except BadInput as e:
+        raise BadInput(f"{path}: its config: {e}") from None
+
+
+def build_saved(cfg, stage, weights, path, only=None):
+    """The model of a stage as a checkpoint's config describes it: no larger than its `weights`, and
+    nothing is downloaded for it.
+    """
+    refuse_download(cfg.data.tokenizer, path)
+    if stage == "vae":
+        return build_within(lambda: VAE(cfg.vae), weights, path)
+    return build_within(lambda: make_model(cfg, stage, only), weights, path)
+
+
+def encoder_id(weights):
+    """16 hex digits of what decides a VAE's latents: its weights without the decoder's."""
+    return digest({k: v for k, v in weights.items() if not k.startswith("decoder.")})
+
+
+def refuse_other_encoder(state, encoder, path, vae_path):
+    """BadInput where a language model was trained on the latents of another encoder.
+
+    encoder: encoder_id of the VAE beside it. Checkpoints from before 2026-11-28 do not say theirs.
+    """
+    if state.get("encoder", "") not in ("", encoder):
+        raise BadInput(f"{path}: was trained on the latents of another VAE than {vae_path} is now; "
+                       "restore that one, or train this stage again (--fresh or --out)")
 
 
 def open_run(run, stage="", device="cpu", kind=None):
@@ -452,21 +424,30 @@ def open_run(run, stage="", device="cpu", kind=None):
     if not os.path.isdir(run):
         raise BadInput(f"run {run}: no such folder; "
                        "train one first: python train.py --config configs/quickstart.toml")
-    state = load_checkpoint(f"{run}/vae.pt", device)
-    cfg = resolve(state["config"])
-    vae = VAE(cfg.vae)
-    load_weights(vae, vae_weights(state), f"{run}/vae.pt")
+    vae_path = f"{run}/vae.pt"
+    state = load_stage(vae_path, "vae")
+    cfg = saved_config(state, vae_path)
+    weights = vae_weights(state)
+    vae = build_saved(cfg, "vae", weights, vae_path)
+    load_weights(vae, weights, vae_path)
     vae.to(device).eval()
     trained = trained_stages(run)
     if not (stage or trained):
         return cfg, vae, None, "vae"
 
+    # the language model, of this VAE's latents
     stage = stage or trained[-1]
     path = f"{run}/{stage}.pt"
-    state = load_checkpoint(path, device)
-    cfg = resolve(state["config"])
-    lm = make_model(cfg, stage, only=kind)
-    load_weights(lm, lm.wanted(state["ema"] or state["model"]), path)
+    encoder = encoder_id(weights)
+    state = load_stage(path, stage)
+    refuse_other_encoder(state, encoder, path, vae_path)
+    vae_cfg, cfg = cfg, saved_config(state, path)
+    for before, now in table_changes(cfg, vae_cfg, "vae")[:1]:
+        raise BadInput(f"{path}: was trained with [vae] {before}, but {vae_path} has {now}; "
+                       "restore the one that belongs to the other")
+    weights = state["ema"] or state["model"]
+    lm = build_saved(cfg, stage, weights, path, kind)
+    load_weights(lm, lm.wanted(weights), path)
     return cfg, vae, lm.to(device).eval(), stage
 
 
@@ -474,6 +455,15 @@ def trained_stages(run):
     """The language-model stages that a run folder, or an exported one, holds, in order."""
     return [stage for stage in LM_STAGES
             if os.path.exists(f"{run}/{stage}.pt") or exported_file(f"{run}/{stage}.pt")]
+
+
+def load_stage(path, stage):
+    """load_checkpoint, or BadInput where the file holds another stage than its name says."""
+    state = load_checkpoint(path)
+    if state["stage"] != stage:
+        raise BadInput(f"{path}: holds stage {shown(state['stage'])}, not \"{stage}\"; files "
+                       "were mixed up")
+    return state
 
 
 def make_model(cfg, stage, only=None):
@@ -500,8 +490,32 @@ def stage_table(cfg, stage):
 
 
 def read_log(out):
-    """The whole lines of log.jsonl: a killed run may have left half of one."""
-    if not os.path.exists(f"{out}/log.jsonl"):
+    """The lines of log.jsonl, each a row {"stage": ..., "step": ..., figure: number, ...}.
+
+    What a killed run or a power failure left at the end, half a line or zeros, is left out, and
+    cut at the next start of train.py. Errors: BadInput naming another line that is no row.
+    """
+    path = f"{out}/log.jsonl"
+    if not os.path.exists(path):
         return []
-    with open(f"{out}/log.jsonl") as f:
-        return [line for line in f if line.endswith("\n")]
+    with open(path, "rb") as f:
+        *whole, _ = f.read().rstrip(b"\0").split(b"\n")
+    lines = []
+    for number, line in enumerate(whole, 1):
+        try:
+            good = is_log_row(json.loads(line))
+        except (ValueError, RecursionError):                 # not UTF-8, not JSON
+            good = False
+        if not good:
+            raise BadInput(f"{path}, line {number}: damaged, no row of a log; delete that line")
+        lines.append(line.decode() + "\n")
+    return lines
+
+
+def is_log_row(row):
+    """Whether a value from JSON is a row of log.jsonl."""
+    if not isinstance(row, dict) or not isinstance(row.get("stage"), str):
+        return False
+    if not isinstance(row.get("step"), int):
+        return False
+    return all(isinstance(v, (int, float)) for k, v in row.items() if k != "stage")

@@ -40,7 +40,7 @@ import torch
 from audio import load_audio
 from cli import BadInput, atomic
 from decoder import has_ffmpeg, seconds_in_file
-from schema import Kind, Range
+from schema import Kind, Range, shown
 
 KINDS = get_args(Kind)                              # speech, sound, music
 PAD = 256                                           # ids 0..255 are UTF-8 bytes
@@ -88,7 +88,7 @@ class DataConfig:
     weights: dict[Kind, Annotated[float, Range(0)]] = field(default_factory=dict)
     # seconds of a VAE training crop; 1 s covers the discriminators' windows, and more rows teach
     # more than longer ones
-    crop_seconds: Annotated[float, Range(above=0)] = 1.0
+    crop_seconds: Annotated[float, Range(above=0, high=3600)] = 1.0
     # "" = UTF-8 bytes; else the vocabulary of a published text model, for a pretrained backbone:
     # a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub (hf extra)
     tokenizer: str = ""
@@ -96,29 +96,29 @@ class DataConfig:
     kind_token: bool = True
     # bytes (or tokens) of text per row; a longer transcript is left out, since it would not match
     # the audio, and a longer caption is cut
-    text_len: Annotated[int, Range(1)] = 64
+    text_len: Annotated[int, Range(1, 1_000_000)] = 64
     # latent frames per row, 2.6 s at the default 25 Hz; speech with text should fit whole, since
     # only then is its end seen together with its text
-    frames: Annotated[int, Range(1)] = 64
+    frames: Annotated[int, Range(1, 1_000_000)] = 64
     # share of the rows of speech that begin where their clip begins, where the clip has text and is
     # longer than `frames`: only those have the text. All other rows begin anywhere, evenly: music,
     # sound, speech without text
     beginning_prob: Annotated[float, Range(0, 1)] = 0.5
     # latent frames kept for the voice prompt; 0 = no voice prompts
-    prompt_frames: Annotated[int, Range(0)] = 0
+    prompt_frames: Annotated[int, Range(0, 1_000_000)] = 0
     # share of speech rows with a voice prompt; from the others the model learns to do without
     prompt_prob: Annotated[float, Range(0, 1)] = 0.5
     # dB, loudness augmentation of the VAE: uniform in +- gain_db, never above full scale
-    gain_db: Annotated[float, Range(0)] = 0.0
+    gain_db: Annotated[float, Range(0, 200)] = 0.0
     # GB of decoded int16 audio that each process keeps (2 GB hold 17 h at 16 kHz)
-    ram_gb: Annotated[float, Range(0)] = 3.0
+    ram_gb: Annotated[float, Range(0, 1_000_000)] = 3.0
     # threads that decode audio; the batches do not depend on it
-    workers: Annotated[int, Range(1)] = 4
+    workers: Annotated[int, Range(1, 1024)] = 4
     # processes that make batches, beside each training process; 0 = one thread of it, which is
     # enough where a step takes longer than its batch; a GPU needs several
     processes: Annotated[int, Range(0, 256)] = 0
     # random seed of order, crops, gains, windows, prompts and the held-out split
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, below=2 ** 63)] = 0
 
     def __post_init__(self):
         if self.valid and not self.manifest:
@@ -218,14 +218,14 @@ def check_row(row, where):
     """Raise BadInput where a field's type or value is impossible."""
     for name in ("transcript", "text", "kind", "speaker", "id"):
         if not isinstance(row.get(name, ""), str):
-            raise BadInput(f"{where}: {name} must be a string; it is {row[name]!r}")
+            raise BadInput(f"{where}: {name} must be a string; it is {shown(row[name])}")
     for name in ("text", "transcript", "speaker"):
         check_characters(row.get(name, ""), f"{where}: {name}")
     if row.get("kind", "speech") not in KINDS:
-        raise BadInput(f"{where}: unknown kind {row['kind']!r}; use {', '.join(KINDS)}")
+        raise BadInput(f"{where}: unknown kind {shown(row['kind'])}; use {', '.join(KINDS)}")
     seconds = row.get("duration", 1)
     if not is_seconds(seconds) or not seconds > 0:
-        raise BadInput(f"{where}: duration must be positive seconds; it is {seconds!r}")
+        raise BadInput(f"{where}: duration must be positive seconds; it is {shown(seconds)}")
     check_words(row.get("words", []), where)
 
 
@@ -246,11 +246,11 @@ def check_words(words, where):
     """Raise BadInput unless words is [[word, start, end], ...] in order of time."""
     form = f"{where}: words must be [[word, start, end], ...]"
     if not isinstance(words, list):
-        raise BadInput(f"{form}; it is {words!r}")
+        raise BadInput(f"{form}; it is {shown(words)}")
     for word in words:
         if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
                 and all(is_seconds(seconds) for seconds in word[1:])):
-            raise BadInput(f"{form}; one is {word!r}")
+            raise BadInput(f"{form}; one is {shown(word)}")
         check_characters(word[0], f"{where}: words")
 
     # words may overlap: aligners produce that
@@ -347,12 +347,33 @@ def load_tokenizer(name):
                        "pip install -e .[hf]") from None
     path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
     try:
-        if os.path.isfile(path):
+        path = path if os.path.isfile(path) else in_cache_of_hub(name)
+        if path:
             return tokenizers.Tokenizer.from_file(path)
         return tokenizers.Tokenizer.from_pretrained(name)
     except Exception as e:                       # the library raises bare Exceptions
         raise BadInput(f"data.tokenizer = \"{name}\": neither a tokenizer.json, a folder with one, "
                        f"nor found on the hub ({' '.join(str(e).split())[:100]})") from None
+
+
+def in_cache_of_hub(name):
+    """The path of a tokenizer.json that was downloaded from the hub before, or ""."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        found = try_to_load_from_cache(name, "tokenizer.json")
+    except (ImportError, ValueError):                 # no hf extra; no name of the hub
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+def refuse_download(name, path):
+    """BadInput where the tokenizer that a checkpoint's config names is not on this machine: what a
+    checkpoint says must not reach the network.
+    """
+    if name and not os.path.exists(name) and not in_cache_of_hub(name):
+        raise BadInput(f"{path}: its data.tokenizer = {shown(name)} is not on this machine, and "
+                       "what a checkpoint names is not downloaded; if you trust it, `hf download "
+                       "NAME tokenizer.json` first")
 
 
 def pad_id(cfg=None):

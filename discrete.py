@@ -73,7 +73,8 @@ class ResidualVQ(nn.Module):
 
     x (B, T, D) -> z (B, T, D). Level i picks the entry nearest to the remainder of levels 1 .. i-1.
     Codebooks follow running means of the vectors assigned to them (decay 0.99; van den Oord et al.
-    2017, appendix A.1), updated once per micro-batch. An entry assigned less than `dead` times the
+    2017, appendix A.1), updated once per micro-batch; a step that is skipped leaves them
+    as they were (runs.RunningState). An entry assigned less than `dead` times the
     mean count is replaced by a vector of the batch (Zeghidour et al. 2021), which also sets nearly
     all entries at the first step. In training half of the rows use the first n levels only, n
     uniform (quantizer dropout). All processes share statistics and replacements.

@@ -37,7 +37,7 @@ import json
 import math
 import os
 
-from audio import load_audio, save_audio
+from audio import load_audio, refuse_poison, save_audio
 from cli import check_packages
 
 if __name__ == "__main__":
@@ -46,7 +46,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from cli import BadInput, Parser, atomic, check_writable, cli, number, threads
+from cli import BadInput, Parser, check_writable, cli, number, threads, write_file
 from config import load_checkpoint, open_run, trained_stages
 from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
@@ -168,6 +168,7 @@ def judge_reconstructions(vae, kind, clips, folder, judges, floor):
         wav = load_clip(clip, vae.cfg, seconds=20.0)
         mean, logvar = vae.encode(wav[None])
         rec = vae.decode(mean)[0, :, :wav.shape[-1]]                            # (ch, S)
+        refuse_poison(rec, rate, f"reconstruction of {clip.audio}")
         if folder:
             save_audio(f"{folder}/reconstruction/{clip_name(clip)}.wav", rec.numpy(), rate)
 
@@ -329,8 +330,8 @@ def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=Non
 
         # the figures of this kind
         if manifest:
-            with open(f"{folder}/{kind}.jsonl", "w") as f:
-                f.writelines(json.dumps(row) + "\n" for row in manifest)
+            write_file(f"{folder}/{kind}.jsonl",
+                       "".join(json.dumps(row) + "\n" for row in manifest))
         if share_right(facts) is not None:
             found["facts"][kind] = share_right(facts)
             found["chance"][kind] = rounded_mean([oracle.chance(text, kind) for text in targets])
@@ -520,8 +521,7 @@ def print_table(rows):
 
 def write_json(path, figures):
     """Write the figures as JSON, whole or not at all."""
-    with atomic(path) as temp, open(temp, "w") as f:
-        json.dump(figures, f, indent=1)
+    write_file(path, json.dumps(figures, indent=1))
 
 
 def parse():

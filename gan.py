@@ -60,28 +60,28 @@ class GANConfig:
     # λ of each term of eq. 2 (time = λ_t; mel, stft = λ_f); 0 = not computed
     loss_weights: dict[Loss, Annotated[float, Range(0)]] = field(default_factory=default_weights)
     # n_fft in samples of each spectral loss (DAC)
-    loss_windows: list[Annotated[int, Range(8)]] = field(
+    loss_windows: list[Annotated[int, Range(8, 1_000_000)]] = field(
         default_factory=lambda: [2048, 1024, 512, 256])
     # amplitude below which spectra count as silent (DAC: 1e-5); 1e-3 = -60 dB learns faster
     loss_floor: Annotated[float, Range(0)] = 1e-3
     # how many of loss_windows each step uses, at random; 0 = all (fewer is faster: the STFTs take
     # 40 % of a step)
-    loss_scales: Annotated[int, Range(0)] = 2
+    loss_scales: Annotated[int, Range(0, 20)] = 2
     # distill: WavLM, a folder or a name on the Hugging Face hub
     teacher: str = ""
     # n_fft in samples of each discriminator (EnCodec)
-    disc_windows: list[Annotated[int, Range(8)]] = field(
+    disc_windows: list[Annotated[int, Range(8, 1_000_000)]] = field(
         default_factory=lambda: [2048, 1024, 512, 256, 128])
     # channels of the discriminators (EnCodec: 32)
-    disc_width: Annotated[int, Range(1)] = 32
+    disc_width: Annotated[int, Range(1, 10_000)] = 32
     # seconds of the random crop that the discriminators see at each step; 0 = everything. They cost
     # most of a step, so a short crop gives more steps in the same time (HiFi-GAN: 0.37)
-    disc_seconds: Annotated[float, Range(0)] = 0.0
+    disc_seconds: Annotated[float, Range(0, 3600)] = 0.0
     # step at which the discriminators begin to learn
-    disc_start: Annotated[int, Range(0)] = 0
+    disc_start: Annotated[int, Range(0, 1_000_000_000)] = 0
     # steps for which they learn alone, before adv and feat: an untrained discriminator only
     # disturbs a decoder that is already good
-    disc_warmup: Annotated[int, Range(0)] = 0
+    disc_warmup: Annotated[int, Range(0, 1_000_000_000)] = 0
     # 1 = the discriminators see the spectrum X (EnCodec); 0.3 = |X|^0.3 with the phase of X, at
     # equal loudness, so that detail 40 dB below the peaks counts: learns sooner, but needs the
     # balancer (LOG.md)

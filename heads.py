@@ -76,12 +76,12 @@ class HeadConfig:
     objective: Literal["rectified_flow", "trigflow", "consistency", "lsd",
                        "rq", "delay"] = "trigflow"
     # Channels inside the MLP. Table 9: 3072 (music, 601M parameters), 512 (speech, 10M); rq: 1024.
-    width: Annotated[int, Range(1)] = 192
+    width: Annotated[int, Range(1, 100_000)] = 192
     # Residual blocks. Table 9: 12 (music), 6 (speech); rq: 6 transformer layers.
-    blocks: Annotated[int, Range(1)] = 3
+    blocks: Annotated[int, Range(1, 10_000)] = 3
     # Head batch multiplier M (section 4.4; Table 9: 8): samples of (t, eps) per position and step.
     # One pass of the backbone serves M losses; the head's memory and time grow M times.
-    multiplier: Annotated[int, Range(1)] = 4
+    multiplier: Annotated[int, Range(1, 10_000)] = 4
     # Mean and std of log(noise / signal), the same for all objectives: the log of tan t, or of
     # t / (1-t) for rectified_flow (where 0, 1 is SD3's logit-normal). Not given in the paper; sCM
     # uses -1, 1.4 on images; -0.4, 1.4 trained on every seed of our toys.
@@ -92,7 +92,7 @@ class HeadConfig:
     time_norm: bool = False
     # Default number of solver steps in sample(); 0 = 20 for the flows, else 1. Table 4 has 1 and 4
     # for consistency, 100 for TrigFlow; consistency degrades beyond 4 to 10 (Table 6).
-    steps: Annotated[int, Range(0)] = 0
+    steps: Annotated[int, Range(0, 10_000)] = 0
 
     # ---- flows (the others ignore it)
     # euler (one evaluation per step) or heun (two, second order).
@@ -107,7 +107,7 @@ class HeadConfig:
     # ---- consistency
     # Optimizer steps over which r goes from 0 (flow matching) to 1 (sCM: 10k). 0 = r is 1 from the
     # start, which was stable from scratch and is right when starting from TrigFlow.
-    warmup: Annotated[int, Range(0)] = 0
+    warmup: Annotated[int, Range(0, 1_000_000_000)] = 0
     # c in g / (||g|| + c), 0.1 as in sCM. Not in the paper.
     tangent_c: Annotated[float, Range(above=0)] = 0.1
 
@@ -117,12 +117,12 @@ class HeadConfig:
 
     # ---- rq and delay (discrete.py)
     # rq: attention heads (Table 9: 16).
-    depth_heads: Annotated[int, Range(1)] = 16
+    depth_heads: Annotated[int, Range(1, 10_000)] = 16
     # rq: sets of weights: one for each of the first levels, the remaining levels share the last;
     # 0 = one per level.
-    sets: Annotated[int, Range(0)] = 0
+    sets: Annotated[int, Range(0, 10_000)] = 0
     # rq, delay: sample among this many most likely codes; 0 = all (MusicGen's default is 250).
-    top_k: Annotated[int, Range(0)] = 0
+    top_k: Annotated[int, Range(0, 1_000_000)] = 0
 
     def __post_init__(self):
         if self.objective == "rq" and self.width % self.depth_heads:

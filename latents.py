@@ -5,7 +5,9 @@
     out/RUN/latents/
       KEY/                    16 hex digits: one VAE (weights, [vae], precision), one list of files
         index.json            {"names": files_digest, "n": clips, "dim": D, "levels": 0 or K,
-                               "shards": [{"clips": [7, 2, ...], "frames": [63, 61, ...]}, ...]}
+                               "shards": [{"clips": [7, 2, ...], "frames": [63, 61, ...],
+                                           "crc32": of the shard's file}, ...],
+                               "crc32": of the index without this key}
         shard_00000.npy       (sum of T, 2D) float16   [mean | log-variance]
           clip 7  f f f f f   one clip after the other, in the order of the index
           clip 2  f f f f
@@ -15,15 +17,15 @@
             prompt [p p p p 0 0]                 (B, prompt_frames, 2D)  same voice, other frames
             x      [f f f f f f f f 0 0]         (B, frames, 2D)         "ended": has the clip's end
 
-With an RVQ of K levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure
-function of (seed, step, rows), as those of data.py.
+A shard or index that is damaged is encoded again, which is said (shards.py). With an RVQ of K
+levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure function of
+(seed, step, rows), as those of data.py.
 
 Paper: CALM (arXiv 2509.06926), voice-prompt prefix. Where this differs: latents are cached as the
 posterior's mean and log-variance, so that training can sample them anew at every step.
 Precision: float16 (int16 for codes) on disk, float32 (int64 for codes) in a batch.
 """
 import hashlib
-import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -37,12 +39,13 @@ import torch
 from tqdm import tqdm
 
 from audio import audio_pieces, load_audio
-from cli import BadInput, atomic
+from cli import BadInput
 from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id,
                   rng)
 from decoder import seconds_in_file
 from monologue import WordTokens, late_words, word_stream
 from prefetch import Prefetch
+from shards import damaged_shards, index_of_files, open_shard, read_index, shard_file, write_shard
 
 
 # ---------------------------------------------------------------------------- the cache on disk
@@ -94,10 +97,15 @@ class LatentCache:
     """
 
     def __init__(self, path):
-        """Open a complete cache, folder/key. Errors: BadInput when it is missing or unfinished."""
+        """Open a complete cache, folder/key. Errors: BadInput when it is missing, unfinished or
+        damaged.
+        """
         path = Path(path)
         self.path = path
-        index = read_index(path)
+        try:
+            index = read_index(path)
+        except ValueError as e:
+            raise BadInput(f"{path}/index.json: damaged ({e}); train.py encodes it again") from None
         if index is None or sum(len(s["clips"]) for s in index["shards"]) < index["n"]:
             raise BadInput(f"{path}: the latent cache is unfinished; build it first")
         self.dim = index["dim"]
@@ -114,7 +122,11 @@ class LatentCache:
             self.frames[clips] = frames
             self.shard_of[clips] = k
             self.first_frame[clips] = np.cumsum(frames) - frames
-            self.shards.append(np.load(shard_file(path, k), mmap_mode="r"))
+            try:
+                self.shards.append(open_shard(path, index, k))
+            except ValueError as e:
+                raise BadInput(f"{shard_file(path, k)}: damaged ({e}); "
+                               "train.py encodes it again") from None
 
     def __len__(self):
         return len(self.frames)
@@ -135,32 +147,39 @@ class LatentCache:
         encode(audio, state), state as for VAE.encode: memory does not grow with its length.
 
         key names the encoder and the list of files (see digest). Files that have changed since
-        (size or time) start the cache over, which is said. Every shard that is written is kept.
+        (size or time) and a damaged index start the cache over, which is said; a damaged shard is
+        encoded again, to the same latents. Every shard that is written is kept.
         Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
         than dim says or are not finite in float16.
         """
         # an unfinished cache of the same files, or a new one
         path = Path(folder) / key
         files_digest = digest(state_of_files(clips), sample_rate, channels, hop, dim, levels)
-        index = read_index(path)
-        if index is not None and index["names"] != files_digest:
-            if show:
-                print(f"latents: audio files have changed since {path} was encoded; encoding again")
-            index = None
+        index = index_of_files(path, files_digest, show)
         if index is None:
             index = {"names": files_digest, "n": len(clips), "dim": dim, "levels": levels,
                      "shards": []}
+        damaged = damaged_shards(path, index, clips, show)
 
         # what is left to encode, by the length of the files, whatever the manifest says
         pool = ThreadPoolExecutor(workers)
-        done = {i for shard in index["shards"] for i in shard["clips"]}
+        done = {i for k, shard in enumerate(index["shards"]) if k not in damaged
+                for i in shard["clips"]}
         missing = [i for i in range(len(clips)) if i not in done]
         lengths = pool.map(lambda i: seconds_in_file(clips[i].audio), missing)
         seconds = dict(zip(missing, lengths))
         total = sum(seconds.values())
         shard_seconds = max(shard_seconds, total / 256)                     # few open files
-        plan = plan_shards(seconds, batch_seconds, shard_seconds)
-        batches = [batch for shard in plan for batch in shard]
+
+        # each damaged shard in its place, from the same batches as before; then new ones
+        plan = {}
+        new = dict(seconds)
+        for k in damaged:
+            own = {i: new.pop(i) for i in index["shards"][k]["clips"]}
+            [plan[k]] = plan_shards(own, batch_seconds, math.inf)
+        for k, shard in enumerate(plan_shards(new, batch_seconds, shard_seconds)):
+            plan[len(index["shards"]) + k] = shard
+        batches = [batch for shard in plan.values() for batch in shard]
         piece = max(1, round(batch_seconds * sample_rate / hop)) * hop
 
         def load(b):
@@ -174,14 +193,14 @@ class LatentCache:
         bar = tqdm(total=round(total), desc="latents", unit=" s of audio",
                    disable=not (show and missing))
         with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
-            for shard in plan:
+            for k, shard in plan.items():
                 latents = []
                 for batch in shard:
                     latents += encode_batch(encode, next(loaded), hop, dim, levels,
                                             [clips[i].audio for i in batch])
                     seconds_done += sum(seconds[i] for i in batch)
                     bar.update(round(seconds_done) - bar.n)
-                write_shard(path, index, [i for batch in shard for i in batch], latents)
+                write_shard(path, index, k, [i for batch in shard for i in batch], latents)
         return cls(path)
 
 
@@ -268,26 +287,6 @@ def encode_batch(encode, pieces, hop, dim, levels, paths):
         if not np.isfinite(array).all():
             raise ValueError(f"encode: latents of {path} are not finite")
     return arrays
-
-
-def write_shard(path, index, clips, latents):
-    """Write the latents of clips (numbers) as the next shard, then the index that names it."""
-    with atomic(shard_file(path, len(index["shards"]))) as temp, open(temp, "wb") as out:
-        np.save(out, np.concatenate(latents))
-    index["shards"].append({"clips": clips, "frames": [len(x) for x in latents]})
-    with atomic(path / "index.json") as temp:
-        Path(temp).write_text(json.dumps(index))
-
-
-def shard_file(path, k):
-    """The file of shard k."""
-    return Path(path) / f"shard_{k:05d}.npy"
-
-
-def read_index(path):
-    """The index of a cache folder, or None where there is none."""
-    file = Path(path) / "index.json"
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 # ---------------------------------------------------------------------------- batches

@@ -88,6 +88,11 @@ class Muon:
                                      adjust_lr_fn="match_rms_adamw")
         self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
+    @property
+    def state(self):
+        """{parameter (or its matrix): its running means}, as torch's optimizers have it."""
+        return self.muon.state | self.adamw.state
+
     def zero_grad(self, set_to_none=True):
         self.adamw.zero_grad(set_to_none)
         for p in self.weights:

@@ -7,12 +7,15 @@ Both give fn(first), fn(first + 1), ... in order, whatever the number of workers
 its step only, so that a resumed run sees the same ones. An error of fn is raised where its batch
 would have come.
 """
+import os
 import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from cli import BadInput
 
 
 class Prefetch:
@@ -64,13 +67,23 @@ class Workers:
     def __init__(self, fn, first, stop, processes, pin):
         loader = DataLoader(Steps(fn), batch_size=None, sampler=range(first, stop),
                             num_workers=processes, pin_memory=pin, worker_init_fn=leave_signals)
+        # without DataLoader's own answer to the end of a process: an error wherever the training
+        # is, in the middle of an optimizer's step too
+        posix = os.name == "posix"
+        on_end = posix and signal.getsignal(signal.SIGCHLD)
         self.batches = iter(loader)
+        if posix:
+            signal.signal(signal.SIGCHLD, on_end)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        made = next(self.batches)
+        try:
+            made = next(self.batches)
+        except RuntimeError as e:                       # of DataLoader: a process was ended
+            raise BadInput("data.processes: a process that makes batches has ended "
+                           f"({str(e).splitlines()[0]}); for want of memory use fewer") from e
         if isinstance(made, Exception):
             raise made
         return made

@@ -9,11 +9,12 @@ matplotlib is imported when the first picture is drawn, always without a screen.
 import argparse
 import json
 import os
+from io import BytesIO
 
 import torch
 
 from audiocalm import ar_flow_mask, make_mask
-from cli import BadInput, Parser, atomic, cli
+from cli import BadInput, Parser, cli, write_file
 from config import read_log
 from data import KINDS
 
@@ -31,8 +32,9 @@ def pyplot():
 
 def save_picture(fig, path, dpi=80):
     """fig -> a png at path, whole or not at all."""
-    with atomic(path) as temp:
-        fig.savefig(temp, dpi=dpi, format="png")
+    png = BytesIO()
+    fig.savefig(png, dpi=dpi, format="png")
+    write_file(path, png.getvalue())
     pyplot().close(fig)
 
 

@@ -19,7 +19,9 @@ in a voice of its own.
 --prompt alone is continued: the wav holds prompt and continuation. --prompt with --text lends its
 voice: the stretch with the most speech, as long as the voice prompts of training. With
 --prompt-text as well, the clip is continued with the new words, and only these are kept.
-Exit status: 0 done, 2 your mistake (one line says which).
+--out - --stream writes to a player: python sample.py ... --stream --out - | ffplay -i -
+Exit status: 0 done, 2 your mistake, 1 the model gives no finite audio or nobody listens any more
+(one line says which).
 """
 import argparse
 import math
@@ -28,9 +30,8 @@ import re
 import time
 import unicodedata
 import warnings
-import wave
 
-from audio import load_audio, save_audio
+from audio import WavStream, limit, load_audio, refuse_poison, save_audio, say_limited
 from cli import check_packages
 
 if __name__ == "__main__":
@@ -41,7 +42,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cli import BadInput, Parser, check_writable, cli, number, threads
+from cli import (BadInput, Failure, Parser, check_writable, cli, is_stream, number, print_to_stderr,
+                 threads)
 from config import LM_STAGES, load_checkpoint, open_run
 from data import KINDS, encode_text
 from decoder import seconds_in_file
@@ -77,7 +79,7 @@ def render(lm, vae, text, *, seconds, history=None, **options):
     ended.
 
     history (B, n, D), as `encode_prompt` gives it, is continued and stands at the front of each
-    waveform.
+    waveform. Errors: Failure where audio is not finite.
     """
     max_frames = max(1, round(seconds * vae.cfg.frame_rate))
     generated = list(lm.generate(text, max_frames=max_frames, history=history, **options))
@@ -89,7 +91,10 @@ def render(lm, vae, text, *, seconds, history=None, **options):
     # each row up to the frame at which it ended
     history_frames = x.shape[1] - len(generated)
     frames = history_frames + sum((~ended).long() for _, ended in generated)            # (B,)
-    return [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
+    wavs = [w[:, :n * vae.cfg.hop] for w, n in zip(wav, frames.tolist())]
+    for row in wavs:
+        refuse_poison(row, vae.cfg.sample_rate, "generated audio")
+    return wavs
 
 
 def to_int8(lm, vae=None):
@@ -158,7 +163,8 @@ def parse():
                    help="of the random numbers; default 0")
 
     # where it goes
-    p.add_argument("--out", default="sample.wav", help="default: sample.wav")
+    p.add_argument("--out", default="sample.wav",
+                   help="a .wav, a FIFO, or - for stdout; default: sample.wav")
     p.add_argument("--stream", action="store_true", help="write audio while it is generated")
 
     # where it runs, and how fast
@@ -189,7 +195,9 @@ def check_arguments(a):
     # the file to write
     if os.path.isdir(a.out):
         raise BadInput(f"--out {a.out}: is a folder; name a .wav in it")
-    if not a.out.lower().endswith(".wav"):
+    if a.out == "-":
+        a.out = print_to_stderr()
+    if not a.out.lower().endswith(".wav") and not is_stream(a.out):
         raise BadInput(f"--out {a.out}: only .wav is written")
 
     # options that need each other
@@ -464,8 +472,8 @@ def load_history(a, cfg, vae, lm):
 # ---------------------------------------------------------------- audio
 
 class Output:
-    """The generated audio on its way to --out: collected, and with --stream written at once; the
-    file is then a whole wav after every piece, whenever the program ends.
+    """The generated audio on its way to --out: collected, or with --stream written at once. Not a
+    sample that is not finite is written; peaks are limited to full scale, which is said.
 
     skip: samples to drop from the front (the end of a prompt that is not kept).
     """
@@ -475,30 +483,40 @@ class Output:
         self.sample_rate = vae.cfg.sample_rate
         self.skip = skip
         self.pieces = []
+        self.samples = 0
+        self.loud = 0                                   # samples that were limited
+        self.peak = 0.0
         self.file = None
         if a.stream:
-            self.file = open(a.out, "wb")
-            self.wave = wave.open(self.file)
-            self.wave.setparams((vae.cfg.channels, 2, self.sample_rate, 0, "NONE", ""))
+            self.file = WavStream(a.out, vae.cfg.channels, self.sample_rate)
 
     def write(self, wav):
         """wav (1, ch, n)."""
         skipped = min(self.skip, wav.shape[-1])
         self.skip -= skipped
-        wav = wav[0, :, skipped:].cpu()
-        self.pieces.append(wav)
-        if self.file is not None:
-            pcm = (wav.clamp(-1, 1) * 32767).round().T.numpy()              # (n, ch)
-            self.wave.writeframes(pcm.astype("<i2").tobytes())              # and their number
-            self.file.flush()
+        wav = wav[0, :, skipped:].float().cpu()
+        refuse_poison(wav, self.sample_rate, "the VAE's decoder", self.samples)
+
+        # to full scale
+        wav, loud, peak = limit(wav)
+        self.loud += loud
+        self.peak = max(self.peak, peak)
+        self.samples += wav.shape[-1]
+        if self.file is None:
+            self.pieces.append(wav)
+            return
+        try:
+            self.file.write(wav)
+        except BrokenPipeError:
+            raise Failure(f"{self.path}: its reader has gone after "
+                          f"{self.samples / self.sample_rate:.2f} s; stopped") from None
 
     def close(self):
-        wav = torch.cat(self.pieces, -1)
         if self.file is not None:
-            self.wave.close()
             self.file.close()
         else:
-            save_audio(self.path, wav.numpy(), self.sample_rate)
+            save_audio(self.path, torch.cat(self.pieces, -1), self.sample_rate)
+        say_limited(self.path, self.loud, self.peak)
 
 
 def keep_latents(generated, latents):
@@ -506,6 +524,14 @@ def keep_latents(generated, latents):
     for x, ended in generated:
         latents.append(x)
         yield x, ended
+
+
+def refuse_poisoned_latent(latents, stage, frame_rate):
+    """Failure naming the first of the latents, [(1, D), ...], that is not finite."""
+    for i, x in enumerate(latents):
+        if not torch.isfinite(x).all():
+            raise Failure(f"{stage}: latent {i} ({i / frame_rate:.2f} s) is not finite, nothing from "
+                          "there on is written; use an earlier checkpoint")
 
 
 def sampling_options(cfg, steps=None, temperature=None, guidance=None, noise=None):
@@ -529,7 +555,7 @@ def choose_fast(a):
 
 
 @torch.no_grad()
-def generate(a, cfg, vae, lm, texts):
+def generate(a, cfg, vae, lm, texts, stage):
     """All texts, one after the other, into --out.
 
     -> (seconds of new audio, seconds of work until the first of it, seconds of work).
@@ -564,6 +590,8 @@ def generate(a, cfg, vae, lm, texts):
                                 prompt=voice, history=history, generator=generator, **options)
         generated = keep_latents(generated, latents)
         for wav, n, _ in vae.decode_stream(generated, decoder_state, a.parallel):
+            if not torch.isfinite(wav).all():
+                refuse_poisoned_latent(latents, stage, cfg.vae.frame_rate)
             output.write(wav)
             wavs.append(wav)
             new_frames += n
@@ -629,7 +657,7 @@ def main():
               "none is rounded")
 
     texts = texts_to_generate(a, cfg, lm)
-    new, first, took = generate(a, cfg, vae, lm, texts)
+    new, first, took = generate(a, cfg, vae, lm, texts, stage)
     print(f"{a.out}: {new:.2f} s from {stage}, {took:.2f} s of work = {new / took:.1f} x real "
           f"time, first audio after {1000 * first:.0f} ms")
 

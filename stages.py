@@ -12,7 +12,8 @@ A stage has:
     losses(batch, step) -> iterator of (optimizer's name, loss, metrics), one per optimizer
     optimized    {optimizer's name: module}
     averaged     the module whose average (EMA) is kept
-    validate(module, step) -> {figure: number}: held-out figures; renders samples
+    validate(module) -> {figure: number}: held-out figures
+    render(module, step) -> iterator of (path of a picture, [(title, wav), ...]): samples/*.wav
     finish(module): after the last step, with the averaged weights
     check_loaded(path): after a checkpoint was loaded into the model
     recompute_activations(): train.STAGE.checkpoint
@@ -23,22 +24,23 @@ Which class trains which stage stands in config.STAGES.
 import dataclasses
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.distributed as dist
 
 from adaln import AdaLNMLP
 from audio import load_audio, save_audio
 from backbone import Transformer
 from calm import CALM
-from cli import BadInput
-from config import (LM_STAGES, STAGES, load_checkpoint, load_weights, make_model,
-                    refuse_other_table, resolve, stage_seed, stage_table, vae_weights)
+from checkpoint import load_checkpoint, load_weights
+from cli import BadInput, atomic
+from config import (LM_STAGES, STAGES, build_saved, encoder_id, make_model, refuse_other_table,
+                    saved_config, stage_seed, stage_table, vae_weights)
 from data import KINDS, AudioBatches, encode_text, fits, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
 from latents import LatentBatches, LatentCache, digest
-from report import draw_spectrograms
+from locks import owned
 from sample import encode_prompt, render, sampling_options
 from vae import VAE
 
@@ -48,6 +50,19 @@ def recompute_activations(model):
     for module in model.modules():
         if isinstance(module, (Transformer, AdaLNMLP)):
             module.checkpoint = True
+
+
+def open_held_out(clips, cfg):
+    """Read the beginning of every held-out clip: one that cannot be read would fail the first
+    validation, hours later. Errors: BadInput naming the file.
+    """
+    def read(clip):
+        load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=0.1,
+                   allow_silence=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(read, clips):
+            continue
 
 
 class VAEStage:
@@ -63,6 +78,8 @@ class VAEStage:
         except ValueError as e:                      # the teacher cannot be loaded
             raise BadInput(f"gan.{e}") from None
         self.averaged = self.model.vae
+        # of a VAE whose latents it needs: none
+        self.encoder = ""
 
         # one optimizer for the VAE and the projection to the teacher, one for the discriminators
         learning = [part for part_name, part in self.model.named_children()
@@ -93,9 +110,8 @@ class VAEStage:
                          seconds=seconds, allow_silence=True)
         return torch.tensor(wav)[None].to(self.runtime.device)
 
-    def validate(self, vae, step):
-        """Mean log10-mel distance on up to 16 held-out clips of each kind; two of each are rendered
-        beside their original.
+    def validate(self, vae):
+        """Mean log10-mel distance on up to 16 held-out clips of each kind.
 
         valid_mel has one window, of 1024 samples, whatever gan.loss_windows says: it compares runs
         with each other, and is not comparable with the training loss of the same name. Clips of
@@ -103,25 +119,29 @@ class VAEStage:
         """
         distances = []
         for kind in KINDS:
-            held_out = [c for c in self.valid if c.kind == kind]
-            for i, clip in enumerate(held_out[:16]):
-                wav = self.load_clip(clip, 5.0)
-                rec = vae.decode(vae.encode(wav)[0])[..., :wav.shape[-1]]
+            for clip in [c for c in self.valid if c.kind == kind][:16]:
+                wav, rec = self.reconstruct(vae, clip)
                 if wav.shape[-1] >= 2048:
                     distance = spectral_losses(wav, rec, self.cfg.vae.sample_rate, [1024], ["mel"],
                                                self.cfg.gan.loss_floor)
                     distances.append(distance["mel"].item())
-                if i < 2:
-                    self.save_reconstruction(f"step{step:08d}_vae_{kind}{i + 1}", wav[0], rec[0])
         return {"valid_mel": sum(distances) / max(len(distances), 1)}
 
-    def save_reconstruction(self, name, wav, rec):
-        """Original and reconstruction (ch, S) -> two wavs and a picture in samples/."""
-        path = f"{self.cfg.out}/samples/{name}"
+    def reconstruct(self, vae, clip):
+        """The first 5 s of a clip and what the VAE makes of them, (1, ch, S) both."""
+        wav = self.load_clip(clip, 5.0)
+        return wav, vae.decode(vae.encode(wav)[0])[..., :wav.shape[-1]]
+
+    def render(self, vae, step):
+        """Two held-out clips of each kind beside their reconstructions."""
         sample_rate = self.cfg.vae.sample_rate
-        save_audio(f"{path}_original.wav", wav.cpu().numpy(), sample_rate)
-        save_audio(f"{path}_reconstruction.wav", rec.cpu().numpy(), sample_rate)
-        draw_spectrograms(f"{path}.png", [("original", wav), ("reconstruction", rec)], sample_rate)
+        for kind in KINDS:
+            for i, clip in enumerate([c for c in self.valid if c.kind == kind][:2]):
+                (wav,), (rec,) = self.reconstruct(vae, clip)                        # (ch, S)
+                path = f"{self.cfg.out}/samples/step{step:08d}_vae_{kind}{i + 1}"
+                save_audio(f"{path}_original.wav", wav.cpu().numpy(), sample_rate)
+                save_audio(f"{path}_reconstruction.wav", rec.cpu().numpy(), sample_rate)
+                yield f"{path}.png", [("original", wav), ("reconstruction", rec)]
 
     def finish(self, vae):
         """The first 10 s of every n-th clip (400 to 799 of them, or all) -> latent_mean and
@@ -150,6 +170,7 @@ class LMStage:
 
         # the trained VAE, and the latents of every clip
         weights = self.load_vae()
+        self.encoder = encoder_id(weights)
         table = stage_table(cfg, name)
         # K, 0 for latents
         self.code_levels = cfg.vae.codebooks if table.head.objective in DISCRETE else 0
@@ -184,7 +205,7 @@ class LMStage:
         Errors: BadInput where it was trained with another [vae], whose latents would be others."""
         path = f"{self.cfg.out}/vae.pt"
         state = self.finished(path, "vae")
-        refuse_other_table(path, resolve(state["config"]), self.cfg, "vae")
+        refuse_other_table(path, saved_config(state, path), self.cfg, "vae")
         weights = vae_weights(state)
         self.vae = VAE(self.cfg.vae)
         load_weights(self.vae, weights, path)
@@ -217,23 +238,25 @@ class LMStage:
                     return self.vae.encode_codes(wav, state)
                 return torch.cat(self.vae.encode(wav, state), -1)
 
-        def build(show):
+        def build():
             return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
                                      sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
                                      hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
-                                     levels=self.code_levels, batch_seconds=60.0, show=show)
+                                     levels=self.code_levels, batch_seconds=60.0)
 
         # the first process encodes, the others wait and then only read
         if self.runtime.rank == 0:
-            build(show=True)
-        if self.runtime.world > 1:
-            dist.barrier()
-        return build(show=False)
+            folder = f"{cfg.out}/latents"
+            os.makedirs(folder, exist_ok=True)
+            with owned(folder, "latents are being made", wait=True):
+                build()
+        self.runtime.wait()
+        return LatentCache(f"{cfg.out}/latents/{key}")
 
     def note_other_caches(self, *used):
         """Say how many caches this stage does not use: they are left to the user to delete."""
         folder = used[0].parent
-        others = [path for path in folder.iterdir() if path not in used]
+        others = [path for path in folder.iterdir() if path.is_dir() and path not in used]
         if others:
             self.runtime.say(f"latents: {len(others)} other caches in {folder}, of other weights, "
                              "settings or clips, are not used by this stage")
@@ -284,20 +307,9 @@ class LMStage:
         loss, metrics = self.model.loss(self.prepare(batch))
         yield self.name, loss, metrics
 
-    def validate(self, model, step):
-        """Held-out loss with fixed noise; clips of each kind from text, and held-out clips
-        continued.
-        """
-        figures = self.held_out_figures(model)
-        for kind in KINDS:
-            clips = [c for c in self.valid if c.kind == kind]
-            self.render_texts(model, step, kind, clips)
-            self.render_continuations(model, step, kind, clips)
-        return figures
-
-    def held_out_figures(self, model):
-        """The metrics of up to 64 held-out rows, in forward passes as large as in training ->
-        {"valid_NAME": mean, in which a pass counts as its rows do}.
+    def validate(self, model):
+        """The metrics of up to 64 held-out rows, with fixed noise, in forward passes as large as in
+        training -> {"valid_NAME": mean, in which a pass counts as its rows do}.
         """
         torch.manual_seed(1)
         stage_cfg = getattr(self.cfg.train, self.name)
@@ -315,6 +327,13 @@ class LMStage:
                 weights[key] = weights.get(key, 0) + len(rows)
         return {f"valid_{key}": sums[key] / weights[key] for key in sums}
 
+    def render(self, model, step):
+        """Clips of each kind from text, and held-out clips continued."""
+        for kind in KINDS:
+            clips = [c for c in self.valid if c.kind == kind]
+            yield from self.render_texts(model, step, kind, clips)
+            yield from self.render_continuations(model, step, kind, clips)
+
     def render_texts(self, model, step, kind, clips):
         """The config's texts of a kind, else some of the held-out ones."""
         cfg = self.cfg
@@ -323,7 +342,7 @@ class LMStage:
             texts = sorted({c.text for c in clips if c.text and fits(c.text, kind, cfg.data)})
         for i, text in enumerate(some_of(texts, cfg.sample.count)):
             name = f"step{step:08d}_{self.name}_{kind}{i + 1}"
-            self.save_generation(model, name, kind, text, i)
+            yield self.save_generation(model, name, kind, text, i)
 
     def render_continuations(self, model, step, kind, clips):
         """The first seconds of some held-out clips, continued without text."""
@@ -334,19 +353,18 @@ class LMStage:
                              seconds=cfg.sample.prompt_seconds, allow_silence=True)
             wav = torch.tensor(wav)[None].to(self.runtime.device)
             name = f"step{step:08d}_{self.name}_{kind}_continued{i + 1}"
-            self.save_generation(model, name, kind, "", i,
-                                 history=encode_prompt(model, self.vae, wav))
+            yield self.save_generation(model, name, kind, "", i,
+                                       history=encode_prompt(model, self.vae, wav))
 
     def save_generation(self, model, name, kind, text, seed, **options):
-        """One generation -> samples/NAME.wav and .png."""
+        """One generation -> samples/NAME.wav, and what its picture shows."""
         cfg, device = self.cfg, self.runtime.device
         tokens = torch.tensor([encode_text(text, kind, cfg.data)], dtype=torch.long, device=device)
         wav, = render(model, self.vae, tokens, kind=KINDS.index(kind),
                       seconds=cfg.sample.seconds, **sampling_options(cfg.sample),
                       generator=torch.Generator(device).manual_seed(seed), **options)
         save_audio(f"{cfg.out}/samples/{name}.wav", wav.cpu().numpy(), cfg.vae.sample_rate)
-        draw_spectrograms(f"{cfg.out}/samples/{name}.png",
-                          [(f"{kind}: {text or 'continued'}", wav)], cfg.vae.sample_rate)
+        return f"{cfg.out}/samples/{name}.png", [(f"{kind}: {text or 'continued'}", wav)]
 
     def finish(self, model):
         """Nothing is measured after the last step."""
@@ -408,16 +426,16 @@ class DistillStage(LMStage):
     def copy_vae(self, cfg, runtime, vae):
         """The VAE beside the teacher becomes the run's, where the run has none."""
         if runtime.rank == 0 and not os.path.exists(f"{cfg.out}/vae.pt") and os.path.exists(vae):
-            shutil.copyfile(vae, f"{cfg.out}/vae.pt")
-        if runtime.world > 1:
-            dist.barrier()
+            with atomic(f"{cfg.out}/vae.pt") as temp:
+                shutil.copyfile(vae, temp)
+        runtime.wait()
 
     def load_teacher(self, state, weights, path):
         """The teacher's model, or BadInput where this student cannot learn from it."""
         stage = state["stage"]
         if stage not in LM_STAGES or STAGES[stage].model is not CALM:
             raise BadInput(f"train.distill.teacher: {path} is no CALM but \"{stage}\"")
-        teacher_cfg = resolve(state["config"])
+        teacher_cfg = saved_config(state, path)
         teacher_table = stage_table(teacher_cfg, stage)
         for table in (self.cfg.lm, teacher_table):
             if table.monologue or table.head.objective in DISCRETE:
@@ -427,7 +445,7 @@ class DistillStage(LMStage):
         if self.cfg.lm.head.objective != objective:
             raise BadInput(f"lm.head.objective: must be the teacher's, '{objective}'")
 
-        teacher = make_model(teacher_cfg, stage)
+        teacher = build_saved(teacher_cfg, stage, weights, path)
         load_weights(teacher, weights, path)
         return teacher
 

@@ -30,23 +30,23 @@ differ a little.
     --print                 show the resolved config and stop
 
 A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
-Ctrl-C saves a checkpoint first. Exit status: 0 done, 2 your mistake (one line says which),
-130 interrupted.
+Ctrl-C and SIGTERM save a checkpoint first. Exit status: 0 done, 1 the training diverged, 2 your
+mistake (one line says which), 130 interrupted.
 """
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 
+import signals
 from cli import check_packages
 
 if __name__ == "__main__":
+    signals.listen()
     check_packages()                # before the imports that need them
 
 import torch
@@ -54,14 +54,13 @@ import torch.distributed as dist
 
 import checks
 import stages
-from cli import BadInput, Parser, atomic, cli
-from config import (STAGES, dump, load, load_checkpoint, load_weights, read_log, resolve,
-                    save_checkpoint, stage_seed, table_changes, vae_weights)
+from cli import BadInput, Parser, clean_temps, cli, write_file
+from config import STAGES, dump, load, read_log, stage_seed
 from corpora import toy
 from data import load_clips, load_manifest
-from optim import make_optimizers, schedule
-from prefetch import Prefetch, Workers
-from report import draw_losses
+from locks import owned
+from optim import schedule
+from runs import Run, todo_file, write_log
 
 
 class Runtime:
@@ -126,232 +125,39 @@ class Runtime:
     def to(self, batch):
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
-    def wait(self):
-        """Until all processes are here."""
+    def meet(self):
+        """Until all processes are here, whatever signal comes."""
         if self.world > 1:
             dist.barrier()
 
-
-# ---------------------------------------------------------------- one stage's run on disk
-
-class EMA:
-    """Averaged weights w̄ ← d w̄ + (1 - d) w, with d growing to its value over the first steps.
-
-    Buffers are copied: an RVQ's codebooks are running means already, counts must not be averaged.
-    """
-
-    def __init__(self, module, decay):
-        self.module = module
-        self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = self.module.state_dict()
-        weights = [name for name, _ in self.module.named_parameters()]
-        torch._foreach_lerp_([self.state[k] for k in weights],
-                             [current[k].detach() for k in weights], 1 - decay)
-        for k in current.keys() - set(weights):
-            self.state[k].copy_(current[k])
-
-
-@contextlib.contextmanager
-def weights_of(module, state):
-    """The module with other weights for a while, in eval mode, without gradients."""
-    own = {k: v.detach().clone() for k, v in module.state_dict().items()}
-    if state is not None:
-        module.load_state_dict(state)
-    module.eval()
-    with torch.no_grad():
-        yield module
-    module.train()
-    if state is not None:
-        module.load_state_dict(own)
-
-
-class Run:
-    """One stage's training as the run folder sees it: its checkpoint, its rows of log.jsonl, its
-    validation; and which rows of the global batch are this process's.
-
-    trainer: an object of stages.py; name: the stage's, a key of config.STAGES.
-    """
-
-    def __init__(self, trainer, name, cfg, runtime):
-        self.trainer = trainer
-        self.name = name
-        self.cfg = cfg
-        self.runtime = runtime
-        self.stage_cfg = getattr(cfg.train, name)
-        self.path = f"{cfg.out}/{name}.pt"
-        self.clips = checks.digest_of(trainer.batch.clips)
-        self.split_batch()
-
-        trainer.model.to(runtime.device).train()
-        self.freeze()
-        if self.stage_cfg.checkpoint:
-            trainer.recompute_activations()
-        self.optimizers = make_optimizers(trainer, self.stage_cfg, runtime.device,
-                                          key=f"train.{name}.optimizer")
-        self.ema = EMA(trainer.averaged, self.stage_cfg.ema) if self.stage_cfg.ema else None
-
-    def split_batch(self):
-        """Rows of a step that are this process's, and rows of one forward pass."""
-        batch = self.stage_cfg.batch
-        world = self.runtime.world
-        if batch % world:
-            raise BadInput(f"train.{self.name}.batch: {batch} rows cannot be shared by "
-                           f"{world} processes")
-        self.rows = batch // world
-        self.micro = self.stage_cfg.micro_batch or self.rows
-        if self.rows % self.micro:
-            raise BadInput(f"train.{self.name}.micro_batch: {self.micro} does not divide the "
-                           f"{self.rows} rows of a process")
-
-        # rows of the global batch that each of this process's micro-batches holds
-        first = self.runtime.rank * self.rows
-        self.parts = [range(s, s + self.micro) for s in range(first, first + self.rows, self.micro)]
-
-    def freeze(self):
-        parts = dict(self.trainer.averaged.named_children())
-        for part in self.stage_cfg.freeze:
-            if part not in parts:
-                raise BadInput(f"train.{self.name}.freeze: unknown '{part}'; "
-                               f"valid: {', '.join(parts)}")
-            parts[part].requires_grad_(False)
-
-    def resume(self):
-        """The first step to do: 0, or where the last checkpoint was, whose state is loaded."""
-        first = 0
-        if os.path.exists(self.path):
-            first = self.load(self.path)
-        elif self.stage_cfg.init:
-            self.load_init(self.stage_cfg.init)
-        if self.runtime.compile:
-            # layers share one code object, and dynamo keeps at most 8 graphs of it: those of the
-            # stage before must not count
-            torch._dynamo.reset()
-            self.trainer.compile()
-
-        size = sum(p.numel() for p in self.trainer.model.parameters())
-        self.runtime.say(
-            f"{self.name}: {size / 1e6:.2f}M parameters, "
-            f"{self.stage_cfg.steps} steps of {self.stage_cfg.batch} rows = "
-            f"{self.runtime.world} process(es) x {self.rows // self.micro} micro-batch(es) "
-            f"x {self.micro}" + (f"; resuming at step {first}" if first else ""))
-
-        # what was logged after the checkpoint will come again
-        if self.runtime.rank == 0:
-            rows = [json.loads(line) for line in read_log(self.cfg.out)]
-            write_log(self.cfg.out, [row for row in rows
-                                     if row["stage"] != self.name or row["step"] <= first])
-        self.logged_step = first
-        self.logged_at = time.perf_counter()
-        return first
-
-    def load(self, path):
-        """Go on from this stage's own checkpoint -> its step."""
-        state = load_checkpoint(path, self.runtime.device)
-        load_weights(self.trainer.model, state["model"], path)
-        self.trainer.check_loaded(path)
-        for key, optimizer in self.optimizers.items():
-            try:
-                optimizer.load_state_dict(state["optimizers"][key])
-            except ValueError as e:                     # other groups of parameters
-                raise BadInput(f"{path}: holds the optimizer of another version of this code "
-                               f"({e}); finish it with that one, or begin again with --fresh") from e
-        if self.ema:
-            self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
-        return state["step"]
-
-    def load_init(self, path):
-        """Begin with the weights of another checkpoint (train.STAGE.init)."""
-        state = load_checkpoint(path, self.runtime.device)
-        weights = vae_weights(state) if self.name == "vae" else state["ema"] or state["model"]
-        load_weights(self.trainer.averaged, weights, path)
-        self.trainer.check_loaded(path)
-        if self.ema:
-            self.ema = EMA(self.trainer.averaged, self.stage_cfg.ema)
-        self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
-
-        # the same shapes may mean something else
-        for old, new in table_changes(resolve(state["config"]), self.cfg, "vae"):
-            self.runtime.say(f"{self.name}: {path} was trained with [vae] {old}, here {new}")
-
-    def batches(self, step):
-        """This process's micro-batches of a step, one for each of self.parts."""
-        return [self.trainer.batch(step, rows) for rows in self.parts]
-
-    def feed(self, first):
-        """An iterator of the batches from step `first` on, made ahead; to be closed."""
-        processes = self.cfg.data.processes
-        if processes:
-            pin = self.runtime.device.startswith("cuda")
-            return Workers(self.batches, first, self.stage_cfg.steps, processes, pin)
-        return Prefetch(self.batches, first, stop=self.stage_cfg.steps)
-
-    def log(self, step, figures):
-        """One row of log.jsonl and one line on the screen."""
-        now = time.perf_counter()
-        speed = (step - self.logged_step) / (now - self.logged_at)
-        self.logged_step = step
-        self.logged_at = now
-
-        figures = {k: round(float(v), 5) for k, v in figures.items()}
-        self.write(step, {**figures, "steps_per_second": round(speed, 2)})
-        shown = " ".join(f"{k} {v:.3f}" for k, v in figures.items()
-                         if "loss_" not in k and "grad" not in k)
-        left = (self.stage_cfg.steps - step) / speed
-        self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | {shown} | "
-                         f"{speed:.1f} steps/s | eta {int(left // 60)}:{int(left % 60):02d}")
-
-    def write(self, step, figures):
-        if self.runtime.rank == 0:
-            with open(f"{self.cfg.out}/log.jsonl", "a") as f:
-                f.write(json.dumps({"stage": self.name, "step": step, **figures}) + "\n")
-
-    def validate(self, step):
-        """Held-out figures with the averaged weights; the stage renders samples too.
-
-        Eager: every length of a clip or cache would be compiled anew, 10 s each.
-        """
-        if self.runtime.rank != 0:
+    def wait(self):
+        """Until all processes are here, for as long as one of them works; a signal ends it."""
+        if self.world == 1:
             return
-        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
-              torch.compiler.set_stance("force_eager")):
-            found = self.trainer.validate(module, step)
-        self.write(step, {k: round(v, 5) for k, v in found.items()})
-        self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | "
-                         + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        work = dist.barrier(async_op=True)
+        try:
+            while not work.is_completed():
+                if signals.asked():
+                    raise signals.Interrupted(signals.STATUS)
+                time.sleep(0.005)
+            work.wait()
+        except signals.Interrupted:
+            signals.tell()
+            sys.stdout.flush()
+            os._exit(signals.STATUS)        # an orderly exit would wait for the barrier
+        except RuntimeError:                # the connection to a process is closed
+            if signals.asked():
+                raise signals.Interrupted(signals.STATUS) from None
+            raise SystemExit("another process of this training has ended, and this one with it"
+                             ) from None
 
-    def save(self, step, done=False):
-        if self.runtime.rank == 0:
-            optimizers = {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()}
-            save_checkpoint(self.path, {"stage": self.name, "step": step, "done": done,
-                                        "clips": self.clips,
-                                        "config": dataclasses.asdict(self.cfg),
-                                        "seen": self.trainer.batch.seen,
-                                        "model": self.trainer.model.state_dict(),
-                                        "ema": self.ema.state if self.ema else None,
-                                        "optimizers": optimizers})
-
-    def finish(self):
-        """The stage's last measurements, validation, checkpoint and picture."""
-        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
-              torch.compiler.set_stance("force_eager")):
-            self.trainer.finish(module)
-            if self.ema:
-                self.ema.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        self.validate(self.stage_cfg.steps)
-        self.save(self.stage_cfg.steps, done=True)
-        if self.runtime.rank == 0:
-            draw_losses(self.cfg.out)
-        self.runtime.wait()
-
-
-def write_log(out, rows):
-    with open(f"{out}/log.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    def any_of(self, flag):
+        """Whether the flag is true in any process."""
+        if self.world == 1:
+            return flag
+        flags = torch.full((), float(flag), device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
 
 # ---------------------------------------------------------------- the loop
@@ -362,10 +168,15 @@ def train(trainer, name, cfg, runtime):
     stage_cfg = run.stage_cfg
     seed = stage_seed(cfg.seed, name)
     first = run.resume()
+    steps = first if run.done else stage_cfg.steps
     skipped = 0                                        # steps in a row that were not finite
+    runtime.wait()
+    if run.lacks_figures():
+        run.show(first)
 
-    with contextlib.closing(run.feed(first)) as feed, stop_signals() as stop:
-        for step in range(first, stage_cfg.steps):
+    # a signal stops all processes behind the same step
+    with (signals.held(), contextlib.closing(run.feed(first)) as feed, run.kept_on_error()):
+        for step in range(first, steps):
             # learning rate: linear warm-up, cosine decay
             for key, optimizer in run.optimizers.items():
                 peak = stage_cfg.lr
@@ -375,60 +186,47 @@ def train(trainer, name, cfg, runtime):
                     group["lr"] = peak * schedule(stage_cfg, step)
                 optimizer.zero_grad(set_to_none=True)
 
-            # a file that can no longer be read must not cost the steps since the last checkpoint
-            try:
-                batches = list(zip(run.parts, next(feed), strict=True))
-            except BadInput:
-                if step > first:
-                    run.save(step)
-                raise
-
             # forward and backward over this process's micro-batches, summed over processes
+            batches = list(zip(run.parts, next(feed), strict=True))
             figures = gradients(trainer, batches, step, runtime, seed, stage_cfg.batch)
+            stop = figures.pop("stop")
             figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
 
             # a step that is not finite is skipped, ten in a row stop the run
             if all_finite(figures, runtime.device):
                 skipped = 0
-                for optimizer in run.optimizers.values():
-                    optimizer.step()
+                run.take(step)
             else:
                 skipped += 1
-                report_skip(name, step, skipped, figures, runtime)
-            if run.ema:
-                run.ema.update(step)
+                run.running.undo()
+                report_skip(run, step, skipped, figures)
 
-            # once in a while: log, validate, save
+            # once in a while: log, save, validate
+            stop = bool(stop)
             done = step + 1
-            last = done == stage_cfg.steps
+            last = done == steps
             if last or done % stage_cfg.log_every == 0:
                 run.log(done, figures)
-            if stage_cfg.valid_every and done % stage_cfg.valid_every == 0 and not last:
-                run.validate(done)
-            if stop or done % stage_cfg.save_every == 0 and not last:
-                run.save(done)
+            if done % stage_cfg.save_every == 0:
+                run.save()
+            if stage_cfg.valid_every and done % stage_cfg.valid_every == 0 and not (last or stop):
+                run.show(done)
+                stop = runtime.any_of(signals.asked())
             if stop:
-                runtime.say(f"{name}: interrupted, {run.path} holds step {done}; "
+                run.save()
+                runtime.say(f"{name}: interrupted, {run.path} holds step {run.step}; "
                             "the same command goes on from there")
-                sys.exit(130)
-    run.finish()
+                sys.exit(signals.STATUS)
 
+        # the weights first, whatever comes
+        run.save()
+        if skipped:
+            raise FloatingPointError(f"{name}: the last {skipped} steps were not finite; "
+                                     + run.advice())
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that is empty until Ctrl-C or SIGTERM; a second one ends the process at once."""
-    stop = []
-
-    def on_signal(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    if not run.done:
+        run.finish()
+    run.complete()
 
 
 def seed_for(seed, step, row):
@@ -438,7 +236,8 @@ def seed_for(seed, step, row):
 
 def gradients(trainer, batches, step, runtime, seed, total):
     """Fill .grad with the gradient of the mean loss over the global batch; return the metrics:
-    means over the batch, or the largest value where the name ends in _max.
+    means over the batch, or the largest value where the name ends in _max; "stop": above 0 where
+    a signal has come to any process.
 
     The loss of a micro-batch is a mean over its positions and weighs as its rows do: where rows are
     of different length, positions of a short micro-batch weigh more than those of a long one.
@@ -459,6 +258,7 @@ def gradients(trainer, batches, step, runtime, seed, total):
                         maxima[key] = torch.maximum(maxima.get(key, value), value)
                     else:
                         sums[key] = sums.get(key, 0.0) + value * share
+    sums["stop"] = torch.full((), float(signals.asked()), device=runtime.device)
 
     # one sum over processes for all gradients and metrics
     if runtime.world > 1:
@@ -490,13 +290,18 @@ def all_finite(figures, device):
     return bool(torch.stack([v.float().to(device) for v in figures.values()]).isfinite().all())
 
 
-def report_skip(name, step, skipped, figures, runtime):
-    """Say that a step was skipped; FloatingPointError with the figures at the tenth in a row."""
-    if skipped == 10:
-        raise FloatingPointError(
-            f"{name}: ten steps in a row were not finite at step {step}: "
-            + ", ".join(f"{k} {float(v):.3g}" for k, v in figures.items()))
-    runtime.say(f"{name} {step}: loss or gradient is not finite, step skipped ({skipped} in a row)")
+def report_skip(run, step, skipped, figures):
+    """Say that a step was skipped. At the tenth in a row save the last one that was not, and raise
+    FloatingPointError with the figures.
+    """
+    if skipped < 10:
+        run.runtime.say(f"{run.name} {step}: loss or gradient is not finite, step skipped "
+                        f"({skipped} in a row)")
+        return
+    run.keep()
+    bad = [f"{k} {float(v):.3g}" for k, v in figures.items() if not v.isfinite()]
+    raise FloatingPointError(f"{run.name}: ten steps in a row were not finite at step {step}: "
+                             f"{', '.join(bad[:6])}; {run.advice()}")
 
 
 # ---------------------------------------------------------------- a run from its config
@@ -517,29 +322,15 @@ def start_over(out, names):
     anything.
     """
     names = STAGES if "vae" in names else names
-    for name in names:
-        if os.path.exists(f"{out}/{name}.pt"):
-            os.remove(f"{out}/{name}.pt")
+    # backwards: what is left after a kill has what it was trained on
+    for name in reversed(names):
+        for path in (f"{out}/{name}.pt", todo_file(out, name)):
+            if os.path.exists(path):
+                os.remove(path)
     rows = [json.loads(line) for line in read_log(out)]
     write_log(out, [row for row in rows if row["stage"] not in names])
     if "vae" in names:
         shutil.rmtree(f"{out}/latents", ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(out, rank=0):
-    """Keep other trainings out of the run folder. The first process asks for all."""
-    if rank != 0 or os.name != "posix":
-        yield
-        return
-    import fcntl
-    with open(f"{out}/.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"out: another training writes to {out}; wait for its end or use --out"
-                           ) from None
-        yield
 
 
 def parse():
@@ -559,17 +350,19 @@ def run_stages(cfg, runtime, fresh):
     checks.announce_data(cfg, clips, valid, runtime.say)
     checks.refuse_missing_init(cfg, fresh)
     if fresh and runtime.rank == 0:
-        start_over(cfg.out, cfg.stages)
+        with signals.held():
+            start_over(cfg.out, cfg.stages)
     runtime.wait()                                     # nobody looks before the old ones are gone
 
     # what is there already must fit the config
     done = checks.check_checkpoints(cfg, clips, runtime.say)
     if runtime.rank == 0:
-        with atomic(f"{cfg.out}/config.toml") as temp, open(temp, "w") as f:
-            f.write(dump(cfg))
+        write_file(f"{cfg.out}/config.toml", dump(cfg))
 
+    if not all(done.values()):
+        stages.open_held_out(valid, cfg)
     for name in cfg.stages:
-        if done[name]:
+        if done[name] and not os.path.exists(todo_file(cfg.out, name)):
             runtime.say(f"{name}: finished before, skipped")
             continue
         torch.manual_seed(cfg.seed)
@@ -583,14 +376,40 @@ def main():
     if arguments.print:
         print(dump(cfg), end="")
         return
+    try:
+        train_all(cfg, arguments.fresh)
+    except signals.Interrupted:
+        signals.tell()
+        raise
+    except FloatingPointError as e:
+        # diverged; every process says the same
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError:
+        # after a signal another process may have left in the middle of a collective
+        if not signals.asked():
+            raise
+        sys.exit(signals.STATUS)
+
+
+def train_all(cfg, fresh):
+    """Open the run folder, as its only owner, and train what is not finished."""
     runtime = Runtime(cfg)
     try:
         os.makedirs(f"{cfg.out}/samples", exist_ok=True)
     except OSError as e:
         raise BadInput(f"out: {cfg.out} cannot be made ({e.strerror}); use --out") from None
 
-    with locked(cfg.out, runtime.rank):
-        run_stages(cfg, runtime, arguments.fresh)
+    # the first process asks for all
+    lock = contextlib.nullcontext()
+    if runtime.rank == 0:
+        lock = owned(cfg.out, "another training writes to it", say=runtime.say)
+    with lock:
+        if runtime.rank == 0:
+            for folder, _, _ in os.walk(cfg.out):
+                clean_temps(folder)
+        run_stages(cfg, runtime, fresh)
 
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
     if runtime.world > 1:
@@ -598,4 +417,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, outlives_screen=True)

@@ -64,31 +64,31 @@ class VAEConfig:
     Table 10: music 32 kHz, ratios 8·8·5·4, D = 128; speech 24 kHz, 6·5·4·4·4, D = 32.
     """
     # Hz
-    sample_rate: Annotated[int, Range(1)] = 16000
+    sample_rate: Annotated[int, Range(1, 1_000_000)] = 16000
     # audio channels
-    channels: Annotated[int, Range(1)] = 1
+    channels: Annotated[int, Range(1, 64)] = 1
     # channels D of a latent (Table 10, speech)
-    latent_dim: Annotated[int, Range(1)] = 32
+    latent_dim: Annotated[int, Range(1, 100_000)] = 32
     # upsampling factors in decoder order; hop = their product · inner
-    ratios: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [4, 10, 4, 4])
+    ratios: list[Annotated[int, Range(1, 10_000)]] = field(default_factory=lambda: [4, 10, 4, 4])
     # stft: log-magnitudes replace the outermost ratios
     encoder: Literal["conv", "stft"] = "stft"
     # istft: magnitude and phase replace the outermost ratios
     decoder: Literal["conv", "istft"] = "istft"
     # stft, istft: hop in samples, the product of the last ratios, which the STFT replaces
-    stft_hop: Annotated[int, Range(0)] = 160
+    stft_hop: Annotated[int, Range(0, 1_000_000)] = 160
     # istft: direct (Vocos), or locked (keeps tones steady; for encoder = "stft")
     phase: Literal["direct", "locked"] = "direct"
     # stft, istft: n_fft in samples; 0 = 4 · stft_hop
-    stft_size: Annotated[int, Range(0)] = 0
+    stft_size: Annotated[int, Range(0, 1_000_000)] = 0
     # encoder = "stft": n_fft in samples of each input spectrum; [] = stft_size only. A long one
     # resolves the harmonics of a tone, a short one its onset
-    encoder_windows: list[Annotated[int, Range(1)]] = field(default_factory=list)
+    encoder_windows: list[Annotated[int, Range(1, 1_000_000)]] = field(default_factory=list)
     # seanet (ELU, no norm: both papers) or convnext (LayerNorm, GELU, as in Vocos: learns faster)
     block: Literal["seanet", "convnext"] = "convnext"
     # transformer positions per latent (Mimi: 2, Pocket TTS: 16): the last, learned downsampling
     # comes after the encoder's transformer, the first upsampling before the decoder's
-    inner: Annotated[int, Range(1)] = 1
+    inner: Annotated[int, Range(1, 1000)] = 1
     # how `inner` positions become one latent: conv (strided: Mimi) or cls (one learned [CLS] after
     # each patch, read after the transformer: AudioCALM)
     aggregator: Literal["conv", "cls"] = "conv"
@@ -98,27 +98,29 @@ class VAEConfig:
     # rvq: the discrete baseline of Tables 1 and 3
     bottleneck: Literal["gaussian", "rvq"] = "gaussian"
     # rvq: codebooks K (8 at 12.5 Hz, Table 1; 32 at 25 Hz, Table 3)
-    codebooks: Annotated[int, Range(1)] = 8
+    codebooks: Annotated[int, Range(1, 1000)] = 8
     # rvq: entries per codebook (Mimi: 2048)
-    codebook_size: Annotated[int, Range(1)] = 2048
+    codebook_size: Annotated[int, Range(1, 32_768)] = 2048
     # channels next to the waveform, doubled at each ratio
-    width: Annotated[int, Range(1)] = 32
+    width: Annotated[int, Range(1, 100_000)] = 32
     # upper limit of that doubling
-    width_max: Annotated[int, Range(1)] = 256
+    width_max: Annotated[int, Range(1, 100_000)] = 256
     # residual units per ratio; seanet: dilated 1, 2, 4, ...
-    res_layers: Annotated[int, Range(0)] = 2
+    res_layers: Annotated[int, Range(0, 100)] = 2
     # transformer width C
-    dim: Annotated[int, Range(1)] = 256
-    heads: Annotated[int, Range(1)] = 4
+    dim: Annotated[int, Range(1, 100_000)] = 256
+    heads: Annotated[int, Range(1, 10_000)] = 4
     # transformer layers of each side (Table 10: 8 + 8 speech, 4 + 4 music)
-    encoder_layers: Annotated[int, Range(0)] = 1
-    decoder_layers: Annotated[int, Range(0)] = 1
+    encoder_layers: Annotated[int, Range(0, 10_000)] = 1
+    decoder_layers: Annotated[int, Range(0, 10_000)] = 1
     # seconds that each transformer layer looks back (Table 10: 10 speech, 30 music)
-    context: Annotated[float, Range(0)] = 1.0
+    context: Annotated[float, Range(0, 100_000)] = 1.0
 
     def __post_init__(self):
         if not self.ratios:
             raise ValueError("ratios: needs at least one whole number >= 1")
+        if len(self.ratios) > 20 or math.prod(self.ratios) > 1_000_000:
+            raise ValueError("ratios: must be at most 20 numbers with a product up to 1000000")
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(
                 f"heads: dim / heads must be an even whole number, got {self.dim} / {self.heads}")

@@ -242,7 +242,7 @@ def render(task):
     """(path, text, voice): speak one sentence into a file -> its manifest line."""
     path, text, voice = task
     samples, rate, words = engine().speak(text, voice)
-    save_audio(path, samples.astype(np.float32)[None] / 32768, rate)
+    save_audio(path, samples.astype(np.float32)[None] / 32768, rate, sync=False)
     return Clip(path, text, "speech", voice, words=words, duration=len(samples) / rate,
                 id=f"{voice}_{os.path.basename(path)[:-4]}")
 

@@ -34,6 +34,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ import soxr
 from tqdm import tqdm
 
 from audio import audio_info, save_audio
-from cli import BadInput, Parser, atomic, cli, number
+from cli import BadInput, Parser, cli, number, write_file
 from corpora.flite import distinct_sentences
 from data import Clip, load_manifest, write_manifest
 
@@ -314,10 +315,11 @@ def clip_path(folder, text, ogg):
 def store(path, samples, rate, quality):
     """Write samples (S,) as 16-bit wav, or as Ogg Vorbis of a quality of 0 to 1."""
     if quality is None:
-        save_audio(path, samples[None], rate)
+        save_audio(path, samples[None], rate, sync=False)
         return
-    with atomic(path) as temp:
-        sf.write(temp, samples, rate, format="OGG", subtype="VORBIS", compression_level=1 - quality)
+    ogg = BytesIO()
+    sf.write(ogg, samples, rate, format="OGG", subtype="VORBIS", compression_level=1 - quality)
+    write_file(path, ogg.getvalue(), sync=False)
 
 
 def render(voice, text, path, rate, ogg):

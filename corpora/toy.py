@@ -20,10 +20,10 @@ build of numpy. Files are 16-bit PCM.
 """
 import argparse
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
@@ -31,9 +31,10 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, cli, sync_all, write_file
 from corpora import oracle
 from corpora.synth import CAPTIONS, DIGITS, KINDS, RATES, VOICES, WORDS, attributes, synthesise
+from locks import owned
 from schema import Kind, Range, build
 
 # longest clip of each kind in s: fixed part, part per word
@@ -48,15 +49,15 @@ class ToyConfig:
     """The [toy] table. Two equal tables make the same files, byte for byte."""
 
     # training clips; 1000 are 20 minutes of audio, made in 15 s
-    clips: Annotated[int, Range(1)] = 1200
+    clips: Annotated[int, Range(1, 10_000_000)] = 1200
     # held-out clips; speech among them uses only unseen digit pairs
-    valid_clips: Annotated[int, Range(1)] = 120
+    valid_clips: Annotated[int, Range(1, 10_000_000)] = 120
     # the first 1 to 6 voices; more make speaker identity a real task
     voices: Annotated[int, Range(1, 6)] = 1
     # words in a training string, at least
-    digits_min: Annotated[int, Range(1)] = 2
+    digits_min: Annotated[int, Range(1, 1000)] = 2
     # words in a training string, at most; a spoken digit lasts about a third of a second
-    digits_max: int = 2
+    digits_max: Annotated[int, Range(1, 1000)] = 2
     # a quarter of the strings also carry a word such as "yes" or "stop"
     words: bool = False
     # kinds of clips in the corpus
@@ -64,9 +65,9 @@ class ToyConfig:
     # share of each of `kinds`; they sum to 1
     shares: list[Annotated[float, Range(0)]] = field(default_factory=lambda: [0.5, 0.25, 0.25])
     # longest clip in seconds, which the loader relies on; clips keep their natural length below
-    max_seconds: float = 2.5
+    max_seconds: Annotated[float, Range(above=0, high=3600)] = 2.5
     # seed of every random choice
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, below=2 ** 63)] = 0
 
     def __post_init__(self):
         if self.digits_max < self.digits_min:
@@ -162,7 +163,7 @@ def make(cfg, out_dir, rate=16000):
     """Write out_dir/wav/*.wav, train.jsonl and valid.jsonl; return the paths of both manifests.
 
     toy.json marks a finished corpus: with the same settings nothing is done again, with others the
-    corpus is made anew. Manifests appear only when complete. Not for two processes at once.
+    corpus is made anew. Manifests appear only when complete; a second process waits for the first.
     Errors: BadInput where out_dir holds files of these names that are not a toy corpus.
     """
     out = Path(out_dir)
@@ -170,33 +171,46 @@ def make(cfg, out_dir, rate=16000):
     manifests = (out / "train.jsonl", out / "valid.jsonl")
     recipe = dict(asdict(cfg), sample_rate=rate, version=1)
 
+    def finished():
+        return (read_mark(mark) == dict(recipe, finished=True)
+                and all(path.exists() for path in manifests))
+
     # finished before, or somebody else's files
-    before = read_mark(mark)
-    if before == dict(recipe, finished=True) and all(path.exists() for path in manifests):
+    if finished():
         return manifests
     for path in (*manifests, out / "wav"):
-        if before is None and path.exists():
+        if read_mark(mark) is None and path.exists():
             raise BadInput(f"{path} exists and toy.py did not write it, choose another folder")
 
+    # by one process; who waited for another finds it finished
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(mark, json.dumps(dict(recipe, finished=False)))
-        for path in manifests:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(out / "wav", ignore_errors=True)      # ours, since the mark is there
-        (out / "wav").mkdir()
-
-        with tqdm(total=cfg.clips + cfg.valid_clips, desc="toy corpus", unit=" clips") as bar:
-            for split, path in zip(("train", "valid"), manifests):
-                lines = []
-                for i, clip in enumerate(clips(cfg, split)):
-                    lines.append(write_clip(out, f"{split}-{i:06d}", clip, rate))
-                    bar.update()
-                write_whole(path, "\n".join(lines) + "\n")
-        write_whole(mark, json.dumps(dict(recipe, finished=True)))
-    except (OSError, sf.SoundFileError) as e:
+        with owned(out, "the toy corpus is being made", wait=True):
+            if not finished():
+                write_corpus(cfg, out, manifests, recipe, rate)
+    except OSError as e:
         raise BadInput(f"cannot write the toy corpus to {out}: {e}") from None
     return manifests
+
+
+def write_corpus(cfg, out, manifests, recipe, rate):
+    """Make every clip and both manifests in out, over what toy.py left there."""
+    mark = out / "toy.json"
+    write_file(mark, json.dumps(dict(recipe, finished=False)))
+    for path in manifests:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(out / "wav", ignore_errors=True)      # ours, since the mark is there
+    (out / "wav").mkdir()
+
+    with tqdm(total=cfg.clips + cfg.valid_clips, desc="toy corpus", unit=" clips") as bar:
+        for split, path in zip(("train", "valid"), manifests):
+            lines = []
+            for i, clip in enumerate(clips(cfg, split)):
+                lines.append(write_clip(out, f"{split}-{i:06d}", clip, rate))
+                bar.update()
+            sync_all()                                  # the clips, before what names them
+            write_file(path, "\n".join(lines) + "\n")
+    write_file(mark, json.dumps(dict(recipe, finished=True)))
 
 
 def read_mark(path):
@@ -207,17 +221,10 @@ def read_mark(path):
         return {}
 
 
-def write_whole(path, text):
-    """Write a file that appears only when it is complete."""
-    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temp.write_text(text)
-    os.replace(temp, path)
-
-
 def write_clip(out, name, clip, rate):
     """Write one wav -> its line of the manifest."""
     wav, words = synthesise(**clip, rate=rate)
-    sf.write(out / "wav" / f"{name}.wav", wav, rate, subtype="PCM_16")
+    write_wav(out / "wav" / f"{name}.wav", wav, rate)
 
     speaker = f"toy{clip['voice']}" if clip["kind"] == "speech" else ""
     return json.dumps(dict(id=name, audio=f"wav/{name}.wav", text=clip["text"], kind=clip["kind"],
@@ -303,16 +310,20 @@ def options():
     return parser
 
 
+def write_wav(path, wav, rate):
+    """Write (S,) as 16-bit .wav, without waiting for the disk."""
+    file = BytesIO()
+    sf.write(file, wav, rate, subtype="PCM_16", format="WAV")
+    write_file(path, file.getvalue(), sync=False)
+
+
 def say(args):
     """Write one clip and print what the oracle reads from it."""
     wav, _ = synthesise(args.say, args.kind, voice=args.voice, seed=args.seed,
                         rate=args.sample_rate)
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        sf.write(args.out, wav, args.sample_rate, subtype="PCM_16")
-    except (OSError, sf.SoundFileError, TypeError, ValueError) as e:
-        raise BadInput(f"cannot write {args.out}: {e}; it must be a .wav file") from None
-
+    if not args.out.lower().endswith(".wav"):
+        raise BadInput(f"--out {args.out}: only .wav is written")
+    write_wav(args.out, wav, args.sample_rate)
     read = oracle.judge(wav, args.say, args.kind, args.sample_rate)["text"]
     print(f"{args.out}: {len(wav) / args.sample_rate:.2f} s, the oracle reads {read!r}")
 

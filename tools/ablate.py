@@ -45,8 +45,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from cli import BadInput, Parser, atomic, check_writable, cli
-from config import LM_STAGES, Config, dump, load, load_checkpoint, resolve
+from checkpoint import load_checkpoint
+from cli import BadInput, Parser, check_writable, cli, write_file
+from config import LM_STAGES, Config, dump, load, read_log, saved_config
 from report import draw_ablation
 from schema import build
 
@@ -178,7 +179,8 @@ def config_of_vae(source):
     """The config of a run's VAE."""
     if not os.path.exists(f"{source}/vae.pt"):
         raise BadInput(f"--vae {source}: has no vae.pt; train it first, or leave --vae out")
-    return resolve(load_checkpoint(f"{source}/vae.pt")["config"])
+    path = f"{source}/vae.pt"
+    return saved_config(load_checkpoint(path), path)
 
 
 def toml(value):
@@ -290,8 +292,7 @@ def continuation_figures(figures):
 
 def held_out_losses(log, stage):
     """The last validation of a stage in log.jsonl: held-out loss and energy score, per kind."""
-    with open(log) as f:
-        rows = [json.loads(line) for line in f]
+    rows = [json.loads(line) for line in read_log(os.path.dirname(log))]
 
     found = {}
     for row in rows:
@@ -443,8 +444,7 @@ def main():
     result = summarize(figures)
     print_table(result)
     if arguments.json:
-        with atomic(arguments.json) as temp, open(temp, "w") as f:
-            json.dump(result, f, indent=1)
+        write_file(arguments.json, json.dumps(result, indent=1))
     if arguments.picture:
         draw_ablation(arguments.picture, rows, columns_of(result), result)
 

@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from cli import BadInput, Parser, atomic, cli
+from cli import BadInput, Parser, cli, write_file
 
 HOME = Path(__file__).resolve().parent.parent
 TABLES = re.compile(r"(<!-- files -->\n)(.*?)(<!-- /files -->)", re.DOTALL)
@@ -88,9 +88,7 @@ def main():
         print("\n".join(found) if found else "README.md: the tables of files are current")
         sys.exit(1 if found else 0)
 
-    with atomic(os.fspath(readme)) as temp:
-        new = TABLES.sub(lambda m: m[1] + update(m[2]) + m[3], text)
-        Path(temp).write_text(new, encoding="utf8")
+    write_file(readme, TABLES.sub(lambda m: m[1] + update(m[2]) + m[3], text))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def vae_run(folder, *overrides):
     cfg = load(f"{ROOT}/configs/quickstart.toml", overrides)
     os.makedirs(f"{folder}/toy", exist_ok=True)
     save_checkpoint(f"{folder}/vae.pt", {"stage": "vae", "config": asdict(cfg), "model": {},
-                                         "done": True})
+                                         "done": True, "step": 0, "ema": None, "optimizers": {}})
     return str(folder), cfg
 
 

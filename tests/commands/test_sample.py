@@ -1,8 +1,14 @@
 """sample.py and evaluate.py as a user calls them."""
+import ctypes
+import io
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
 import types
 import unicodedata
 import wave
@@ -14,10 +20,11 @@ import torch
 
 import sample as sample_script
 import train
-from cli import BadInput
+from calm import CALM
+from cli import BadInput, Failure
 from config import Config, build, open_run
 from sample import Output, sentences, texts_to_generate, to_int8
-from conftest import run, write
+from conftest import ROOT, run, write
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,130 @@ def test_a_streamed_file_is_a_whole_wav_after_every_piece(tmp_path):
             assert f.getnframes() == 500 * pieces - 100
     output.close()
     assert sf.read(path, dtype="int16")[0].tolist() == [32767] * 900
+
+
+def test_a_stream_into_a_fifo_and_stdout_has_the_samples_of_a_file(trained):
+    """Fault: "file does not start with RIFF id", and prints stood among the samples."""
+    fifo = f"{trained}/fifo"
+    os.mkfifo(fifo)
+    heard = []
+    reader = threading.Thread(target=lambda: heard.append(open(fifo, "rb").read()))
+    reader.start()
+    done = run("sample.py", "--run", f"{trained}/run", "--text", "two", "--seed", "3", "--seconds",
+               "0.4", "--stream", "--out", fifo)
+    assert done.returncode == 0 and "x real time" in done.stdout, done.stderr
+    reader.join()
+    piped = subprocess.run([sys.executable, "sample.py", "--run", f"{trained}/run", "--text", "two",
+                            "--seed", "3", "--seconds", "0.4", "--stream", "--out", "-"], cwd=ROOT,
+                           capture_output=True)
+    assert piped.returncode == 0 and b"x real time" in piped.stderr
+    plain = sample(trained, "--text", "two", "--seed", "3")
+    for data in (*heard, piped.stdout):
+        assert data[4:8] == data[40:44] == b"\xff" * 4
+        wav = sf.read(io.BytesIO(data))[0]
+        np.testing.assert_allclose(wav, plain, atol=2 / 32768)
+
+
+def test_a_player_that_is_closed_ends_sampling_with_one_line(trained):
+    """Fault: BrokenPipeError, a traceback."""
+    child = subprocess.Popen([sys.executable, "sample.py", "--run", f"{trained}/run", "--text",
+                              "two", "--stream", "--out", "-", "--seconds", "100"], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=False)
+    child.stdout.read(44)
+    child.stdout.close()
+    errors = child.stderr.read().decode()
+    assert child.wait() == 1 and "its reader has gone after" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stream_that_is_killed_is_a_wav_up_to_there(trained, number):
+    path = f"{trained}/killed_{number}.wav"
+    child = subprocess.Popen([sys.executable, "sample.py", "--run", f"{trained}/run", "--text",
+                              "two", "--stream", "--out", path, "--seconds", "100"], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not os.path.exists(path) or os.path.getsize(path) < 4000:
+        assert child.poll() is None
+        time.sleep(0.001)
+    assert sf.info(path).frames > 0                      # while it grows
+    child.send_signal(number)
+    assert child.wait() == -number
+    wav = sf.read(path, dtype="int16")[0]
+    assert 0 <= os.path.getsize(path) - 44 - 2 * len(wav) <= 4 * 2 * 640
+    assert not [name for name in os.listdir(trained) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_latent_that_is_not_finite_is_named_and_not_played(trained, stream, monkeypatch):
+    """Fault: in the file a NaN was -32768, a tone at full scale."""
+    path = f"{trained}/poison_{stream}.wav"
+    generate = CALM.generate
+
+    def poisoned(self, *arguments, **options):
+        for i, (x, ended) in enumerate(generate(self, *arguments, **options)):
+            yield (torch.full_like(x, torch.nan) if i == 3 else x), torch.zeros_like(ended)
+
+    monkeypatch.setattr(CALM, "generate", poisoned)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", f"{trained}/run", "--text", "two",
+                                      "--seconds", "0.4", "--out", path]
+                        + ["--stream"] * stream)
+    with pytest.raises(Failure, match=r"lm: latent 3 \(0.12 s\) is not finite"):
+        sample_script.main()
+    assert os.path.exists(path) == stream
+    if stream:
+        wav = sf.read(path)[0]
+        assert len(wav) == 3 * 640 - 480 and np.abs(wav).max() < 1
+
+
+def output(path, stream):
+    vae = types.SimpleNamespace(cfg=types.SimpleNamespace(sample_rate=16000, channels=1))
+    return Output(types.SimpleNamespace(out=path, stream=stream), vae, skip=0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_peaks_are_limited_and_their_number_is_said(tmp_path, capsys, stream):
+    out = output(f"{tmp_path}/loud.wav", stream)
+    for level in (0.5, -3.0):
+        out.write(torch.full((1, 1, 200), level))
+    out.close()
+    wav = sf.read(f"{tmp_path}/loud.wav")[0]
+    assert np.abs(wav[:200] - 0.5).max() < 1e-4 and np.abs(wav[200:] + 1).max() < 1e-4
+    assert "loud.wav: 200 samples above full scale (peak 3) were limited" in capsys.readouterr().out
+
+
+def test_a_decoder_that_gives_infinity_is_named_with_the_moment(tmp_path):
+    out = output(f"{tmp_path}/inf.wav", True)
+    out.write(torch.zeros(1, 1, 1600))
+    wav = torch.zeros(1, 1, 1600)
+    wav[..., 160] = torch.inf
+    with pytest.raises(Failure, match="decoder: the audio is not finite from 0.110 s on"):
+        out.write(wav)
+    assert len(sf.read(f"{tmp_path}/inf.wav")[0]) == 1600
+
+
+def without_roots_rights():
+    """In a child: permissions hold for root too (prctl PR_CAPBSET_DROP, CAP_DAC_OVERRIDE)."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+def test_a_read_only_run_can_be_heard_judged_and_drawn(trained, tmp_path):
+    """And where its picture would be written into it, one line says that it cannot."""
+    shutil.copytree(f"{trained}/run", f"{tmp_path}/run")
+    for folder, _, files in os.walk(f"{tmp_path}/run"):
+        os.chmod(folder, 0o555)
+        for name in files:
+            os.chmod(f"{folder}/{name}", 0o444)
+
+    reader = {"preexec_fn": without_roots_rights}
+    for command in ("sample.py --run {0}/run --text two --seconds 0.4 --out {0}/x.wav",
+                    "report.py losses {0}/run --out {0}/loss.png",
+                    "evaluate.py --run {0}/run --limit 1 --repeats 1 --json {0}/f.json"):
+        done = run(*command.format(tmp_path).split(), **reader)
+        assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["f.json", "loss.png", "run", "x.wav"]
+    refused = run("report.py", "losses", f"{tmp_path}/run", **reader)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "loss.png: cannot be written (Permission denied); correct its perm" in refused.stderr
 
 
 def test_a_long_text_is_cut_behind_sentences_then_commas_then_words():

@@ -8,9 +8,10 @@ import pytest
 from conftest import ROOT
 
 # from the ground up: a file imports only files that stand before it
-ORDER = ["cli", "weights", "schema", "replay", "backbone", "moe", "adaln", "heads", "discrete",
-         "layers", "vae", "gan", "decoder", "audio", "data", "monologue", "prefetch", "latents", "branches", "calm",
-         "audiocalm", "optim", "corpora", "config", "report", "sample", "stages", "plan", "checks", "train",
+ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "replay", "backbone", "moe",
+         "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
+         "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
+         "corpora", "config", "report", "sample", "stages", "plan", "checks", "runs", "train",
          "judges", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 

@@ -10,7 +10,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from cli import atomic
+from cli import write_file
 
 
 # ---------------------------------------------------------------- measuring
@@ -71,5 +71,4 @@ def processor(device):
 # ---------------------------------------------------------------- figures
 
 def write_json(path, figures):
-    with atomic(path) as temp, open(temp, "w") as f:
-        json.dump(figures, f, indent=1)
+    write_file(path, json.dumps(figures, indent=1))

@@ -29,9 +29,10 @@ from cli import number
 from config import STAGES, load
 from optim import make_optimizers
 from plan import H100, RandomRows
+from runs import EMA
 from stages import recompute_activations
 from tools.bench.timing import clock, processor, set_threads
-from train import EMA, Runtime, clip_gradients, gradients
+from train import Runtime, clip_gradients, gradients
 
 # bf16 FLOP/s of the devices whose utilisation is given
 PEAKS = {"H100": H100, "H200": H100}

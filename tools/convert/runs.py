@@ -4,9 +4,9 @@
 """
 import dataclasses
 import os
-import shutil
+from pathlib import Path
 
-from cli import BadInput
+from cli import BadInput, write_file
 from config import dump, save_checkpoint
 
 
@@ -16,9 +16,7 @@ def save_run(out, cfg, stage, state):
     Stage "text" is a start for training, not a model.
     """
     path = f"{out}/{stage}.pt"
-    os.makedirs(out, exist_ok=True)
-    with open(f"{out}/config.toml", "w") as f:
-        f.write(dump(cfg))
+    write_file(f"{out}/config.toml", dump(cfg))
     save_checkpoint(path, {"stage": stage, "step": 0, "done": True,
                            "config": dataclasses.asdict(cfg), "model": state, "ema": None,
                            "optimizers": {}})
@@ -35,6 +33,5 @@ def keep_tokenizer(source, out):
     if not os.path.isfile(source):
         raise BadInput(f"{source}: no such file; the rows of the text embedding need their "
                        "tokenizer")
-    os.makedirs(out, exist_ok=True)
-    shutil.copyfile(source, f"{out}/tokenizer.json")
+    write_file(f"{out}/tokenizer.json", Path(source).read_bytes())
     return f"{out}/tokenizer.json"
