@@ -1,4 +1,4 @@
-"""Train: python train.py --config FILE [--section.key value ...] [--fresh] [--print]
+"""Train: python train.py --config FILE [--section.key value ...] [--fresh] [--print] [--plan]
 
 One loop for all stages. A config names its stages in order; finished ones are skipped, an
 interrupted one resumes where its last checkpoint was, with the same numbers as if it had never
@@ -28,6 +28,7 @@ differ a little.
     --fresh                 start over: delete this run's checkpoints, latents and log; with
                             --stages lm those of that stage alone
     --print                 show the resolved config and stop
+    --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py
 
 A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
 Ctrl-C and SIGTERM save a checkpoint first. Exit status: 0 done, 1 the training diverged, 2 your
@@ -54,12 +55,13 @@ import torch.distributed as dist
 
 import checks
 import stages
-from cli import BadInput, Parser, clean_temps, cli, write_file
+from cli import BadInput, Parser, clean_temps, cli, number, write_file
 from config import STAGES, dump, load, read_log, stage_seed
 from corpora import toy
 from data import load_clips, load_manifest
 from locks import owned
 from optim import schedule
+from plan import plan
 from runs import Run, todo_file, write_log
 
 
@@ -336,10 +338,14 @@ def start_over(out, names):
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False,
-               usage="train.py --config FILE [--section.key value ...] [--fresh] [--print]")
+               usage="train.py --config FILE [--section.key value ...] [--fresh] [--print] "
+                 "[--plan [--gpus N]]")
     p.add_argument("--config", required=True, help="an experiment: configs/*.toml")
     p.add_argument("--fresh", action="store_true", help="start this run over")
     p.add_argument("--print", action="store_true", help="show the resolved config and stop")
+    p.add_argument("--plan", action="store_true",
+                   help="say what the training needs (memory, time, disk) and stop")
+    p.add_argument("--gpus", type=number(int, 1), default=1, help="of a plan (default 1)")
     return p.parse_known_args()
 
 
@@ -375,6 +381,9 @@ def main():
     cfg = load(arguments.config, overrides)
     if arguments.print:
         print(dump(cfg), end="")
+        return
+    if arguments.plan:
+        print(plan(cfg, arguments.gpus))
         return
     try:
         train_all(cfg, arguments.fresh)
