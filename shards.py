@@ -125,7 +125,9 @@ def open_shard(path, index, k):
         raise ValueError("it is missing") from None
     except OSError as e:
         raise BadInput(f"{file}: cannot be read ({e.strerror}); correct that first") from None
-    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:                       # whatever numpy raises at a header's text
         raise ValueError(f"no array: {type(e).__name__}") from None
 
     width = index.get("levels", 0) or 2 * index["dim"]

@@ -237,6 +237,16 @@ def test_damaged_latents_are_encoded_again_to_the_same_values(tmp_path, capsys):
     assert said >= 15
 
 
+def test_a_header_that_is_no_python_is_a_damaged_shard(tmp_path):
+    """Fault: tokenize.TokenError with its traceback, for one flipped bit of the header."""
+    clips = corpus(tmp_path, 12)
+    cache = build_cache(clips, tmp_path)
+    whole = np.array(cache.get(0))
+    file = cache.path / f"shard_{cache.shard_of[0]:05d}.npy"
+    file.write_bytes(file.read_bytes().replace(b"}", b"{", 1))
+    assert np.array_equal(build_cache(clips, tmp_path).get(0), whole)
+
+
 def test_only_the_clips_of_a_damaged_shard_are_encoded_again(tmp_path):
     clips = corpus(tmp_path, 12)
     cache = build_cache(clips, tmp_path)
