@@ -530,8 +530,8 @@ def refuse_poisoned_latent(latents, stage, frame_rate):
     """Failure naming the first of the latents, [(1, D), ...], that is not finite."""
     for i, x in enumerate(latents):
         if not torch.isfinite(x).all():
-            raise Failure(f"{stage}: latent {i} ({i / frame_rate:.2f} s) is not finite, nothing from "
-                          "there on is written; use an earlier checkpoint")
+            raise Failure(f"{stage}: latent {i} ({i / frame_rate:.2f} s) is not finite, nothing "
+                          "from there on is written; use an earlier checkpoint")
 
 
 def sampling_options(cfg, steps=None, temperature=None, guidance=None, noise=None):

@@ -191,7 +191,7 @@ def train(trainer, name, cfg, runtime):
             # forward and backward over this process's micro-batches, summed over processes
             batches = list(zip(run.parts, next(feed), strict=True))
             figures = gradients(trainer, batches, step, runtime, seed, stage_cfg.batch)
-            stop = figures.pop("stop")
+            stop = figures.pop("signal")
             figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
 
             # a step that is not finite is skipped, ten in a row stop the run
@@ -238,7 +238,7 @@ def seed_for(seed, step, row):
 
 def gradients(trainer, batches, step, runtime, seed, total):
     """Fill .grad with the gradient of the mean loss over the global batch; return the metrics:
-    means over the batch, or the largest value where the name ends in _max; "stop": above 0 where
+    means over the batch, or the largest value where the name ends in _max; "signal": above 0 where
     a signal has come to any process.
 
     The loss of a micro-batch is a mean over its positions and weighs as its rows do: where rows are
@@ -260,7 +260,7 @@ def gradients(trainer, batches, step, runtime, seed, total):
                         maxima[key] = torch.maximum(maxima.get(key, value), value)
                     else:
                         sums[key] = sums.get(key, 0.0) + value * share
-    sums["stop"] = torch.full((), float(signals.asked()), device=runtime.device)
+    sums["signal"] = torch.full((), float(signals.asked()), device=runtime.device)
 
     # one sum over processes for all gradients and metrics
     if runtime.world > 1:
@@ -397,7 +397,7 @@ def main():
         sys.exit(1)
     except RuntimeError:
         # after a signal another process may have left in the middle of a collective
-        if not signals.asked():
+        if not signals.asked() or "RANK" not in os.environ:
             raise
         sys.exit(signals.STATUS)
 

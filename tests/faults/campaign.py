@@ -47,8 +47,8 @@ from cli import Parser, atomic, cli, number
 from config import dump, load, open_run
 from data import load_manifest, write_manifest
 from tests.faults import mutate
-from tests.faults.trials import (STAGES, Child, Home, complaint, fail_at, generator, kill_at, limit_files,
-                                 rows)
+from tests.faults.trials import (STAGES, Child, Home, complaint, fail_at, generator, kill_at,
+                                 limit_files, rows)
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE]
 
@@ -132,7 +132,6 @@ def storage(homes, seed):
                  for path in glob.glob(f"{home.folder}/stages/{stage}/**/*.*", recursive=True)]
         size = round(r.choice(sizes) * r.uniform(0, 1))
         prepare = lambda: limit_files(size)
-    # the fault must not stop the test's own file of the screen
     status, screen = home.train(stage, prepare)
     return complaint(status, screen, [0, 2]) or finish(home, stage)
 
@@ -199,8 +198,8 @@ def nan_in_a_sample(homes, seed):
     if os.path.exists(path):
         os.remove(path)
     stream = r.random() < 0.5
-    arguments = ["sample.py", "--run", home.out, "--stage", "lm", "--text", "two", "--seconds", "0.4",
-                 "--out", path] + ["--stream"] * stream
+    arguments = ["sample.py", "--run", home.out, "--stage", "lm", "--text", "two", "--seconds",
+                 "0.4", "--out", path] + ["--stream"] * stream
     child = Child(sample.main, arguments, f"{home.folder}/screen0",
                   lambda: poison_latents(at, value))
     wrong = complaint(child.wait(), child.screen(), [1])
