@@ -12,7 +12,7 @@ import cli
 import data
 import schema
 from audio import load_audio, save_audio
-from cli import BadInput
+from cli import BadInput, Failure
 from clips import RATE, corpus, decode_text, same, tone
 from config import load
 from conftest import ROOT
@@ -68,7 +68,7 @@ def test_saved_audio_reads_back_clipped_and_makes_its_folder(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.wav"]
     with pytest.raises(BadInput, match="only .wav"):
         save_audio(tmp_path / "a.mp3", np.zeros(9), RATE)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(Failure, match="finite"):
         save_audio(path, np.full(9, np.nan), RATE)
 
 

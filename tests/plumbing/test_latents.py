@@ -177,7 +177,7 @@ def test_a_cache_is_used_again_only_if_all_that_decides_its_latents_is_the_same(
     vae = tiny_vae(bottleneck="rvq", codebooks=2)
 
     def key(cfg, weights, bf16=False, levels=0):
-        runtime = SimpleNamespace(bf16=bf16, device="cpu", rank=0, world=1,
+        runtime = SimpleNamespace(bf16=bf16, device="cpu", rank=0, world=1, wait=lambda: None,
                                   autocast=lambda: torch.autocast("cpu", torch.bfloat16, bf16))
         stage = SimpleNamespace(cfg=SimpleNamespace(out=str(tmp_path), vae=cfg), runtime=runtime,
                                 code_levels=levels, vae=vae)

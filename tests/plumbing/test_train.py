@@ -580,7 +580,7 @@ def test_a_figure_named_max_is_the_largest_of_the_micro_batches_and_the_others_a
                                     device="cpu", world=1)
     batches = [(range(0, 3), torch.tensor(1.0)), (range(3, 4), torch.tensor(5.0))]
     figures = train.gradients(stage, batches, 0, runtime, seed=0, total=4)
-    assert figures == {"lm": 2.0, "tangent_mean": 2.0, "tangent_max": 5.0, "stop": 0.0}
+    assert figures == {"lm": 2.0, "tangent_mean": 2.0, "tangent_max": 5.0, "signal": 0.0}
 
 
 # ---------------------------------------------------------------- what the corpus has and lacks

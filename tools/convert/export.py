@@ -8,6 +8,7 @@ DIR takes the place of a run folder in sample.py, evaluate.py and config.open_ru
 and samples stay behind. In fp32 nothing changes; bf16 keeps 8 bits of each weight, fp16 11.
 Vectors (norms, biases, statistics of the latents) stay fp32: they are few.
 """
+import copy
 import json
 import os
 
@@ -46,7 +47,7 @@ def run(args):
         sizes[name] = save(f"{args.out}/{name}.safetensors", state, weights, args.dtype)
         print(f"{args.out}/{name}.safetensors: {sizes[name] / 1e6:.2f}M parameters, {args.dtype}")
 
-    cfg = resolve(states[last]["config"])
+    cfg = resolve(without_paths(states[last]["config"]))
     write(f"{args.out}/config.toml", dump(cfg))
     write(f"{args.out}/README.md", card(args, cfg, states, sizes))
 
@@ -60,11 +61,25 @@ def finished(folder, stage):
 
 def save(path, state, weights, dtype):
     """One stage -> its number of parameters and buffers."""
-    about = {key: state.get(key) for key in ("stage", "step", "done", "clips", "config", "seen")}
+    about = {key: state[key] for key in ("stage", "step", "done", "clips", "seen") if key in state}
+    about["config"] = without_paths(state["config"])
     rounded = {name: w.to(DTYPES[dtype]) if w.is_floating_point() and w.dim() > 1 else w
                for name, w in weights.items()}
     save_safetensors(path, rounded, {"format": "pt", "nanocalm": json.dumps(about)})
     return sum(w.numel() for w in weights.values())
+
+
+def without_paths(config):
+    """A copy of a config's dict in which the folders of this machine are names of files alone."""
+    config = copy.deepcopy(config)
+    config["out"] = os.path.basename(os.path.normpath(config["out"]))
+    for key in ("manifest", "valid"):
+        config["data"][key] = os.path.basename(config["data"].get(key, ""))
+    for stage in config["train"].values():
+        for key in ("init", "teacher"):
+            if isinstance(stage.get(key), str):
+                stage[key] = os.path.basename(stage[key])
+    return config
 
 
 def card(args, cfg, states, sizes):

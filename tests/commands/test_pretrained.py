@@ -1,0 +1,25 @@
+"""The shipped weights speak at once."""
+import soundfile as sf
+
+from conftest import ROOT, run
+
+
+def test_the_shipped_voice_says_a_sentence_of_the_right_length_and_level(tmp_path):
+    text = "The old farmer quietly opened the green box."
+    done = run("sample.py", "--run", f"{ROOT}/pretrained/voice", "--text", text,
+               "--out", f"{tmp_path}/said.wav")
+    assert done.returncode == 0, done.stderr
+
+    wav, rate = sf.read(f"{tmp_path}/said.wav")
+    assert rate == 16000 and 2.0 < len(wav) / rate < 4.0          # the voice takes 2.7 s
+    loud = (wav ** 2).mean() ** 0.5
+    assert 0.03 < loud < 0.12 and abs(wav).max() <= 1.0           # the corpus has an RMS of 0.06
+
+
+def test_the_shipped_weights_are_small_and_hold_no_folder_of_a_machine():
+    total = b""
+    for name in ("vae.safetensors", "consistency.safetensors", "config.toml", "README.md"):
+        with open(f"{ROOT}/pretrained/voice/{name}", "rb") as f:
+            total += f.read()
+    assert len(total) <= 16e6
+    assert b'"manifest": "/' not in total and b'"init": "/' not in total
