@@ -150,6 +150,7 @@ class Run:
         self.saved = 0
         self.done = False
         self.whole = True                       # not in the middle of a step or a save
+        self.unwritten = []                     # rows that log.jsonl lacks
 
     def split_batch(self):
         """Rows of a step that are this process's, and rows of one forward pass."""
@@ -352,6 +353,7 @@ class Run:
         if self.step == self.saved or first_not_finite(state):
             return
         if self.runtime.rank == 0:
+            self.write_rows()                           # a saved step has its rows
             save_checkpoint(self.path, state)
         self.saved = self.step
 
@@ -380,9 +382,16 @@ class Run:
                          f"{speed:.1f} steps/s | eta {int(left // 60)}:{int(left % 60):02d}")
 
     def write(self, step, figures):
+        """One row of log.jsonl; where it fails, `keep` tries once more before it saves the step."""
         if self.runtime.rank == 0:
-            append_line(f"{self.cfg.out}/log.jsonl",
-                        json.dumps({"stage": self.name, "step": step, **figures}))
+            self.unwritten.append(json.dumps({"stage": self.name, "step": step, **figures}))
+            self.write_rows()
+
+    def write_rows(self):
+        """Append the rows that are not yet in log.jsonl."""
+        while self.unwritten:
+            append_line(f"{self.cfg.out}/log.jsonl", self.unwritten[0])
+            self.unwritten.pop(0)
 
     def show(self, step):
         """Held-out figures and samples with the averaged weights -> whether all were made.
@@ -395,7 +404,11 @@ class Run:
         with (signals.cut_short(),
               weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
               torch.compiler.set_stance("force_eager")):
-            measured = self.attempt("validation", self.validate, module, step)
+            found = []
+            measured = self.attempt("validation", self.validate, module, found)
+            # not under attempt: a log that cannot be written ends the training, and no row is lost
+            for figures in found:
+                self.log_validation(step, figures)
             made = self.attempt("samples", self.render, module, step) and measured
         return made
 
@@ -409,12 +422,15 @@ class Run:
             return False
         return True
 
-    def validate(self, module, step):
-        """Held-out figures -> a row of log.jsonl and a line."""
-        found = self.trainer.validate(module)
-        self.write(step, {k: round(v, 5) for k, v in found.items()})
+    def validate(self, module, found):
+        """Append the held-out figures to `found`."""
+        found.append(self.trainer.validate(module))
+
+    def log_validation(self, step, figures):
+        """Held-out figures as a row of log.jsonl and a line."""
+        self.write(step, {k: round(v, 5) for k, v in figures.items()})
         self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | "
-                         + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+                         + " ".join(f"{k} {v:.4f}" for k, v in figures.items()))
 
     def render(self, module, step):
         """Samples, then their spectrograms: a picture that fails costs no sound."""

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -497,3 +498,22 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
     with locks.owned(tmp_path, "a test writes to it", say=said.append):
         pass
     assert len(said) == 1 and "has no locks (No locks available)" in said[0]
+
+
+def test_a_row_that_the_log_could_not_take_is_written_before_its_step_is_saved(tmp_path,
+                                                                               monkeypatch):
+    """Fault: the disk refused one row, the step was saved, and its row was lost for good."""
+    run = runs.Run.__new__(runs.Run)
+    run.runtime = types.SimpleNamespace(rank=0)
+    run.cfg = types.SimpleNamespace(out=str(tmp_path))
+    run.name = "lm"
+    run.unwritten = []
+
+    def full(path, line):
+        raise BadInput("no room")
+    with monkeypatch.context() as m:
+        m.setattr(runs, "append_line", full)
+        with pytest.raises(BadInput):
+            run.write(1, {"lm": 0.5})
+    run.write_rows()
+    assert (tmp_path / "log.jsonl").read_text() == '{"stage": "lm", "step": 1, "lm": 0.5}\n'
