@@ -9,8 +9,8 @@ import soundfile as sf
 import torch
 
 import evaluate
+import runs
 import sample
-import stages
 import train
 from backbone import BackboneConfig
 from calm import CALM, CALMConfig
@@ -215,7 +215,7 @@ def test_training_sampling_and_judging_work_as_with_latents(tmp_path, monkeypatc
     def command(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         module.main()
-    monkeypatch.setattr(stages, "draw_spectrograms", lambda *a, **k: None)  # test_train.py has them
+    monkeypatch.setattr(runs, "draw_spectrograms", lambda *a, **k: None)  # test_train.py has them
     monkeypatch.setattr(train, "draw_losses", lambda *a, **k: None)
     out, wav = f"{tmp_path}/run", f"{tmp_path}/a.wav"
     overrides = [text for k, v in SMALL.items() for text in (f"--{k}", v)]
