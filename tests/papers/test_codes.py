@@ -216,7 +216,7 @@ def test_training_sampling_and_judging_work_as_with_latents(tmp_path, monkeypatc
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         module.main()
     monkeypatch.setattr(runs, "draw_spectrograms", lambda *a, **k: None)  # test_train.py has them
-    monkeypatch.setattr(train, "draw_losses", lambda *a, **k: None)
+    monkeypatch.setattr(runs, "draw_losses", lambda *a, **k: None)
     out, wav = f"{tmp_path}/run", f"{tmp_path}/a.wav"
     overrides = [text for k, v in SMALL.items() for text in (f"--{k}", v)]
     for objective in ("rq", "delay"):                # the second finds the VAE trained
