@@ -109,9 +109,9 @@ class CALMConfig:
     monologue: bool = False
     # frames by which the audio lags behind its words (Table 9: 2; monologue only)
     acoustic_delay: Annotated[int, Range(0, 1000)] = 2
-    # n, bytes (or tokens of data.tokenizer) beside each latent (monologue only): n · frame rate must
-    # exceed the bytes per second of the speech, or the words fall behind the audio. Measured on
-    # 6,813 recordings, 4.3 h: 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at
+    # n, bytes (or tokens of data.tokenizer) beside each latent (monologue only): n · frame rate
+    # must exceed the bytes per second of the speech, or the words fall behind the audio. Measured
+    # on 6,813 recordings, 4.3 h: 14 on average, above 22 in the fastest 5 %; so 2 at 12.5 Hz, 1 at
     # 25 Hz
     monologue_tokens: Annotated[int, Range(1, 1000)] = 1
     # weight of the text's cross-entropy (monologue only)

@@ -6,8 +6,9 @@
 
 A head is an objective and its network. An objective defines the noising path, the times, the loss
 and the solver. A network is any callable `net(x_t, t, z) -> F`; for LSD, which has two times,
-`net(x_t, t, z, s)`; for these two it also has a derivative (below). Outside construction and compilation the rest of the code uses only these four
-members, which the two discrete objectives in discrete.py, whose x are codes, have too:
+`net(x_t, t, z, s)`; for these two it also has a derivative (below). Outside construction and
+compilation the rest of the code uses only these four members, which the two discrete objectives in
+discrete.py, whose x are codes, have too:
 
     loss(z, x, weight=) -> (loss per position, metrics)
     sample(z, steps=, temperature=, ...) -> x

@@ -450,7 +450,7 @@ class Run:
         with signals.held():
             if self.runtime.rank == 0:
                 write_file(todo_file(self.cfg.out, self.name),
-                           "figures, samples and loss.png of the last step: made at the next start\n")
+                           "figures, samples, loss.png of the last step: made at the next start\n")
             self.save(done=True)
 
     def complete(self):

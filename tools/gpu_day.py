@@ -42,6 +42,7 @@ class Command:
 def correct(out, toy):
     """Tests, then every stage of a few steps; graph breaks and recompilations go to the log."""
     tests = ["-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    many = [] if toy else ["-n", "6"]
     steps = 3 if toy else 30
     config = ["train.py", "--config", "configs/quickstart.toml", "--out", f"{out}/correct",
               "--stages", '["vae","lm","consistency","audiocalm","audiocalm_lsd"]',
@@ -52,9 +53,9 @@ def correct(out, toy):
     if toy:
         config += ["--device", "cpu", "--threads", "1"]
     return [
-        Command("gpu tests", [*tests, *([] if toy else ["-n", "4"]), "-m", "gpu", "tests/gpu"], 240),
-        Command("stages", config, 240, {"TORCH_LOGS": "graph_breaks,recompiles"}),
-        Command("paper tests", [*tests, *([] if toy else ["-n", "12"]),
+        Command("gpu tests", [*tests, *many, "-m", "gpu", "tests/gpu"], 400),
+        Command("stages", config, 200, {"TORCH_LOGS": "graph_breaks,recompiles"}),
+        Command("paper tests", [*tests, *many,
                                 "tests/papers/test_moe.py" if toy else "tests/papers"], 150,
                 {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})]
 

@@ -11,7 +11,8 @@ from config import load_checkpoint, open_run
 from conftest import run, write
 from weights import load_safetensors, save_safetensors
 
-TENSORS = {"a": torch.randn(3, 5), "b": torch.randn(2, 2).bfloat16(), "c": torch.arange(6).view(2, 3),
+TENSORS = {"a": torch.randn(3, 5), "b": torch.randn(2, 2).bfloat16(),
+           "c": torch.arange(6).view(2, 3),
            "d": torch.tensor(1.5, dtype=torch.float64), "e": torch.zeros(0, 4),
            "f": torch.tensor([True, False])}
 

@@ -1,4 +1,4 @@
-"""Published weights to a run, or a run to weights that travel: python -m tools.convert MODEL IN --out
+"""Weights in and out: python -m tools.convert mimi|pocket-tts|qwen3|llama|export IN --out DIR
 
     mimi    Kyutai's codec, one .safetensors file, named as in PyPI `moshi` or `pocket-tts`
             -> a run folder with config.toml and vae.pt for evaluate.py, sample.py and train.py
@@ -46,7 +46,8 @@ def options():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS,
                         help="which published model")
-    parser.add_argument("weights", help="its .safetensors file, the folder of a text model, or a run")
+    parser.add_argument("weights",
+                        help="its .safetensors file, the folder of a text model, or a run")
     parser.add_argument("--out", required=True, help="the run folder to make")
 
     parser.add_argument("--heads", type=positive, default=8,

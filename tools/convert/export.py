@@ -1,8 +1,9 @@
 """A run as a folder of weights to give away: python -m tools.convert export RUN --out DIR
 
-    RUN/vae.pt, RUN/STAGE.pt ─► averaged weights, rounded ─► DIR/vae.safetensors, DIR/STAGE.safetensors
-    RUN/config.toml          ─────────────────────────────► DIR/config.toml
-    its config and --card    ─────────────────────────────► DIR/README.md, the model card
+    RUN/vae.pt, RUN/STAGE.pt ─► averaged weights, rounded ─► DIR/vae.safetensors,
+                                                             DIR/STAGE.safetensors
+    the config in them       ─────────────────────────────► DIR/config.toml, without folders
+    and --card               ─────────────────────────────► DIR/README.md, the model card
 
 DIR takes the place of a run folder in sample.py, evaluate.py and config.open_run; optimizers, logs
 and samples stay behind. In fp32 nothing changes; bf16 keeps 8 bits of each weight, fp16 11.
@@ -27,7 +28,7 @@ A continuous audio language model (CALM, arXiv 2509.06926) trained with nanoCALM
 
 - What it does: {what}. Its audio is synthetic: say so where you publish it.
 - Weights: {sizes} parameters, {dtype}.
-- Audio: {sample_rate} Hz, {channels} channel(s), {frame_rate:g} latents of {dim} channels per second.
+- Audio: {sample_rate} Hz, {channels} channel(s), {frame_rate:g} latents of {dim} numbers a second.
 - Training: {steps}; every setting is in `config.toml`. Kinds of audio: {kinds}.
 {notes}
     python sample.py --run {out} --text "..."
