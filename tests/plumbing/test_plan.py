@@ -15,11 +15,9 @@ def config(name, *changes):
     return load(f"{ROOT}/configs/{name}.toml", [*SMALL, *changes])
 
 
-@pytest.mark.parametrize("name, stage, millions", [
-    ("paper/calm_music", "lm", 2074.472834), ("paper/pocket_tts", "lm", 85.619745)])
-def test_parameters_of_paper_sizes_are_counted_without_memory(name, stage, millions):
-    parameters, flops, peak = plan.measure(config(name), stage, 1)
-    assert parameters == round(millions * 1e6) and flops > 0 and peak > 0
+def test_parameters_of_paper_sizes_are_counted_without_memory():
+    parameters, flops, peak = plan.measure(config("paper/pocket_tts"), "lm", 1)
+    assert parameters == 85_619_745 and flops > 0 and peak > 0
 
 
 def test_flops_of_a_row_are_six_per_weight_and_position():
@@ -63,5 +61,5 @@ def test_recomputing_activations_lowers_the_planned_peak():
 
 
 def test_a_plan_says_whether_a_stage_fits():
-    cfg = config("quickstart")
+    cfg = config("quickstart", "--stages", '["lm"]')
     assert "fits" in plan.plan(cfg, 1) and "does not fit" in plan.plan(cfg, 1, gigabytes=0.001)
