@@ -26,6 +26,7 @@ nan         A loss that is NaN or infinite for 1 to 14 steps: exit 0 or one line
 No trial survives with a traceback, a hang (60 s) or a message of more than 600 characters.
 """
 import argparse
+import contextlib
 import errno
 import functools
 import glob
@@ -325,6 +326,20 @@ def homes_in(folder, names):
     return homes
 
 
+@contextlib.contextmanager
+def own_folder():
+    """A temporary folder that only the process that made it removes: a child that is interrupted
+    before it has let go of its parent's frames took the folder of all trials with it.
+    """
+    owner = os.getpid()
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def campaign(a, seed):
     """Run trials of all kinds in turn, from `seed` on in steps of a.workers.
 
@@ -332,7 +347,7 @@ def campaign(a, seed):
     """
     end = time.monotonic() + 60 * a.minutes
     found = {kind: [] for kind in a.kind}
-    with tempfile.TemporaryDirectory() as folder:
+    with own_folder() as folder:
         homes = homes_in(folder, a.stages)
         while time.monotonic() < end and any(len(wrong) < a.trials for wrong in found.values()):
             for kind in a.kind:
