@@ -20,7 +20,7 @@ import torch
 
 import checks
 import signals
-from checkpoint import check_optimizer, load_checkpoint, load_weights
+from checkpoint import check_optimizer, load_checkpoint, load_weights, named_tensors
 from cli import BadInput, append_line, write_file
 from config import (read_log, refuse_other_encoder, save_checkpoint, saved_config, table_changes,
                     vae_weights)
@@ -95,7 +95,8 @@ def first_not_finite(state):
     """The name of the first tensor in a checkpoint's (nested) dict that holds NaN or infinity, or
     "". One pass over memory, and one wait for the device: 0.1 s per 400M numbers on one CPU core.
     """
-    tensors = dict(named_tensors(state))
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(state)
+               if tensor.is_floating_point() and tensor.numel()}
     ends = {}                                   # device -> least and largest of each tensor
     for tensor in tensors.values():
         low, high = tensor.aminmax()            # NaN if there is one
@@ -104,19 +105,6 @@ def first_not_finite(state):
         return ""
     bad = (name for name, tensor in tensors.items() if not tensor.isfinite().all())
     return next(bad, "")
-
-
-def named_tensors(tree, name=""):
-    """("model.encoder.weight", tensor) of all floating-point tensors in nested dicts and lists."""
-    if torch.is_tensor(tree):
-        if tree.is_floating_point() and tree.numel():
-            yield name, tree.detach()
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from named_tensors(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(tree, (list, tuple)):
-        for i, value in enumerate(tree):
-            yield from named_tensors(value, f"{name}.{i}")
 
 
 class Run:

@@ -309,7 +309,8 @@ class LMStage:
 
     def validate(self, model):
         """The metrics of up to 64 held-out rows, with fixed noise, in forward passes as large as in
-        training -> {"valid_NAME": mean, in which a pass counts as its rows do}.
+        training -> {"valid_NAME": mean, in which a pass counts as its rows do, or the largest value
+        where the name ends in _max}.
         """
         torch.manual_seed(1)
         stage_cfg = getattr(self.cfg.train, self.name)
@@ -317,15 +318,20 @@ class LMStage:
         count = min(64, len(self.valid))
         sums = {}
         weights = {}                                     # a pass without music has no figure of it
+        maxima = {}                                      # of metrics named ..._max
         for first in range(0, count, micro):
             rows = range(first, min(first + micro, count))
             batch = self.prepare(self.runtime.to(self.held_out(0, rows)))
             with self.runtime.autocast():
                 _, metrics = model.loss(batch)
             for key, value in metrics.items():
+                if key.endswith("_max"):
+                    maxima[key] = max(maxima.get(key, float(value)), float(value))
+                    continue
                 sums[key] = sums.get(key, 0.0) + float(value) * len(rows)
                 weights[key] = weights.get(key, 0) + len(rows)
-        return {f"valid_{key}": sums[key] / weights[key] for key in sums}
+        means = {key: sums[key] / weights[key] for key in sums}
+        return {f"valid_{key}": value for key, value in (means | maxima).items()}
 
     def render(self, model, step):
         """Clips of each kind from text, and held-out clips continued."""

@@ -721,3 +721,22 @@ def test_weights_of_another_sample_rate_are_started_from_aloud(finished, tmp_pat
     assert done.returncode == 0, done.stderr
     says = "vae.pt was trained with [vae] sample_rate = 16000, here sample_rate = 24000"
     assert says in done.stdout
+
+
+def test_a_held_out_figure_is_the_mean_over_rows_and_one_named_max_the_largest():
+    """Fault: in several passes valid_tangent_max was a mean of their maxima."""
+    rows_of = []
+
+    def loss(batch):
+        rows_of.append(len(batch["x"]))
+        value = torch.tensor([1.0, 4.0][len(rows_of) - 1])
+        return None, {"head": value, "tangent_max": value}
+    runtime = types.SimpleNamespace(autocast=contextlib.nullcontext, to=lambda batch: batch)
+    stage_cfg = types.SimpleNamespace(micro_batch=0, batch=3)
+    stage = types.SimpleNamespace(
+        name="lm", valid=[None] * 4, runtime=runtime, prepare=lambda batch: batch,
+        cfg=types.SimpleNamespace(train=types.SimpleNamespace(lm=stage_cfg)),
+        held_out=lambda step, rows: {"x": torch.zeros(len(rows))})
+    found = stages.LMStage.validate(stage, types.SimpleNamespace(loss=loss))
+    assert rows_of == [3, 1]
+    assert found == {"valid_head": 1.75, "valid_tangent_max": 4.0}
