@@ -77,7 +77,9 @@ from backbone import BackboneConfig, KVCache, StaticCache, Transformer
 from data import vocabulary
 from heads import LSD, AdaLNMLP, HeadConfig, RectifiedFlow, TrigFlow, sinusoid
 from moe import Experts
-from replay import Replay, normal, rounded, uniform, until_all_ended
+from noise import normal, rows_cut, uniform
+from processes import masked_mean
+from replay import Replay, rounded, until_all_ended
 from schema import Range
 
 FLOWS = {"rectified_flow": RectifiedFlow, "trigflow": TrigFlow, "lsd": LSD}
@@ -164,16 +166,11 @@ def make_mask(sees, B, S, device):
     return sees(row, 0, i[:, None], i)[:, None]
 
 
-def add_history_noise(x, s_max, block):
+def add_history_noise(x, s_max, block, source=None):
     """x (B, T, D) -> x̃ = (1-s) x + s ε with one s ~ U(0, s_max) per block (exposure bias)."""
-    s = s_max * torch.rand(*x.shape[:2], 1, device=x.device)[:, ::block]        # (B, blocks, 1)
+    s = s_max * uniform((*x.shape[:2], 1), source, x.device)[:, ::block]        # (B, blocks, 1)
     s = s.repeat_interleave(block, 1)[:, :x.shape[1]]                           # (B, T, 1)
-    return (1 - s) * x + s * torch.randn_like(x)
-
-
-def masked_mean(values, mask):
-    """Mean of the values where the mask is true; 0 where it is true nowhere."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (1 - s) * x + s * normal(x.shape, source, x.device, x.dtype)
 
 
 @dataclass
@@ -294,6 +291,7 @@ class AudioCALM(nn.Module):
     first. only: the one kind that this copy will generate; the experts of other kinds are then not
     made (load the weights that `wanted` keeps).
     """
+    static_shapes = False                       # True: no row is cut on a CPU either (plan.py)
     codes = None                                # its latents are never codes
     monologue = 0                               # its text always precedes the audio
 
@@ -348,10 +346,10 @@ class AudioCALM(nn.Module):
         embedded = torch.cat([net.text(text), net.prompt(prompt)], 1)           # (B, L + P, C)
         return torch.where(keep[:, None, None], embedded, net.null.to(embedded.dtype))
 
-    def context(self, x, text, text_len, prompt, prompt_len, keep, kind):
+    def context(self, x, text, text_len, prompt, prompt_len, keep, counts):
         """The clean half: x (B, T, D) in whole blocks, with masks for M noisy copies behind it.
 
-        Rows are sorted by kind. Padding of text and prompt stays in place; no position sees it, and
+        Rows are sorted by kind, counts[i] rows of kinds[i]. Padding of text and prompt stays in place; no position sees it, and
         the positions count as if it were not there.
         """
         B, T, _ = x.shape
@@ -383,51 +381,76 @@ class AudioCALM(nn.Module):
         lengths = [L + P + T + m * T for m in copies]
         masks = {S: make_mask(sees, B, S, x.device) for S in lengths}
 
-        # for the experts: how many rows each kind has
-        counts = torch.bincount(kind, minlength=len(self.kinds)).tolist()
         return Context(clean, positions, masks, experts=self.experts.per_layer(counts))
 
-    def loss(self, batch):
+    def loss(self, batch, source=None):
         """One training loss and its metrics.
 
         batch: x (B, T, D) normalised latents, valid up to frames (B,); ended (B,): the clip ends in
         this row; text (B, L), text_len (B,) at least 1; prompt (B, P, D), prompt_len (B,); kind
-        (B,). In eval mode the metrics include the flow's loss of each kind in the batch.
+        (B,); counts: a list, the rows of each kind, else counted, which waits for the device. In eval mode the metrics include the flow's loss of each kind in the batch. source:
+        of random numbers (noise.py).
         """
         cfg = self.cfg
+        counts = batch.get("counts")
+        if counts is None:
+            counts = torch.bincount(batch["kind"], minlength=len(self.kinds)).tolist()
+        batch, draws = self.noised(batch, source)
 
         # sort rows by kind: the speech expert runs on a slice
         by_kind = batch["kind"].argsort(stable=True)
         batch = {name: v[by_kind] for name, v in batch.items()}
-        frames = batch["frames"]
-        ended = batch["ended"]
+        repeats = draws[0].dim() - batch["x"].dim()             # an axis before the rows, or none
+        draws = [v.index_select(repeats, by_kind) for v in draws]
 
-        # whole blocks: an ended clip keeps its last, unfinished block, a cut one does not
-        blocks = torch.where(ended, -(-frames // cfg.block), frames // cfg.block)       # (B,)
-        x, text, prompt = self.crop(batch, blocks)
-        B, T, D = x.shape
-        P = prompt.shape[1]
-
-        # clean half: history and prompt with noise, some rows without text and prompt
-        keep = torch.rand(B, device=x.device) >= (cfg.text_dropout if self.training else 0)
-        history = add_history_noise(x, cfg.history_noise, cfg.block)
-        prompt = add_history_noise(prompt, cfg.prompt_noise, max(P, 1))
-        z = self.context(history, text, batch["text_len"], prompt, batch["prompt_len"], keep,
-                         batch["kind"])
+        # the clean half
+        z = self.context(batch["history"], batch["text"], batch["text_len"], batch["prompt"],
+                         batch["prompt_len"], batch["keep"], counts)
 
         # flow loss per block; z, the Context, stands where heads.py has a tensor
-        n = T // cfg.block
-        valid = torch.arange(n, device=x.device) < blocks[:, None]              # (B, n)
-        per_block, metrics = self.head.loss(z, x.view(B, n, cfg.block * D), valid)
+        x = batch["x"]
+        valid = torch.arange(x.shape[1], device=x.device) < batch["blocks"][:, None]    # (B, n)
+        per_block, metrics = self.head.loss(z, x, valid, draws)
         head = masked_mean(per_block, valid)
 
-        # stop head, on the clean hidden states
+        # stop head, on the clean hidden states behind text and prompt
         valid_frames = valid.repeat_interleave(cfg.block, 1)                    # (B, T)
-        stop = self.stop_loss(z.hidden[:, text.shape[1] + P:], frames, ended, valid_frames)
+        hidden = z.hidden[:, -valid_frames.shape[1]:]
+        stop = self.stop_loss(hidden, batch["frames"], batch["ended"], valid_frames)
         metrics |= {"head": head.detach(), "stop": stop.detach()}
         if not self.training:
             metrics |= self.validation_metrics(per_block, valid, batch["kind"])
         return head + cfg.stop_weight * stop, metrics
+
+    def noised(self, batch, source=None):
+        """The batch in whole blocks with all that is random, and the head's draws.
+
+        New: blocks (B,), x (B, n, block · D), history (B, T, D) with noise, keep (B,): rows that
+        keep text and prompt. The prompt has its noise.
+        """
+        cfg = self.cfg
+        kept = {name: batch[name] for name in ("frames", "ended", "text_len", "prompt_len", "kind")}
+
+        # whole blocks: an ended clip keeps its last, unfinished block, a cut one does not
+        frames = batch["frames"]
+        blocks = torch.where(batch["ended"], -(-frames // cfg.block), frames // cfg.block)
+        x, text, prompt = self.crop(batch, blocks)
+        B, T, D = x.shape
+
+        # rows that keep text and prompt; history and prompt with noise
+        dropout = cfg.text_dropout if self.training else 0
+        keep = uniform((B,), source, x.device) >= dropout
+        most_blocks = -(-batch["x"].shape[1] // cfg.block)
+        history = add_history_noise(x, cfg.history_noise, cfg.block,
+                                    rows_cut(source, most_blocks * cfg.block))
+        prompt = add_history_noise(prompt, cfg.prompt_noise, max(prompt.shape[1], 1),
+                                   rows_cut(source, batch["prompt"].shape[1]))
+
+        # noise and times of the flow
+        x = x.view(B, T // cfg.block, cfg.block * D)
+        draws = self.head.draws(x, rows_cut(source, most_blocks))
+        return kept | {"blocks": blocks, "x": x, "text": text, "prompt": prompt,
+                       "history": history, "keep": keep}, draws
 
     def crop(self, batch, blocks):
         """x (B, T, D), text and prompt as long as the longest row; T is whole blocks.
@@ -439,7 +462,7 @@ class AudioCALM(nn.Module):
         L = batch["text"].shape[1]
         P = batch["prompt"].shape[1]
         block = self.cfg.block
-        if not x.is_cuda:
+        if not (x.is_cuda or self.static_shapes):
             T = max(int(blocks.max()) * block, block)
             L = int(batch["text_len"].max())
             P = int(batch["prompt_len"].max())

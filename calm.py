@@ -78,7 +78,9 @@ from data import vocabulary
 from discrete import (DISCRETE, MISSING, CodeEmbedding, DelayLine, NoDelay, delay_codes)
 from heads import HEADS, HeadConfig, energy_score
 from monologue import Monologue, NoMonologue, WordTokens
-from replay import normal, uniform, until_all_ended
+from noise import normal, rows_at, uniform
+from processes import masked_mean
+from replay import until_all_ended
 from schema import Kind, Range
 
 
@@ -131,11 +133,6 @@ def pack(parts):
                        for v, length in parts], 1)                          # (B, sum n)
     order = torch.argsort(~valid, dim=1, stable=True)                       # valid ones first
     return values.gather(1, order[..., None].expand_as(values))
-
-
-def masked_mean(values, mask):
-    """Mean of the values where the mask is true; 0 where it is true nowhere."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 class CALM(nn.Module):
@@ -312,14 +309,15 @@ class CALM(nn.Module):
 
     # ---------------------------------------------------------------- training
 
-    def loss(self, batch):
+    def loss(self, batch, source=None):
         """One training loss and its metrics.
 
         batch: x (B, T, D) normalised latents or (B, T, K) codes, valid up to frames (B,); ended
         (B,): the clip ends in this row; text (B, L), text_len (B,); prompt (B, P, D), prompt_len
         (B,); kind (B,). Monologue: words (B, T, n), tokens beside the latents; aligned (B,): rows
         that have them. In eval mode there are further metrics (validation_metrics); histories are
-        noised there too, so that the held-out loss compares with the training loss.
+        noised there too, so that the held-out loss compares with the training loss. source: of
+        random numbers (noise.py).
         """
         cfg = self.cfg
         x = self.target(batch)                                              # (B, T, D or K)
@@ -329,10 +327,10 @@ class CALM(nn.Module):
 
         # rows that keep text and prompt; guidance needs rows without
         dropout = cfg.prefix_dropout if self.training else 0
-        keep = torch.rand(B, device=x.device) >= dropout                    # (B,)
+        keep = uniform((B,), source, x.device) >= dropout                   # (B,)
 
         # z_long: the backbone reads the noised past
-        noised = x if self.codes else self.add_noise(x, cfg.noise)
+        noised = x if self.codes else self.add_noise(x, cfg.noise, source)
         words = None
         if cfg.monologue:
             words = torch.where(keep[:, None, None], batch["words"], self.pad)
@@ -344,11 +342,11 @@ class CALM(nn.Module):
         # the short context
         Z = z_audio
         if cfg.short_layers:
-            Z = Z + self.short_context(x, batch["kind"])                    # CALM 4.2
+            Z = Z + self.short_context(x, batch["kind"], source)            # CALM 4.2
 
         # the head, where the next latent exists
         valid = torch.arange(T, device=x.device) < (frames + self.code_delay)[:, None]
-        head, metrics = self.head_loss(Z[:, :T], x, valid, batch["kind"])
+        head, metrics = self.head_loss(Z[:, :T], x, valid, batch["kind"], source)
 
         # end of clip, and the monologue's text
         eos = self.eos_loss(z_audio, frames, ended)
@@ -369,28 +367,30 @@ class CALM(nn.Module):
         codes = x.masked_fill(~valid[..., None], MISSING)
         return delay_codes(codes) if self.code_delay else codes
 
-    def short_context(self, x, kind):
+    def short_context(self, x, kind, source=None):
         """z_short (B, 1 + T, C), zero in rows without the short branch."""
         B = x.shape[0]
-        recent = self.embed_noised(self.short_latent, x, self.cfg.short_noise)
+        recent = self.embed_noised(self.short_latent, x, self.cfg.short_noise, source)
         recent = torch.cat([self.short_bos.expand(B, 1, -1), recent], 1)    # (B, 1+T, C)
         dropout = self.cfg.short_dropout if self.training else 0
-        keep = self.has_short[kind] & (torch.rand(B, device=x.device) >= dropout)
+        keep = self.has_short[kind] & (uniform((B,), source, x.device) >= dropout)
         return self.short(recent) * keep[:, None, None]
 
-    def head_loss(self, Z, x, valid, kind):
+    def head_loss(self, Z, x, valid, kind, source=None):
         """Mean of the head's loss (eq. 3) over the valid positions (B, T), and metrics."""
         kind = kind[:, None].expand_as(valid)                               # (B, T)
 
         # static shapes: padding is computed too and weighs 0
         if not (x.is_cuda or self.static_shapes):
+            source = rows_at(source, valid)
             Z = Z[valid]                                                    # (N, C)
             x = x[valid]                                                    # (N, D)
             kind = kind[valid]                                              # (N,)
             valid = valid.new_ones(len(x))                                  # all that is left
 
         # with several samples of noise and time for each Z (heads.py)
-        per_position, metrics = self.head.loss(Z, x, valid)
+        draws = self.head.draws(x, source)
+        per_position, metrics = self.head.loss(Z, x, valid, draws)
         if not self.training:
             metrics = metrics | self.validation_metrics(per_position, Z, x, valid, kind)
         return masked_mean(per_position, valid), metrics
@@ -434,7 +434,7 @@ class CALM(nn.Module):
         nats = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none")
         return masked_mean(nats.mean(-1), valid)
 
-    def regress(self, batch, teacher, guidance):
+    def regress(self, batch, teacher, guidance, source=None):
         """Distil a teacher into this model's backbone (third version of CALM; Pocket TTS).
 
             L = mean over positions of ||z - (z_null + a (z_cond - z_null))||² / C,  a = guidance
@@ -447,7 +447,7 @@ class CALM(nn.Module):
         teacher); eos, 0 = the teacher's.
         """
         x = batch["x"]
-        noised = self.add_noise(x, self.cfg.noise)
+        noised = self.add_noise(x, self.cfg.noise, source)
 
         def z_of(net, keep):
             return net.condition(noised, batch["text"], batch["text_len"] * keep, batch["prompt"],
@@ -461,29 +461,28 @@ class CALM(nn.Module):
 
         # squared error over the positions that count
         valid = torch.arange(1 + x.shape[1], device=x.device) <= batch["frames"][:, None]
-        weight = valid / valid.sum()
         z = z_of(self, 1)
-        loss = ((z - target).square().mean(-1) * weight).sum()
-        eos = self.eos_divergence(z, teacher.eos(cond), weight)
+        loss = masked_mean((z - target).square().mean(-1), valid)
+        eos = masked_mean(self.eos_divergence(z, teacher.eos(cond)), valid)
 
         # share of the target's variance that is explained
-        mean = (target * weight[..., None]).sum((0, 1))
-        variance = ((target - mean).square().mean(-1) * weight).sum()
+        mean = (target * valid[..., None]).sum((0, 1)) / valid.sum()
+        variance = masked_mean((target - mean).square().mean(-1), valid)
         metrics = {"explained": 1 - loss.detach() / variance, "eos": eos.detach()}
         return loss + self.cfg.eos_weight * eos, metrics
 
-    def eos_divergence(self, z, teacher_logits, weight):
+    def eos_divergence(self, z, teacher_logits):
         """KL divergence of the teacher's end-of-clip probability from that of this model's z.
 
-        z (B, 1 + T, C), teacher_logits (B, 1 + T, 1), weight (B, 1 + T). The gradient stays in the
-        EOS layer: z has its own target.
+        z (B, 1 + T, C), teacher_logits (B, 1 + T, 1) -> (B, 1 + T). The gradient stays in the EOS
+        layer: z has its own target.
         """
         teacher_logits = teacher_logits.float()
         logits = self.eos(z.detach()).float()
         p = teacher_logits.sigmoid()
         cross_entropy = F.binary_cross_entropy_with_logits(logits, p, reduction="none")
         entropy = F.binary_cross_entropy_with_logits(teacher_logits, p, reduction="none")
-        return ((cross_entropy - entropy).squeeze(-1) * weight).sum()
+        return (cross_entropy - entropy).squeeze(-1)
 
     # ---------------------------------------------------------------- generation
 

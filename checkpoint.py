@@ -13,6 +13,7 @@ or could not be read (memory, permissions, the disk: deleting it would not help)
 """
 import contextlib
 import errno
+import glob
 import json
 import os
 import zipfile
@@ -53,6 +54,11 @@ def load_checkpoint(path, device="cpu"):
     except BadInput:
         raise
     except FileNotFoundError:
+        shards = newest_shards(os.path.dirname(path), os.path.basename(path).removesuffix(".pt"))
+        if shards:
+            raise BadInput(f"{path}: its stage is still in training, {shards} is the last step; "
+                           f"python -m tools.convert gather {os.path.dirname(path)} --out DIR "
+                           "makes a plain run of it") from None
         raise BadInput(f"{path}: no such checkpoint; "
                        "train it first: python train.py --config ...") from None
     except PermissionError:
@@ -65,6 +71,24 @@ def exported_file(path):
     """The .safetensors file in place of the checkpoint `path` (tools.convert export), or None."""
     other = path.removesuffix(".pt") + ".safetensors"
     return other if not os.path.exists(path) and os.path.exists(other) else None
+
+
+def shards_folder(out, name):
+    """Where a stage that is trained with train.shard keeps its checkpoints (parallel.py)."""
+    return f"{out}/{name}.shards"
+
+
+def newest_shards(out, name):
+    """The folder of a stage's last sharded checkpoint, or None."""
+    folders = glob.glob(f"{glob.escape(shards_folder(out, name))}/step????????")
+    return max(folders, default=None)
+
+
+def stage_file(out, name):
+    """The file that says how far a stage has come: its checkpoint, or the sharded one's state.pt."""
+    plain = f"{out}/{name}.pt"
+    shards = newest_shards(out, name)
+    return plain if os.path.exists(plain) or not shards else f"{shards}/state.pt"
 
 
 def load_exported(path):

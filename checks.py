@@ -12,7 +12,7 @@ import math
 import os
 
 from calm import CALM
-from checkpoint import folder_of_checkpoints
+from checkpoint import folder_of_checkpoints, stage_file
 from cli import BadInput
 from config import (LM_STAGES, STAGES, encoder_id, load_stage, refuse_other_encoder,
                     refuse_other_table, saved_config, vae_weights)
@@ -81,7 +81,7 @@ def refuse_missing_init(cfg, fresh):
     """BadInput where a stage that begins now is to start from a checkpoint that is not there."""
     for name in cfg.stages:
         init = getattr(cfg.train, name).init
-        begins = fresh or not os.path.exists(f"{cfg.out}/{name}.pt")
+        begins = fresh or not os.path.exists(stage_file(cfg.out, name))
         if init and begins and not os.path.exists(init):
             raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
         if init and begins and os.path.isdir(init):
@@ -189,7 +189,7 @@ def check_checkpoints(cfg, clips, say):
     encoder = finished_encoder(cfg)
     done = {}
     for name in cfg.stages:
-        path = f"{cfg.out}/{name}.pt"
+        path = stage_file(cfg.out, name)
         done[name] = False
         if os.path.exists(path):
             state = load_stage(path, name)

@@ -148,6 +148,10 @@ class DistillConfig(StageConfig):
 @dataclass
 class TrainConfig:
     """The [train] table: one table per stage, whether the run has the stage or not."""
+    # with several processes, each keeps its part of the weights, moments and averages (FSDP2)
+    # instead of all of them (DDP); the VAE's, which are small, stay whole. train.py --plan says
+    # when it is needed
+    shard: bool = False
     vae: StageConfig = field(default_factory=StageConfig)
     lm: StageConfig = field(default_factory=StageConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)

@@ -61,7 +61,8 @@ from torch import nn
 
 from backbone import KVCache, RMSNorm
 from heads import weighted_mean
-from replay import exponential
+from noise import exponential, shared, uniform
+from processes import add_up, rank, world
 
 MISSING = -1                                    # no code here: before a delayed level, or padding
 
@@ -109,8 +110,9 @@ class ResidualVQ(nn.Module):
         return sum(self.codebooks[level][entry] for level, entry in enumerate(codes.unbind(-1)))
 
     @torch.no_grad()
-    def update(self, level, x, entry, rows):
+    def update(self, level, x, entry, rows, candidates):
         """One step of the running means: x (N, D) was assigned to entry (N,), where rows (N,).
+        candidates (codes, D): replace dead entries.
 
         Every process calls it for every level, even if no row is true: all_reduce waits for all.
         """
@@ -118,32 +120,44 @@ class ResidualVQ(nn.Module):
         codes = self.codebooks.shape[1]
         D = x.shape[1]
 
-        # counts and sums of this batch, and for each entry a random vector to replace it
+        # counts and sums of this batch
         assigned = F.one_hot(entry, codes).to(x.dtype) * rows[:, None]              # (N, codes)
-        candidates = x[torch.randint(len(x), (codes,), device=x.device)]        # (codes, D)
         with torch.autocast(x.device.type, enabled=False):
             sums = assigned.T @ x                                               # (codes, D)
 
-        # sums over all processes; the candidates are those of the first
-        stats = torch.cat([assigned.sum(0)[:, None], sums, candidates], 1)      # (codes, 1 + 2 D)
-        if torch.distributed.is_initialized():
-            stats[:, 1 + D:] *= torch.distributed.get_rank() == 0
-            torch.distributed.all_reduce(stats)
+        # sums over all processes; each has the candidates of its rows
+        stats = add_up(torch.cat([assigned.sum(0)[:, None], sums, candidates], 1))
         counts, sums, candidates = stats.split([1, D, D], 1)
         mean_count = counts.sum() / codes
-        if mean_count == 0:
-            return
 
         # running means; dead entries start again from a candidate, with the mean count
-        self.counts[level].lerp_(counts[:, 0], 1 - self.decay)
-        self.sums[level].lerp_(sums, 1 - self.decay)
-        dead = self.counts[level] < self.dead * mean_count
-        self.counts[level][dead] = mean_count
-        self.sums[level][dead] = mean_count * candidates[dead]
-        self.codebooks[level] = self.sums[level] / self.counts[level][:, None]
+        counts = self.counts[level].lerp(counts[:, 0], 1 - self.decay)          # (codes,)
+        sums = self.sums[level].lerp(sums, 1 - self.decay)                      # (codes, D)
+        dead = counts < self.dead * mean_count
+        counts = torch.where(dead, mean_count, counts)
+        sums = torch.where(dead[:, None], mean_count * candidates, sums)
 
-    def forward(self, x):
-        """x (B, T, D) -> z with the gradient of x, and the commitment loss.
+        # a level that no row used stays as it is
+        used = mean_count > 0
+        self.counts[level] = torch.where(used, counts, self.counts[level])
+        self.sums[level] = torch.where(used, sums, self.sums[level])
+        means = self.sums[level] / self.counts[level][:, None].clamp(min=1e-12)
+        self.codebooks[level] = torch.where(used, means, self.codebooks[level])
+
+    def candidates(self, x, source):
+        """For each entry a vector that can replace it: entry e's is of row e, e - rows, ... of the
+        rows of all processes, at a random frame. x (B, T, D) -> (codes, D), 0 where the row is
+        another process's. source: of random numbers (noise.py).
+        """
+        B, T, _ = x.shape
+        codes = self.codebooks.shape[1]
+        frame = torch.randint(T, (codes,), generator=shared(source)).to(x.device)
+        row = torch.arange(codes, device=x.device) % (B * world()) - B * rank()
+        here = (row >= 0) & (row < B)
+        return x[row.clamp(0, B - 1), frame].float() * here[:, None]
+
+    def forward(self, x, source=None):
+        """x (B, T, D) -> z with the gradient of x, and the commitment loss. source: noise.py.
 
         The loss is the mean of ‖x_i - sg(c_i)‖² / D over the levels in use, x_i the remainder that
         level i quantises.
@@ -154,8 +168,9 @@ class ResidualVQ(nn.Module):
         # quantizer dropout: the number of levels that each row uses
         used = torch.full((B,), levels, device=x.device)
         if self.training:
-            dropped = torch.rand(B, device=x.device) < 0.5
-            used = torch.where(dropped, torch.randint(1, levels + 1, (B,), device=x.device), used)
+            dropped = uniform((B,), source, x.device) < 0.5
+            fewer = 1 + (levels * uniform((B,), source, x.device)).long()
+            used = torch.where(dropped, fewer.clamp(max=levels), used)
 
         remainder = x
         z = torch.zeros_like(x)
@@ -167,7 +182,9 @@ class ResidualVQ(nn.Module):
             vectors = remainder.detach().flatten(0, 1)                          # (B·T, D)
             entry = self.nearest(vectors, level)                                # (B·T,)
             if self.training:
-                self.update(level, vectors, entry, (in_use > 0).expand(-1, T, 1).flatten())
+                rows = (in_use > 0).expand(-1, T, 1).flatten()
+                candidates = self.candidates(remainder.detach(), source)
+                self.update(level, vectors, entry, rows, candidates)
 
             # add this level's part to z and to the loss
             c = self.codebooks[level][entry].view_as(x)
@@ -440,7 +457,11 @@ class RQ(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x, weight=None):
+    def draws(self, x, source=None):
+        """Nothing here is random."""
+        return ()
+
+    def loss(self, z, x, weight=None, draws=()):
         """-log p(x | z) / K, teacher-forced. z (.., C), codes x (.., K) -> (..), metrics."""
         logits = self.net(z.flatten(0, -2), x.flatten(0, -2))                   # CALM 3.1
         return cross_entropy(logits.view(*x.shape, -1), x, weight)
@@ -468,7 +489,11 @@ class Delay(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x, weight=None):
+    def draws(self, x, source=None):
+        """Nothing here is random."""
+        return ()
+
+    def loss(self, z, x, weight=None, draws=()):
         """-log p in nats per code that exists. z (.., C), codes x (.., K) -> (..), metrics."""
         return cross_entropy(self.net(z).unflatten(-1, self.shape), x, weight)
 

@@ -43,6 +43,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import weight_norm
 
+from noise import shared
+from processes import add_up, world
 from schema import Range
 from vae import VAE, VAEConfig
 
@@ -276,13 +278,17 @@ def feature_loss(real, fake):
 
     real, fake: outputs of Discriminators for x and x̂.
     """
-    ratios = []
+    differences = []
+    sizes = []
     for (_, real_features), (_, fake_features) in zip(real, fake):
         for r, f in zip(real_features, fake_features):
             r = r.detach()                              # the target
-            difference = (r - f).float().abs().mean()
-            ratios.append(difference / r.float().abs().mean().clamp(min=1e-4))
-    return sum(ratios) / len(ratios)
+            differences.append((r - f).float().abs().mean())
+            sizes.append(r.float().abs().mean())
+
+    # the sizes are those of all processes' rows
+    sizes = add_up(torch.stack(sizes)) / world()                                # (layers,)
+    return (torch.stack(differences) / sizes.clamp(min=1e-4)).mean()
 
 
 def hinge_loss(real, fake):
@@ -328,14 +334,13 @@ class Balancer(nn.Module):
     def mean_norm(self, name, gradient):
         """<‖g_i‖> with this micro-batch's gradient (B, ...) included, if that is finite."""
         norm = gradient.flatten(1).norm(dim=1).mean() * len(gradient)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(norm)
-            norm = norm / torch.distributed.get_world_size()
+        norm = add_up(norm) / world()
 
+        # without waiting for the device
         i = self.names.index(name)
-        if norm.isfinite():
-            self.norms[i] = self.decay * self.norms[i] + norm
-            self.seen[i] = self.decay * self.seen[i] + 1
+        finite = norm.isfinite()
+        self.norms[i] = torch.where(finite, self.decay * self.norms[i] + norm, self.norms[i])
+        self.seen[i] = torch.where(finite, self.decay * self.seen[i] + 1, self.seen[i])
         return (self.norms[i] / self.seen[i].clamp(min=1e-12)).clamp(min=1e-12)
 
 
@@ -363,12 +368,13 @@ class VAEGAN(nn.Module):
             self.teacher = Teacher(cfg.teacher, vae.sample_rate)
             self.to_teacher = nn.Linear(vae.latent_dim, self.teacher.dim)
 
-    def losses(self, wav, step):
+    def losses(self, wav, step, source=None):
         """Yield (optimizer name, loss, metrics) of a step on wav (B, ch, S).
 
-        First "vae" with the loss of eq. 2, then "disc" once the discriminators learn.
+        First "vae" with the loss of eq. 2, then "disc" once the discriminators learn. Neither has a
+        gradient for the other's weights. source: of random numbers (noise.py).
         """
-        rec, z, terms = self.vae(wav)
+        rec, z, terms = self.vae(wav, source)
 
         # the terms of eq. 2 that have a weight (the weights enter in weighted_sum); from the VAE
         # L_KL or L_commit
@@ -376,13 +382,13 @@ class VAEGAN(nn.Module):
         if "time" in self.weights:
             terms["time"] = (wav - rec).abs().mean()                             # L_t
         terms |= self.distill_term(wav, z)                                       # L_distill
-        terms |= self.spectral_terms(wav, rec)                                   # L_f
+        terms |= self.spectral_terms(wav, rec, shared(source))                   # L_f
 
         # the discriminators see the same crop of both, the original once for both players; the
         # generator learns after their warm-up
         disc_learns = self.disc is not None and step >= self.cfg.disc_start
         if disc_learns:
-            crop = self.random_crop(wav.shape[-1])
+            crop = self.random_crop(wav.shape[-1], shared(source))
             real = self.disc(wav[..., crop])
             if step >= self.cfg.disc_start + self.cfg.disc_warmup:               # L_adv, L_feat
                 terms |= self.adversarial_terms(real, rec[..., crop])
@@ -408,8 +414,8 @@ class VAEGAN(nn.Module):
         target = self.teacher(wav, z.shape[1])
         return {"distill": 1 - F.cosine_similarity(predicted, target, dim=-1).mean()}
 
-    def spectral_terms(self, wav, rec):
-        """L_f (eq. 2): mel and stft, over all windows or some at random."""
+    def spectral_terms(self, wav, rec, generator=None):
+        """L_f (eq. 2): mel and stft, over all windows or some at random, the same for all rows."""
         cfg = self.cfg
         names = [name for name in ("mel", "stft") if name in self.weights]
         if not names:
@@ -417,18 +423,18 @@ class VAEGAN(nn.Module):
 
         windows = cfg.loss_windows
         if cfg.loss_scales:
-            chosen = torch.randperm(len(windows))[:cfg.loss_scales].tolist()
+            chosen = torch.randperm(len(windows), generator=generator)[:cfg.loss_scales].tolist()
             windows = [windows[i] for i in chosen]
         with torch.autocast(wav.device.type, enabled=False):
             return spectral_losses(wav, rec, self.vae.cfg.sample_rate, windows, names,
                                    cfg.loss_floor)
 
-    def random_crop(self, samples):
+    def random_crop(self, samples, generator=None):
         """The slice of disc_seconds, at random, that the discriminators see."""
         if not self.cfg.disc_seconds:
             return slice(None)
         length = min(round(self.cfg.disc_seconds * self.vae.cfg.sample_rate), samples)
-        first = torch.randint(samples - length + 1, ()).item()
+        first = torch.randint(samples - length + 1, (), generator=generator).item()
         return slice(first, first + length)
 
     def adversarial_terms(self, real, rec):

@@ -13,6 +13,7 @@ discrete.py, whose x are codes, have too:
     loss(z, x, weight=) -> (loss per position, metrics)
     sample(z, steps=, temperature=, ...) -> x
     set_step(step): the optimizer step               has_jvp: whether the loss differentiates net
+    draws(x, source): the random numbers of a loss, which is a function of them once they are given
 
 weight (..) is 1 where a position counts and 0 where it is padding: metrics leave out padding, and
 the loss per position is the caller's to weigh.
@@ -60,7 +61,7 @@ import torch
 from torch import nn
 
 from adaln import AdaLNMLP, fp32, sinusoid
-from replay import normal
+from noise import normal, rows_along
 from schema import Range
 
 HALF_PI = math.pi / 2
@@ -146,19 +147,19 @@ class HeadConfig:
 # without gradient; LSD calls net.jvp_s(x_t, t, z, s) -> F, ∂F/∂s, both with gradient. A network
 # that has no tangents of its own can return those of torch.func.jvp.
 
-def sample_noise_and_log_ratio(x, cfg):
-    """Repeat x (.., D) M times and sample for each the noise and how much of it there is.
+def sample_noise_and_log_ratio(x, cfg, source=None):
+    """Noise for M repeats of x (.., D), and how much of it there is.
 
-    Returns x and eps (M, .., D) and u = log(noise / signal) ~ N(p_mean, p_std²) (M, ..), each
-    independent for every position and repeat; without the axis M if M = 1. The objectives turn u
-    into a time.
+    Returns eps (M, .., D) and u = log(noise / signal) ~ N(p_mean, p_std²) (M, ..), each independent
+    for every position and repeat; without the axis M if M = 1. The objectives turn u into a time.
+    source: of random numbers (noise.py).
     """
     x = fp32(x)
-    if cfg.multiplier > 1:                                                  # CALM 4.4
-        x = x.expand(cfg.multiplier, *x.shape)                              # (M, .., D)
-    eps = torch.randn(x.shape, device=x.device, dtype=x.dtype)
-    u = cfg.p_mean + cfg.p_std * torch.randn(x.shape[:-1], device=x.device, dtype=x.dtype)
-    return x, eps, u
+    shape = (cfg.multiplier, *x.shape) if cfg.multiplier > 1 else x.shape   # CALM 4.4
+    source = rows_along(source, len(shape) - x.dim())
+    eps = normal(shape, source, x.device, x.dtype)
+    u = cfg.p_mean + cfg.p_std * normal(shape[:-1], source, x.device, x.dtype)
+    return eps, u
 
 
 def average_over_draws(loss, cfg):
@@ -241,10 +242,15 @@ class RectifiedFlow(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x, weight=None):
+    def draws(self, x, source=None):
+        """eps (M, .., D) and u (M, ..) for a loss on x (.., D)."""
+        return sample_noise_and_log_ratio(x, self.cfg, source)
+
+    def loss(self, z, x, weight=None, draws=None):
         """||F(x_t, t, z) - (eps - x)||² / D. z (.., C), x (.., D) -> (..), metrics."""
         # noise the data
-        x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
+        x = fp32(x)
+        eps, u = draws or self.draws(x)                                     # (M, .., D), u (M, ..)
         t = torch.sigmoid(u)                                                # t / (1-t) = e^u
         x_t = x + t[..., None] * (eps - x)
 
@@ -293,10 +299,15 @@ class TrigFlow(nn.Module):
     def set_step(self, step):
         """Nothing here depends on the training step."""
 
-    def loss(self, z, x, weight=None):
+    def draws(self, x, source=None):
+        """eps (M, .., D) and u (M, ..) for a loss on x (.., D)."""
+        return sample_noise_and_log_ratio(x, self.cfg, source)
+
+    def loss(self, z, x, weight=None, draws=None):
         """||F(x_t, t, z) - (cos t eps - sin t x)||² / D. z (.., C), x (.., D) -> (..), metrics."""
         # noise the data
-        x, eps, u = sample_noise_and_log_ratio(x, self.cfg)                 # (M, .., D), u (M, ..)
+        x = fp32(x)
+        eps, u = draws or self.draws(x)                                     # (M, .., D), u (M, ..)
         t = torch.atan(u.exp())                                             # tan t = e^u
         cos = t.cos()[..., None]                                            # (M, .., 1)
         sin = t.sin()[..., None]
@@ -391,7 +402,11 @@ class Consistency(nn.Module):
         F = fp32(self.net(x_t, t, z))
         return t.cos()[..., None] * x_t - t.sin()[..., None] * F
 
-    def loss(self, z, x, weight=None):
+    def draws(self, x, source=None):
+        """eps (M, .., D) and u (M, ..) for a loss on x (.., D)."""
+        return sample_noise_and_log_ratio(x, self.cfg, source)
+
+    def loss(self, z, x, weight=None, draws=None):
         """exp(w(t)) · ||F - sg(F) - g / (||g|| + tangent_c)||² / D - w(t), sg: no gradient (eq. 3).
 
         z (.., C), x (.., D) -> (..), metrics. Gradients reach the network and z through F only.
@@ -399,7 +414,8 @@ class Consistency(nn.Module):
         cfg = self.cfg
 
         # noise the data
-        x, eps, u = sample_noise_and_log_ratio(x, cfg)                      # (M, .., D), u (M, ..)
+        x = fp32(x)
+        eps, u = draws or self.draws(x)                                     # (M, .., D), u (M, ..)
         t = torch.atan(u.exp())                                             # tan t = e^u
         cos = t.cos()[..., None]                                            # (M, .., 1)
         sin = t.sin()[..., None]
@@ -500,7 +516,19 @@ class LSD(nn.Module):
         F = fp32(self.net(x_t, t, z, s))
         return x_t + (s - t)[..., None] * F
 
-    def loss(self, z, x, weight=None):
+    def draws(self, x, source=None):
+        """eps (M, .., D), u (M, ..), and for the first quarter of the repeats the other end of a
+        jump, in (0, 1), (M/4, ..).
+        """
+        cfg = self.cfg
+        eps, u = sample_noise_and_log_ratio(x, cfg, source)
+        shape = u.shape
+        if cfg.multiplier > 1:
+            shape = (math.ceil(cfg.multiplier / 4), *u.shape[1:])
+        other = normal(shape, rows_along(source, u.dim() + 1 - x.dim()), x.device, u.dtype)
+        return eps, u, torch.sigmoid(cfg.p_mean + cfg.p_std * other)
+
+    def loss(self, z, x, weight=None, draws=None):
         """The loss L above. z (.., C), x (.., D) -> (..), metrics.
 
         Metrics: loss_low, loss_mid, loss_high of the diagonal, lsd of the jumps.
@@ -508,7 +536,8 @@ class LSD(nn.Module):
         cfg = self.cfg
 
         # noise the data
-        x, eps, u = sample_noise_and_log_ratio(x, cfg)                      # (M, .., D), u (M, ..)
+        x = fp32(x)
+        eps, u, other = draws or self.draws(x)                              # (M, .., D), u (M, ..)
         t = torch.sigmoid(u)                                                # t / (1-t) = e^u
         v = eps - x                                                         # dx/dt
         x_t = x + t[..., None] * v
@@ -520,11 +549,8 @@ class LSD(nn.Module):
 
         # off-diagonal: jumps to less noise, on the first quarter of the samples
         if cfg.multiplier > 1:
-            quarter = math.ceil(cfg.multiplier / 4)
-            x = x[:quarter]                                                 # (M/4, .., D)
-            v = v[:quarter]
-            t = t[:quarter]                                                 # (M/4, ..)
-        other = torch.sigmoid(cfg.p_mean + cfg.p_std * torch.randn_like(t))
+            v = v[:len(other)]                                              # (M/4, .., D)
+            t = t[:len(other)]                                              # (M/4, ..)
         s = torch.minimum(t, other)
         t = torch.maximum(t, other)                                         # s < t
         jump_error = self.self_distillation_error(z, x + t[..., None] * v, t, s)

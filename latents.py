@@ -300,6 +300,7 @@ class LatentBatches:
         text        (b, 1 + text_len)       int64, [kind, ids...]
         text_len    (b,)                    int64, valid tokens of text
         kind        (b,)                    int64, number in KINDS
+        counts      a list                  rows of each of KINDS
         prompt      (b, prompt_frames, 2D)  as x
         prompt_len  (b,)                    int64, valid frames of prompt
         words       (b, frames, n)          int64, tokens beside the frames (monologue.py)
@@ -351,7 +352,9 @@ class LatentBatches:
 
     def __call__(self, step, rows):
         made = [self.row(number) for number in global_rows(step, rows, self.batch)]
-        return {name: torch.stack([row[name] for row in made]) for name in made[0]}
+        batch = {name: torch.stack([row[name] for row in made]) for name in made[0]}
+        counts = torch.bincount(batch["kind"], minlength=len(KINDS)).tolist()
+        return batch | {"counts": counts}
 
     @cached_property
     def seen(self):

@@ -10,9 +10,11 @@ import math
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from cli import BadInput
+from processes import whole
 
 # modules whose weight is a matrix, a kernel or a table; gains of norms and scales are in others
 WEIGHTS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)
@@ -78,11 +80,18 @@ class Muon:
     where a frame's level drowns its shape (LOG.md). A convolution (out, in, k) is a matrix
     (out, in · k), a transposed one (in, out · k), by a view. Steps have AdamW's size, so that one
     learning rate serves both. Depthwise kernels, embeddings, norms and biases are AdamW's.
+
+    Sharded matrices (parallel.py) stay sharded, but where the processes cannot share the rows
+    evenly: then each makes the whole step.
     """
 
     def __init__(self, module, adamw, lr, weight_decay):
         self.weights = [m.weight for m in module.modules() if is_matrix(m)]
         self.views = [p.detach().flatten(1) for p in self.weights]
+        self.uneven = [i for i, view in enumerate(self.views) if isinstance(view, DTensor)
+                       and len(view) % view.device_mesh.size()]
+        for i in self.uneven:
+            self.views[i] = self.views[i].full_tensor()
         self.adamw = adamw(module, without={id(p) for p in self.weights})
         self.muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay,
                                      adjust_lr_fn="match_rms_adamw")
@@ -98,11 +107,22 @@ class Muon:
         for p in self.weights:
             p.grad = None
 
+    @torch.no_grad()
     def step(self):
         for p, view in zip(self.weights, self.views):
             view.grad = None if p.grad is None else p.grad.flatten(1)
+        for i in self.uneven:
+            self.views[i].copy_(self.weights[i].full_tensor().flatten(1))
+            self.views[i].grad = whole(self.views[i].grad)
+
         self.muon.step()
         self.adamw.step()
+
+        # the shards of what every process has stepped
+        for i in self.uneven:
+            p = self.weights[i]
+            p.copy_(distribute_tensor(self.views[i].view_as(p), p.device_mesh, p.placements,
+                                      src_data_rank=None))
 
     def state_dict(self):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}

@@ -31,11 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from audiocalm import AudioCALM
 from config import LM_STAGES, STAGES, make_model, stage_table
 from data import KINDS, PAD
 from discrete import DISCRETE
 from gan import VAEGAN
+from parallel import Losses
 from stages import recompute_activations
 
 H100 = 989e12                           # FLOP/s in bf16, NVIDIA's figure without sparsity
@@ -48,6 +48,7 @@ class RandomRows:
 
     The VAE's discriminators take part from the start; a WavLM teacher does not.
     """
+    starts_in_parts = False
 
     def __init__(self, cfg, stage, rows, device):
         self.stage = stage
@@ -69,11 +70,11 @@ class RandomRows:
             if self.model.disc is not None:
                 self.optimized["disc"] = self.model.disc
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, source=None):
         if self.stage == "vae":
-            yield from self.model.losses(batch["audio"], step)
+            yield from self.model.losses(batch["audio"], step, source)
         else:
-            loss, metrics = self.model.loss(dict(batch))
+            loss, metrics = self.model.loss(dict(batch), source)
             yield self.stage, loss, metrics
 
     def compile(self):
@@ -116,10 +117,17 @@ def random_latents(cfg, stage, rows, monologue):
             "text": torch.randint(PAD, (rows, 1 + cfg.data.text_len)),
             "text_len": torch.full((rows,), text_len),
             "kind": torch.arange(rows) % len(KINDS),
+            "counts": [len(range(i, rows, len(KINDS))) for i in range(len(KINDS))],
             "prompt": prompt,
             "prompt_len": torch.full((rows,), prompt_frames),
             "words": torch.full((rows, frames, monologue), PAD),
             "aligned": torch.ones(rows, dtype=torch.bool)}
+
+
+def first_row(batch):
+    """A batch of one row, of the first kind."""
+    row = {name: value[:1] for name, value in batch.items()}
+    return row | {"counts": [1] + [0] * (len(KINDS) - 1)} if "counts" in row else row
 
 
 # ---------------------------------------------------------------- counting
@@ -156,9 +164,8 @@ class Live(TorchDispatchMode):
 def forward_backward(trainer, batch, bf16):
     """The losses of a micro-batch and their gradients, as train.py computes them."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for _, loss, _ in trainer.losses(batch, 10 ** 9):
-            with torch.autocast("cpu", enabled=False):
-                loss.backward()
+        loss, _ = Losses(trainer)(batch, 10 ** 9, None)
+    loss.backward()
 
 
 def measure(cfg, stage, rows, bf16=True):
@@ -171,10 +178,7 @@ def measure(cfg, stage, rows, bf16=True):
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = RandomRows(cfg, stage, rows, "cpu")
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        if isinstance(trainer.model, AudioCALM):
-            return parameters, None, None
-
-        row = {name: value[:1] for name, value in trainer.batch.items()}
+        row = first_row(trainer.batch)
         with FlopCounterMode(display=False) as counter:
             forward_backward(trainer, row, bf16)
         if getattr(cfg.train, stage).checkpoint:

@@ -25,63 +25,12 @@ from itertools import islice
 
 import torch
 
+from noise import Tape
+
 HOW = ("static", "graph", "compile")
 WARM_UP = 2                         # calls before the recording: one eager, one as it is recorded
 ROUND_TO = 256                      # positions of fixed memory: few sizes, so few recordings
 MOST_UNSEEN = 8                     # frames between two looks at whether all rows have ended
-
-
-# ---------------------------------------------------------------- random numbers
-
-class Tape:
-    """Random numbers that stand ready when a step asks for them.
-
-    The first step draws them one by one and so records how many there are, and which. Before every
-    later step `refill` draws them all again, into the same memory and in the same order.
-    """
-
-    def __init__(self):
-        self.memory = []                # a tensor for each draw of a step
-        self.draws = []                 # how each is filled: torch.Tensor.normal_, ...
-        self.taken = 0                  # draws that the current step has asked for
-        self.generator = None
-
-    def refill(self, generator):
-        """Draw the numbers of the next step."""
-        self.generator = generator
-        self.taken = 0
-        for memory, draw in zip(self.memory, self.draws):
-            draw(memory, generator=generator)
-
-    def take(self, draw, shape, device, dtype):
-        """The next numbers of this step."""
-        if self.taken == len(self.memory):
-            memory = torch.empty(shape, device=device, dtype=dtype)
-            self.memory.append(draw(memory, generator=self.generator))
-            self.draws.append(draw)
-        self.taken += 1
-        return self.memory[self.taken - 1]
-
-
-def normal(shape, generator, device, dtype=None):
-    """N(0, 1), as torch.randn. generator: a torch.Generator, None, or a Tape; so in all three."""
-    if isinstance(generator, Tape):
-        return generator.take(torch.Tensor.normal_, shape, device, dtype)
-    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-
-def uniform(shape, generator, device, dtype=None):
-    """U(0, 1), as torch.rand."""
-    if isinstance(generator, Tape):
-        return generator.take(torch.Tensor.uniform_, shape, device, dtype)
-    return torch.rand(shape, generator=generator, device=device, dtype=dtype)
-
-
-def exponential(shape, generator, device, dtype=None):
-    """Exponential with mean 1."""
-    if isinstance(generator, Tape):
-        return generator.take(torch.Tensor.exponential_, shape, device, dtype)
-    return torch.empty(shape, device=device, dtype=dtype).exponential_(generator=generator)
 
 
 # ---------------------------------------------------------------- a step, again and again

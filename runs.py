@@ -14,17 +14,21 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import checks
 import signals
-from checkpoint import check_optimizer, load_checkpoint, load_weights, named_tensors
+from checkpoint import (check_optimizer, load_checkpoint, load_weights, named_tensors,
+                        newest_shards, shards_folder)
 from cli import BadInput, append_line, write_file
 from config import (read_log, refuse_other_encoder, save_checkpoint, saved_config, table_changes,
                     vae_weights)
 from optim import make_optimizers
+from parallel import (fill, is_sharded, load_shards, make_moments, save_shards, whole_state, wrap)
 from prefetch import Prefetch, Workers
 from report import draw_losses, draw_spectrograms
 
@@ -91,12 +95,17 @@ class RunningState:
             buffer.copy_(copy)
 
 
+def local(tensor):
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def first_not_finite(state):
     """The name of the first tensor in a checkpoint's (nested) dict that holds NaN or infinity, or
     "". One pass over memory, and one wait for the device: 0.1 s per 400M numbers on one CPU core.
     """
-    tensors = {name: tensor.detach() for name, tensor in named_tensors(state)
-               if tensor.is_floating_point() and tensor.numel()}
+    tensors = {name: local(tensor.detach()) for name, tensor in named_tensors(state)
+               if tensor.is_floating_point() and local(tensor).numel()}
     ends = {}                                   # device -> least and largest of each tensor
     for tensor in tensors.values():
         low, high = tensor.aminmax()            # NaN if there is one
@@ -130,6 +139,14 @@ class Run:
         self.freeze()
         if self.stage_cfg.checkpoint:
             trainer.recompute_activations()
+        if not self.begun() and self.stage_cfg.init:
+            self.load_init(self.stage_cfg.init)
+        self.compile()
+
+        # on several processes; then nothing of the model is replaced any more
+        shard = cfg.train.shard and name != "vae"
+        self.losses = wrap(trainer, runtime.device, shard)
+        self.sharded = is_sharded(self.losses)
         self.optimizers = make_optimizers(trainer, self.stage_cfg, runtime.device,
                                           key=f"train.{name}.optimizer")
         self.ema = EMA(trainer.averaged, self.stage_cfg.ema) if self.stage_cfg.ema else None
@@ -153,9 +170,10 @@ class Run:
             raise BadInput(f"train.{self.name}.micro_batch: {self.micro} does not divide the "
                            f"{self.rows} rows of a process")
 
-        # rows of the global batch that each of this process's micro-batches holds
-        first = self.runtime.rank * self.rows
-        self.parts = [range(s, s + self.micro) for s in range(first, first + self.rows, self.micro)]
+        # rows of the global batch that each of this process's micro-batches holds: all processes
+        # together take neighbours, as one process with larger micro-batches would
+        first = self.runtime.rank * self.micro
+        self.parts = [range(s, s + self.micro) for s in range(first, batch, self.micro * world)]
 
     def freeze(self):
         """Take the parts of train.STAGE.freeze out of the training."""
@@ -168,18 +186,25 @@ class Run:
 
     # ------------------------------------------------------------ the beginning
 
-    def resume(self):
-        """The first step to do: 0, or where the last checkpoint was, whose state is loaded."""
-        if os.path.exists(self.path):
-            self.load(self.path)
-        elif self.stage_cfg.init:
-            self.load_init(self.stage_cfg.init)
+    def begun(self):
+        """Whether this stage has a checkpoint of its own."""
+        return os.path.exists(self.path) or bool(newest_shards(self.cfg.out, self.name))
+
+    def compile(self):
+        """Compile the layers, where asked."""
         if self.runtime.compile:
             # layers share one code object, and dynamo keeps at most 8 graphs of it: those of the
             # stage before must not count
             torch._dynamo.reset()
             self.trainer.compile()
 
+    def resume(self):
+        """The first step to do: 0, or where the last checkpoint was, whose state is loaded."""
+        shards = newest_shards(self.cfg.out, self.name)
+        if os.path.exists(self.path):
+            self.load(load_checkpoint(self.path, self.runtime.device), self.path)
+        elif shards:
+            self.load(load_checkpoint(f"{shards}/state.pt"), shards, shards)
         self.running.keep()
         first = self.step
         self.announce()
@@ -222,16 +247,35 @@ class Run:
         return not any(row["stage"] == self.name and row["step"] == self.step
                        and is_validation(row) for row in rows)
 
-    def load(self, path):
-        """Go on from this stage's own checkpoint."""
-        state = load_checkpoint(path, self.runtime.device)
+    def load(self, state, path, shards=""):
+        """Go on from this stage's own checkpoint: a plain one, or the folder `shards`."""
         refuse_other_encoder(state, self.trainer.encoder, path, f"{self.cfg.out}/vae.pt")
         checks.note_changed_runtime(self.name, state, self.how(), self.runtime.say)
+        if shards:
+            load_shards(shards, self.all_tensors())
+        elif self.sharded:
+            fill(self.all_tensors(), state)
+        else:
+            self.load_plain(state, path)
+        self.trainer.check_loaded(path)
+        self.step = state["step"]
+        self.saved = state["step"]
+        self.done = state["done"]
+
+    def all_tensors(self):
+        """The (nested) state of this run with everything allocated, to be filled in place."""
+        make_moments(self.optimizers, self.trainer.model.parameters())
+        return self.tensors()
+
+    def load_plain(self, state, path):
+        """The state of a plain checkpoint into a model that is whole."""
         if state["ema"]:
             load_weights(self.trainer.averaged, state["ema"], path)      # do they fit?
-        load_weights(self.trainer.model, state["model"], path)
-        self.trainer.check_loaded(path)
+        # a finished sharded stage keeps only the average
+        load_weights(self.trainer.model, state["model"] or state["ema"], path)
         for key, optimizer in self.optimizers.items():
+            if state["done"] and not state["optimizers"]:
+                continue
             try:
                 optimizer.load_state_dict(state["optimizers"][key])
                 check_optimizer(optimizer, path)
@@ -241,9 +285,6 @@ class Run:
                                ) from e
         if self.ema:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
-        self.step = state["step"]
-        self.saved = state["step"]
-        self.done = state["done"]
 
     def how(self):
         """What of this run's processes decides its noise and rounding, for the checkpoint."""
@@ -256,8 +297,6 @@ class Run:
         weights = vae_weights(state) if self.name == "vae" else state["ema"] or state["model"]
         load_weights(self.trainer.averaged, weights, path)
         self.trainer.check_loaded(path)
-        if self.ema:
-            self.ema = EMA(self.trainer.averaged, self.stage_cfg.ema)
         self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
 
         # the same shapes may mean something else
@@ -306,14 +345,17 @@ class Run:
 
     # ------------------------------------------------------------ checkpoints
 
-    def state(self, done=False):
-        """What a checkpoint holds."""
+    def tensors(self):
+        """What a checkpoint holds of the training's state."""
         optimizers = {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()}
+        return {"model": self.trainer.model.state_dict(),
+                "ema": self.ema.state if self.ema else None, "optimizers": optimizers}
+
+    def facts(self, done=False):
+        """What else it holds."""
         return {"stage": self.name, "step": self.step, "done": done, "clips": self.clips,
                 "encoder": self.trainer.encoder, "runtime": self.how(),
-                "config": dataclasses.asdict(self.cfg), "seen": self.trainer.batch.seen,
-                "model": self.trainer.model.state_dict(),
-                "ema": self.ema.state if self.ema else None, "optimizers": optimizers}
+                "config": dataclasses.asdict(self.cfg), "seen": self.trainer.batch.seen}
 
     def save(self, done=False):
         """Write the last complete step, unless the checkpoint has it; all processes wait for it.
@@ -322,27 +364,49 @@ class Run:
         """
         if self.step == self.saved and done == self.done:
             return
-        state = self.state(done)
-        bad = first_not_finite(state)
-        if bad:
-            raise FloatingPointError(f"{self.name}: {bad} is not finite after step {self.step}, "
-                                     f"which is not saved; {self.advice()}")
+        tensors = self.tensors()
+        bad = first_not_finite(tensors)
+        if self.runtime.any_of(bool(bad)):
+            raise FloatingPointError(f"{self.name}: {bad or 'a tensor of another process'} is not "
+                                     f"finite after step {self.step}, which is not saved; "
+                                     + self.advice())
         self.whole = False
-        if self.runtime.rank == 0:
-            save_checkpoint(self.path, state)
+        if self.sharded:
+            self.save_sharded(tensors, done)
+        elif self.runtime.rank == 0:
+            save_checkpoint(self.path, self.facts(done) | tensors)
+            shutil.rmtree(shards_folder(self.cfg.out, self.name), ignore_errors=True)
         self.whole = True
         self.saved = self.step
         self.done = done
         self.runtime.meet()
 
+    def save_sharded(self, tensors, done):
+        """A folder of all processes' parts while the stage is trained, one plain file at its end:
+        the weights, which are then those that the average has.
+        """
+        first = self.runtime.rank == 0
+        if not done:
+            empty = {"model": {}, "ema": None, "optimizers": {}}
+            save_shards(self.cfg.out, self.name, tensors, self.facts() | empty, save_checkpoint)
+            if first and os.path.exists(self.path):
+                os.remove(self.path)
+            return
+        weights = whole_state(tensors["ema"] or tensors["model"], first)
+        if first:
+            save_checkpoint(self.path, self.facts(done) | {"model": {}, "ema": weights,
+                                                           "optimizers": {}})
+            shutil.rmtree(shards_folder(self.cfg.out, self.name), ignore_errors=True)
+
     def keep(self):
-        """save() on the way to an error: where it is finite, and without waiting for anybody."""
-        state = self.state()
-        if self.step == self.saved or first_not_finite(state):
+        """save() on the way to an error: where it is finite, and without waiting for anybody, which
+        sharded weights cannot.
+        """
+        if self.step == self.saved or self.sharded or first_not_finite(self.tensors()):
             return
         if self.runtime.rank == 0:
             self.write_rows()                           # a saved step has its rows
-            save_checkpoint(self.path, state)
+            save_checkpoint(self.path, self.facts() | self.tensors())
         self.saved = self.step
 
     def advice(self):
@@ -386,11 +450,11 @@ class Run:
 
         Eager: every length of a clip or cache would be compiled anew, 10 s each.
         """
+        weights = self.averaged()
         if self.runtime.rank != 0:
             return True
         made = False                                    # stays so where a signal cuts it short
-        with (signals.cut_short(),
-              weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
+        with (signals.cut_short(), weights as module,
               torch.compiler.set_stance("force_eager")):
             found = []
             measured = self.attempt("validation", self.validate, module, found)
@@ -399,6 +463,17 @@ class Run:
                 self.log_validation(step, figures)
             made = self.attempt("samples", self.render, module, step) and measured
         return made
+
+    def averaged(self):
+        """A context with the averaged weights in a model that is whole, for the first process."""
+        if not self.sharded:
+            return weights_of(self.trainer.averaged, self.ema and self.ema.state)
+
+        # gathered by all processes, and a model beside the sharded one
+        first = self.runtime.rank == 0
+        state = self.ema.state if self.ema else self.trainer.averaged.state_dict()
+        state = whole_state(state, first)
+        return weights_of(self.trainer.plain().to(self.runtime.device), state) if first else None
 
     def attempt(self, what, job, *arguments):
         """Whether job(*arguments) went well; an error is one line, and ends nothing."""
@@ -429,11 +504,13 @@ class Run:
 
     def finish(self):
         """What the stage measures for those after it, then the checkpoint that says done."""
-        with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
-              torch.compiler.set_stance("force_eager")):
-            self.trainer.finish(module)
-            if self.ema:
-                self.ema.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        if not self.sharded:                            # a language model measures nothing
+            with (weights_of(self.trainer.averaged, self.ema and self.ema.state) as module,
+                  torch.compiler.set_stance("force_eager")):
+                self.trainer.finish(module)
+                if self.ema:
+                    self.ema.state = {k: v.detach().clone()
+                                      for k, v in module.state_dict().items()}
 
         with signals.held():
             if self.runtime.rank == 0:

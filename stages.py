@@ -9,11 +9,14 @@
 A stage has:
     model        what is saved and resumed
     batch(step, rows) -> {name: tensor}: the rows `rows` of a step's global batch
-    losses(batch, step) -> iterator of (optimizer's name, loss, metrics), one per optimizer
+    losses(batch, step, source) -> iterator of (optimizer's name, loss, metrics), one per optimizer;
+        source: of random numbers (noise.py)
     optimized    {optimizer's name: module}
     averaged     the module whose average (EMA) is kept
     validate(module) -> {figure: number}: held-out figures
     render(module, step) -> iterator of (path of a picture, [(title, wav), ...]): samples/*.wav
+    starts_in_parts: whether some of its weights have no gradient in some steps
+    plain(): a model like `averaged`, on one process
     finish(module): after the last step, with the averaged weights
     check_loaded(path): after a checkpoint was loaded into the model
     recompute_activations(): train.STAGE.checkpoint
@@ -42,7 +45,7 @@ from gan import VAEGAN, spectral_losses
 from latents import LatentBatches, LatentCache, digest
 from locks import owned
 from sample import encode_prompt, render, sampling_options
-from vae import VAE
+from vae import VAE, sample_posterior
 
 
 def recompute_activations(model):
@@ -67,6 +70,7 @@ def open_held_out(clips, cfg):
 
 class VAEStage:
     """Waveform crops -> VAE-GAN; at the end the latents' mean and std become buffers of the VAE."""
+    starts_in_parts = True                           # the discriminators learn from a later step on
 
     def __init__(self, cfg, runtime, clips, valid, name):
         self.cfg = cfg
@@ -101,8 +105,8 @@ class VAEStage:
     def check_loaded(self, path):
         """Any weights of the right shapes may go on."""
 
-    def losses(self, batch, step):
-        return self.model.losses(batch["audio"], step)
+    def losses(self, batch, step, source=None):
+        return self.model.losses(batch["audio"], step, source)
 
     def load_clip(self, clip, seconds):
         """The first seconds of a clip, (1, ch, S), on the device."""
@@ -161,6 +165,7 @@ class LMStage:
     A stage that goes on from another's weights (config.STAGES: consistency from lm, audiocalm_lsd
     from audiocalm) changes the objective.
     """
+    starts_in_parts = False
 
     def __init__(self, cfg, runtime, clips, valid, name):
         self.cfg = cfg
@@ -285,7 +290,10 @@ class LMStage:
     def compile(self):
         self.model.compile_for_training()
 
-    def prepare(self, batch):
+    def plain(self):
+        return make_model(self.cfg, self.name)
+
+    def prepare(self, batch, source=None):
         """Draw latents from their posteriors and normalise them: x (B, T, 2D) -> (B, T, D).
 
         Codes (B, T, K) stay as they are.
@@ -294,17 +302,16 @@ class LMStage:
             return batch
         for name in ("x", "prompt"):
             mean, logvar = batch[name].chunk(2, -1)
-            z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-            batch[name] = self.vae.normalize(z)
+            batch[name] = self.vae.normalize(sample_posterior(mean, logvar, source))
 
         # behind the clip's end: 0, the mean latent; prompt is cut by prompt_len
         s = torch.arange(batch["x"].shape[1], device=batch["x"].device)
         batch["x"] = batch["x"] * (s < batch["frames"][:, None])[..., None]
         return batch
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, source=None):
         self.model.head.set_step(step)
-        loss, metrics = self.model.loss(self.prepare(batch))
+        loss, metrics = self.model.loss(self.prepare(batch, source), source)
         yield self.name, loss, metrics
 
     def validate(self, model):
@@ -397,6 +404,11 @@ class ConsistencyStage(LMStage):
             self.fixed = {k: v.clone() for k, v in self.model.state_dict().items()
                           if not k.startswith("head.")}
 
+    def plain(self):
+        model = super().plain()
+        model.head.teacher = self.model.head.teacher
+        return model
+
     def check_loaded(self, path):
         """BadInput where a checkpoint has another backbone than the one that the teacher reads."""
         state = self.model.state_dict()
@@ -455,9 +467,9 @@ class DistillStage(LMStage):
         load_weights(teacher, weights, path)
         return teacher
 
-    def losses(self, batch, step):
-        loss, metrics = self.model.regress(self.prepare(batch), self.teacher,
-                                           self.cfg.train.distill.guidance)
+    def losses(self, batch, step, source=None):
+        loss, metrics = self.model.regress(self.prepare(batch, source), self.teacher,
+                                           self.cfg.train.distill.guidance, source)
         yield self.name, loss, metrics
 
     def compile(self):

@@ -2,8 +2,8 @@
 
 One loop for all stages. A config names its stages in order; finished ones are skipped, an
 interrupted one resumes where its last checkpoint was, with the same numbers as if it had never
-stopped: a step is a pure function of (weights, optimizer, step number), because data are drawn from
-(seed, step, row), and noise from (seed, step, first row of the micro-batch).
+stopped: a step is a pure function of (weights, optimizer, step number), because data and noise of a
+row are drawn from (seed, step, row).
 
     clips ─► [vae]  waveform crops ─► VAE-GAN ─► vae.pt
                                                    │ encode all clips once ─► latents/
@@ -15,11 +15,11 @@ stopped: a step is a pure function of (weights, optimizer, step number), because
   [audiocalm_lsd]   the same weights, a block in 1 to 4 passes ─► audiocalm_lsd.pt
 
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py --config ...
-`batch` is the global batch: every process takes its share of the same rows, gradients are summed
-once per step, the result is the same for any number of processes that share the micro-batches
-evenly (8 rows in micro-batches of 2: 1, 2 or 4 processes; tests/plumbing/test_train.py).
-Exceptions: gan.balance and the RVQ update running means once per micro-batch, so their results
-differ a little.
+`batch` is the global batch: every process takes its share of the same rows, and the result is the
+same for any number of processes (tests/plumbing/test_parallel.py). Gradients meet in torch's DDP,
+or in FSDP2 with train.shard (parallel.py). How many rows all processes take in one forward pass
+(micro_batch times processes) does matter a little: positions of a pass count equally, and
+gan.balance and the RVQ move their running means once per pass.
 
     --out DIR               run folder (else the config's)
     --data.manifest M       train on your own audio: a manifest.jsonl or a folder
@@ -55,13 +55,17 @@ import torch.distributed as dist
 
 import checks
 import stages
+from checkpoint import shards_folder
 from cli import BadInput, Parser, clean_temps, cli, number, write_file
 from config import STAGES, dump, load, read_log, stage_seed
 from corpora import toy
 from data import load_clips, load_manifest
 from locks import owned
+from noise import Rows
 from optim import schedule
+from parallel import last_pass
 from plan import plan
+from processes import whole
 from runs import Run, todo_file, write_log
 
 
@@ -125,7 +129,9 @@ class Runtime:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
 
     def to(self, batch):
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        """A batch on the device; what is no tensor stays on the host."""
+        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v
+                for k, v in batch.items()}
 
     def meet(self):
         """Until all processes are here, whatever signal comes."""
@@ -153,13 +159,30 @@ class Runtime:
             raise SystemExit("another process of this training has ended, and this one with it"
                              ) from None
 
-    def any_of(self, flag):
-        """Whether the flag is true in any process."""
+    def any_of(self, *flags):
+        """For each flag, a bool or a tensor, whether it is true in any process; one wait for the
+        device.
+        """
+        flags = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        if self.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        found = [bool(flag) for flag in flags.tolist()]
+        return found if len(found) > 1 else found[0]
+
+    def over_processes(self, figures):
+        """Metrics of all processes: their sums; what is named ..._max or grad_... is of all rows
+        already, or the largest counts.
+        """
         if self.world == 1:
-            return flag
-        flags = torch.full((), float(flag), device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+            return figures
+        largest = {k: v for k, v in figures.items() if k.endswith("_max") or k.startswith("grad_")}
+        summed = {k: v for k, v in figures.items() if k not in largest}
+        for group, operation in ((summed, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
+            if group:
+                values = torch.stack([v.float().to(self.device) for v in group.values()])
+                dist.all_reduce(values, operation)
+                figures = figures | dict(zip(group, values))
+        return figures
 
 
 # ---------------------------------------------------------------- the loop
@@ -188,27 +211,26 @@ def train(trainer, name, cfg, runtime):
                     group["lr"] = peak * schedule(stage_cfg, step)
                 optimizer.zero_grad(set_to_none=True)
 
-            # forward and backward over this process's micro-batches, summed over processes
+            # forward and backward over this process's micro-batches; gradients meet in DDP or FSDP
             batches = list(zip(run.parts, next(feed), strict=True))
-            figures = gradients(trainer, batches, step, runtime, seed, stage_cfg.batch)
-            stop = figures.pop("signal")
+            figures = gradients(run.losses, batches, step, runtime, seed, stage_cfg.batch)
             figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
 
             # a step that is not finite is skipped, ten in a row stop the run
-            if all_finite(figures, runtime.device):
-                skipped = 0
-                run.take(step)
-            else:
+            broken, stop = runtime.any_of(not_finite(figures, runtime.device), signals.asked())
+            if broken:
                 skipped += 1
                 run.running.undo()
-                report_skip(run, step, skipped, figures)
+                report_skip(run, step, skipped, runtime.over_processes(figures))
+            else:
+                skipped = 0
+                run.take(step)
 
             # once in a while: log, save, validate
-            stop = bool(stop)
             done = step + 1
             last = done == steps
             if last or done % stage_cfg.log_every == 0:
-                run.log(done, figures)
+                run.log(done, runtime.over_processes(figures))
             if done % stage_cfg.save_every == 0:
                 run.save()
             if stage_cfg.valid_every and done % stage_cfg.valid_every == 0 and not (last or stop):
@@ -232,48 +254,37 @@ def train(trainer, name, cfg, runtime):
 
 
 def seed_for(seed, step, row):
-    """Noise of a micro-batch: a function of the global step and its first global row."""
+    """Noise of a row: a function of the step and of its place in the global batch; -1 for what all
+    rows of a step share.
+    """
     return ((seed * 1_000_003 + step) * 1_000_003 + row) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def gradients(trainer, batches, step, runtime, seed, total):
-    """Fill .grad with the gradient of the mean loss over the global batch; return the metrics:
-    means over the batch, or the largest value where the name ends in _max; "signal": above 0 where
-    a signal has come to any process.
+def gradients(losses, batches, step, runtime, seed, total):
+    """Fill .grad with the gradient of the mean loss over the global batch; return this process's
+    part of the metrics: means over the batch, or the largest value where the name ends in _max.
 
-    The loss of a micro-batch is a mean over its positions and weighs as its rows do: where rows are
-    of different length, positions of a short micro-batch weigh more than those of a long one.
-    batches: [(rows, batch), ...] this process's micro-batches; total: rows of the global batch.
+    losses: parallel.wrap of the trainer; batches: [(rows, batch), ...] this process's micro-batches;
+    total: rows of the global batch. The loss of a micro-batch weighs as its rows do.
     """
     sums = {}
     maxima = {}                                          # of metrics named ..._max
-    for rows, batch in batches:
-        torch.manual_seed(seed_for(seed, step, rows.start))
+    for i, (rows, batch) in enumerate(batches):
+        source = Rows([seed_for(seed, step, row) for row in rows], seed_for(seed, step, -1),
+                      runtime.device)
         share = len(rows) / total
-        with runtime.autocast():
-            for name, loss, metrics in trainer.losses(runtime.to(batch), step):
-                # what is fp32 in the forward pass stays so in the backward pass
-                with torch.autocast(runtime.device.split(":")[0], enabled=False):
-                    (loss * share).backward()
-                for key, value in ({name: loss.detach()} | metrics).items():
-                    if key.endswith("_max"):
-                        maxima[key] = torch.maximum(maxima.get(key, value), value)
-                    else:
-                        sums[key] = sums.get(key, 0.0) + value * share
-    sums["signal"] = torch.full((), float(signals.asked()), device=runtime.device)
+        with last_pass(losses, i == len(batches) - 1):
+            with runtime.autocast():
+                loss, metrics = losses(runtime.to(batch), step, source)
 
-    # one sum over processes for all gradients and metrics
-    if runtime.world > 1:
-        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        metrics = torch.stack([sums[k].float() for k in sums])
-        flat = torch.cat([g.flatten() for g in grads] + [metrics])
-        dist.all_reduce(flat)
-        for g in grads:
-            g.copy_(flat[:g.numel()].view_as(g))
-            flat = flat[g.numel():]
-        sums = dict(zip(sums, flat))
-        for value in maxima.values():
-            dist.all_reduce(value, dist.ReduceOp.MAX)
+            # outside of autocast: what is fp32 forward stays so backward. DDP and FSDP average
+            (loss * (share * runtime.world)).backward()
+
+        for key, value in metrics.items():
+            if key.endswith("_max"):
+                maxima[key] = torch.maximum(maxima.get(key, value), value)
+            else:
+                sums[key] = sums.get(key, 0.0) + value * share
     return sums | maxima
 
 
@@ -282,14 +293,14 @@ def clip_gradients(trainer, optimizers, largest):
     norms = {}
     for key in optimizers:
         parameters = [p for p in trainer.optimized[key].parameters() if p.grad is not None]
-        norms[f"grad_{key}"] = (torch.nn.utils.clip_grad_norm_(parameters, largest)
+        norms[f"grad_{key}"] = (whole(torch.nn.utils.clip_grad_norm_(parameters, largest))
                                 if parameters else torch.zeros(()))
     return norms
 
 
-def all_finite(figures, device):
-    """Whether no figure is NaN or infinite: one wait for the device per step."""
-    return bool(torch.stack([v.float().to(device) for v in figures.values()]).isfinite().all())
+def not_finite(figures, device):
+    """Whether a figure is NaN or infinite, as a tensor."""
+    return ~torch.stack([v.float().to(device) for v in figures.values()]).isfinite().all()
 
 
 def report_skip(run, step, skipped, figures):
@@ -329,6 +340,7 @@ def start_over(out, names):
         for path in (f"{out}/{name}.pt", todo_file(out, name)):
             if os.path.exists(path):
                 os.remove(path)
+        shutil.rmtree(shards_folder(out, name), ignore_errors=True)
     rows = [json.loads(line) for line in read_log(out)]
     write_log(out, [row for row in rows if row["stage"] not in names])
     if "vae" in names:

@@ -54,6 +54,7 @@ from backbone import BackboneConfig, KVCache, Transformer
 from discrete import ResidualVQ
 from layers import (Chain, Conv, ConvNeXt, ConvTranspose, Elu, InverseSpectrum, Norm, Residual,
                     Spectrum)
+from noise import normal
 from schema import Range
 
 
@@ -461,17 +462,18 @@ class VAE(nn.Module):
             return self.quantizer.decode(x)
         return x * self.latent_std + self.latent_mean
 
-    def forward(self, wav):
+    def forward(self, wav, source=None):
         """wav (B, ch, S), S a multiple of hop -> x̂ (B, ch, S), z (B, T, D), {"kl"} or {"commit"}.
 
         z is a posterior sample; rvq: the sum of the codes' entries, with straight-through gradient.
+        source: of random numbers (noise.py).
         """
         if self.quantizer is not None:
-            z, commit = self.quantizer(self.encoder(wav).float())
+            z, commit = self.quantizer(self.encoder(wav).float(), source)
             return self.decode(z), z, {"commit": commit}
 
         mean, logvar = self.encode(wav)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        z = sample_posterior(mean, logvar, source)
         return self.decode(z), z, {"kl": kl_loss(mean, logvar)}
 
 
@@ -492,6 +494,11 @@ def in_chunks(latents):
             size = min(2 * size, 4)
     if chunk:
         yield torch.stack(chunk, 1), extra
+
+
+def sample_posterior(mean, logvar, source=None):
+    """z ~ N(mean, e^logvar), (B, T, D) all three; source: of random numbers (noise.py)."""
+    return mean + (0.5 * logvar).exp() * normal(mean.shape, source, mean.device, mean.dtype)
 
 
 def kl_loss(mean, logvar):

@@ -30,13 +30,14 @@ import contextlib
 import errno
 import functools
 import glob
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Process
 
 import soundfile as sf
 import torch
@@ -44,7 +45,7 @@ import torch
 import sample
 import stages
 from calm import CALM
-from cli import Parser, atomic, cli, number
+from cli import Parser, atomic, cli, number, write_file
 from config import dump, load, open_run
 from data import load_manifest, write_manifest
 from tests.faults import mutate
@@ -131,7 +132,8 @@ def storage(homes, seed):
     else:
         sizes = [os.path.getsize(path)
                  for path in glob.glob(f"{home.folder}/stages/{stage}/**/*.*", recursive=True)]
-        size = round(r.choice(sizes) * r.uniform(0, 1))
+        # not below what the training prints: its screen is a file, too
+        size = max(16_000, round(r.choice(sizes) * r.uniform(0, 1)))
         prepare = lambda: limit_files(size)
     status, screen = home.train(stage, prepare)
     return complaint(status, screen, [0, 2]) or finish(home, stage)
@@ -161,8 +163,8 @@ def poison_losses(steps, value):
 
 
 def poisoned(losses, steps, value):
-    def wrapped(self, batch, step):
-        for name, loss, metrics in losses(self, batch, step):
+    def wrapped(self, batch, step, source):
+        for name, loss, metrics in losses(self, batch, step, source):
             yield name, loss * value if step in steps else loss, metrics
     return wrapped
 
@@ -360,6 +362,16 @@ def campaign(a, seed):
     return found
 
 
+def work(a, seed, path):
+    """A worker's campaign, its findings in a file."""
+    write_file(path, json.dumps(campaign(a, seed)))
+
+
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the first trial of each kind")
@@ -376,8 +388,15 @@ def parse():
 def main():
     a = parse()
     torch.set_num_threads(1)
-    with ProcessPoolExecutor(a.workers) as pool:
-        parts = list(pool.map(campaign, [a] * a.workers, range(a.seed, a.seed + a.workers)))
+    with own_folder() as folder:
+        # results in files: a pool's queue does not survive what happens to a worker's children
+        files = [f"{folder}/{seed}.json" for seed in range(a.seed, a.seed + a.workers)]
+        workers = [Process(target=work, args=(a, a.seed + i, path)) for i, path in enumerate(files)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        parts = [json.loads(read(path)) for path in files]
 
     print(f"{'':12s}{'tried':>8s}{'survived':>10s}")
     found = {kind: [text for part in parts for text in part[kind]] for kind in a.kind}

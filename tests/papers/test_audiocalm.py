@@ -40,7 +40,7 @@ def batch(T=8):
 
 def context(net, b, keep=(True,) * 4):
     return net.context(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"],
-                       torch.tensor(keep), b["kind"])
+                       torch.tensor(keep), torch.bincount(b["kind"], minlength=3).tolist())
 
 
 def row(b, r):
@@ -92,7 +92,8 @@ def test_several_noise_samples_in_one_pass_equal_passes_of_one():
 
 def context_of(net, alone):
     return net.context(alone["x"], alone["text"], alone["text_len"], alone["prompt"],
-                       alone["prompt_len"], torch.tensor([True]), alone["kind"])
+                       alone["prompt_len"], torch.tensor([True]),
+                       torch.bincount(alone["kind"], minlength=3).tolist())
 
 
 def test_every_position_sees_what_is_clean_and_earlier_and_its_own_block_and_nothing_else():
@@ -106,7 +107,7 @@ def test_every_position_sees_what_is_clean_and_earlier_and_its_own_block_and_not
         net.head.net.text.register_forward_hook(
             lambda m, i, y: embedded.append(y.retain_grad() or y))
         z = net.context(x, torch.tensor([[1, 2, 3]]), torch.tensor([L]), prompt, torch.tensor([P]),
-                        torch.tensor([True]), torch.tensor([1]))
+                        torch.tensor([True]), [0, 1, 0])
         F = net.head.net(x_t, torch.rand(2, 1, T // block).double(), z)
         outputs = ([z.hidden[0, i] for i in range(L + P + T)]
                    + [F.view(2, T, D)[m, i] for m in range(2) for i in range(T)])
@@ -136,7 +137,7 @@ def test_two_layers_do_not_carry_the_future_or_another_noisy_block_around_a_corn
     x, x_t = (torch.randn(*s).double().requires_grad_() for s in ((1, 8, D), (2, 1, 4, 2 * D)))
     empty = torch.zeros(1, 0, D).double()
     z = net.context(x, torch.tensor([[1]]), torch.tensor([1]), empty, torch.tensor([0]),
-                    torch.tensor([True]), torch.tensor([0]))
+                    torch.tensor([True]), [1, 0, 0])
     F = net.head.net(x_t, torch.rand(2, 1, 4).double(), z)
     for m in range(2):
         for j in range(4):
@@ -201,7 +202,7 @@ def test_frames_behind_the_end_of_a_clip_do_not_reach_the_loss():
 def test_the_flow_learns_whole_blocks_with_zeros_behind_the_end():
     net, b, seen = model(block=4, text_dropout=0.0), batch(), []
     flow = net.head.loss
-    net.head.loss = lambda z, x, weight: seen.append(x) or flow(z, x)
+    net.head.loss = lambda z, x, weight, draws: seen.append(x) or flow(z, x)
     net.loss(b)
     x = seen[0].view(4, 8, D)                        # rows are sorted by kind already
     torch.testing.assert_close(x[0], b["x"][0])
@@ -212,7 +213,7 @@ def test_the_flow_learns_whole_blocks_with_zeros_behind_the_end():
 def test_stop_targets_are_on_from_the_last_frame_to_the_end_of_its_block():
     net, b = model(block=4, text_dropout=0.0, stop_weight=1.0), batch()
     flow, logits = net.head.loss, torch.zeros(4, 8, 1, requires_grad=True)
-    net.head.loss = lambda z, x, weight: (flow(z, x)[0].detach() * 0, {})
+    net.head.loss = lambda z, x, weight, draws: (flow(z, x)[0].detach() * 0, {})
     net.stop.forward = lambda h: logits
     net.loss(b)[0].backward()
     # frames 8, ended | 5, ended | 7, goes on: one whole block valid | 4, ended: on a block's edge

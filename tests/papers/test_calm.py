@@ -132,7 +132,7 @@ def test_the_end_of_clip_target_stands_right_behind_the_last_frame():
     seen = []
     net.eos.forward = lambda z: seen.append(z) or torch.zeros(*z.shape[:-1], 1, requires_grad=True)
     head = net.head.loss
-    net.head.loss = lambda z, x, weight: (head(z, x)[0].detach() * 0, {})
+    net.head.loss = lambda z, x, weight, draws: (head(z, x)[0].detach() * 0, {})
     logits = torch.zeros(4, 7, 1, requires_grad=True)
     net.eos.forward = lambda z: logits
     net.loss(b).__getitem__(0).backward()
@@ -162,7 +162,7 @@ def test_noise_reaches_the_backbone_and_if_set_the_short_context_but_no_target(s
     long, short, head = net.latent.forward, net.short_latent.forward, net.head.loss
     net.latent.forward = lambda x: long_input.append(x) or long(x)
     net.short_latent.forward = lambda x: short_input.append(x) or short(x)
-    net.head.loss = lambda z, x, weight: target.append(x) or head(z, x)
+    net.head.loss = lambda z, x, weight, draws: target.append(x) or head(z, x)
     net.loss(b)
     assert (long_input[0] - b["x"]).abs().mean() > 0.2
     error = (short_input[0] - b["x"]).abs().mean()

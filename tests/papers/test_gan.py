@@ -198,7 +198,7 @@ def test_discriminators_hear_the_same_part_of_the_original_and_of_the_reconstruc
     model = small_gan(adv=1.0, feat=1.0)
     crops = []
     model.cfg.disc_seconds = 0.01
-    model.vae.forward = lambda wav: (wav * torch.ones((), requires_grad=True), None, {})
+    model.vae.forward = lambda wav, source: (wav * torch.ones((), requires_grad=True), None, {})
     model.disc.register_forward_pre_hook(lambda _, args: crops.append(args[0].detach()))
     wav = torch.randn(1, 1, 800)
     for step in range(3):

@@ -652,10 +652,10 @@ def test_metrics_of_a_padded_batch_are_those_of_its_valid_positions(name, multip
     other = torch.randn(7)
     positions = torch.arange(7)
 
-    def sample_noise(x, cfg):
-        return x.expand(*repeats, *x.shape), eps[..., positions, :], u[..., positions]
+    def sample_noise(x, cfg, source):
+        return eps[..., positions, :], u[..., positions]
     monkeypatch.setattr(heads, "sample_noise_and_log_ratio", sample_noise)
-    monkeypatch.setattr(torch, "randn_like", lambda t: other[positions].expand_as(t))
+    monkeypatch.setattr(heads, "normal", lambda shape, *_: other[positions].expand(shape))
 
     padded, metrics = head.loss(z, x, weight)
     positions = positions[weight]

@@ -224,7 +224,8 @@ def test_a_level_that_no_row_uses_stays_as_it_is():
     q = quantizer()
     x = torch.randn(6, 3)
     before = [b.clone() for b in (q.codebooks, q.counts, q.sums)]
-    q.update(1, x, q.nearest(x, 1), torch.zeros(6, dtype=torch.bool))
+    candidates = torch.randn(q.codebooks.shape[1:])
+    q.update(1, x, q.nearest(x, 1), torch.zeros(6, dtype=torch.bool), candidates)
     assert all(torch.equal(a, b) for a, b in zip(before, (q.codebooks, q.counts, q.sums)))
     for _ in range(40):
         z, commit = q.train()(torch.randn(1, 5, 3))

@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cli import number
 from config import STAGES, load
 from optim import make_optimizers
-from plan import H100, RandomRows
+from parallel import Losses
+from plan import H100, RandomRows, first_row
 from runs import EMA
 from stages import recompute_activations
 from tools.bench.timing import clock, processor, set_threads
@@ -71,12 +72,13 @@ def run(args):
 
     optimizers = make_optimizers(trainer, stage_cfg, runtime.device)
     ema = EMA(trainer.averaged, stage_cfg.ema) if stage_cfg.ema else None
+    losses = Losses(trainer)
     batches = [(range(rows), trainer.batch)]
 
     def step():
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        gradients(trainer, batches, 0, runtime, 0, rows)
+        gradients(losses, batches, 0, runtime, 0, rows)
         clip_gradients(trainer, optimizers, stage_cfg.grad_clip)
         for optimizer in optimizers.values():
             optimizer.step()
@@ -105,9 +107,9 @@ def flops_of_a_row(trainer, runtime):
     """FLOPs of one row, forward and backward: eager, since kernels of inductor are not counted, and
     before activations are recomputed.
     """
-    row = {name: value[:1] for name, value in trainer.batch.items()}
+    row = first_row(trainer.batch)
     with FlopCounterMode(display=False) as counter:
-        gradients(trainer, [(range(1), row)], 0, runtime, 0, 1)
+        gradients(Losses(trainer), [(range(1), row)], 0, runtime, 0, 1)
     trainer.model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

@@ -1,4 +1,4 @@
-"""Weights in and out: python -m tools.convert mimi|pocket-tts|qwen3|llama|export IN --out DIR
+"""Weights in and out: python -m tools.convert mimi|pocket-tts|qwen3|llama|export|gather IN --out DIR
 
     mimi    Kyutai's codec, one .safetensors file, named as in PyPI `moshi` or `pocket-tts`
             -> a run folder with config.toml and vae.pt for evaluate.py, sample.py and train.py
@@ -12,6 +12,7 @@
             python train.py --config RUN/config.toml
     export  a finished run -> a folder of .safetensors, config.toml and a model card, which takes a
             run's place in sample.py and evaluate.py (--dtype, --card, --stage)
+    gather  a run that is still in training with train.shard -> a plain run to listen to
 
     published names ─► rename ─► reorder or fold, exactly ─► every name and shape checked ─► RUN
 
@@ -28,10 +29,10 @@ import os
 
 from cli import BadInput, Parser, cli
 from config import LM_STAGES
-from tools.convert import export, mimi, pocket_tts, text_model
+from tools.convert import export, gather, mimi, pocket_tts, text_model
 
 MODELS = {"mimi": mimi, "pocket-tts": pocket_tts, "qwen3": text_model, "llama": text_model,
-          "export": export}
+          "export": export, "gather": gather}
 
 
 def positive(text):
