@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adaln import AdaLNMLP
+from adaln import Block as AdaLNBlock
 from backbone import Transformer
 from checkpoint import (DAMAGED, FLOATS, WHOLE, load_checkpoint, named_tensors, newest_shards,
                         shards_folder)
@@ -88,24 +89,23 @@ def wrap(trainer, device, shard):
         find_unused_parameters=trainer.starts_in_parts)
 
 
-def shard_layers(losses):
-    """FSDP2: each layer of a transformer, a head and the experts is gathered by itself, what is
-    left once per pass.
-    """
-    for module in list(losses.modules()):
+def layers_of(model):
+    """The layers that are gathered one by one: those of transformers, heads and experts."""
+    for module in model.modules():
         if isinstance(module, (Transformer, AdaLNMLP)):
-            for block in module.blocks:
-                fully_shard(block)
+            yield from module.blocks
         elif isinstance(module, Experts):
             for experts in module.of.values():
-                for expert in experts:
-                    fully_shard(expert)
+                yield from experts
 
-    # a consistency loss calls a block's derivative instead of its forward
-    for module in losses.modules():
-        if isinstance(module, AdaLNMLP):
-            for block in module.blocks:
-                register_fsdp_forward_method(block, "jvp")
+
+def shard_layers(losses):
+    """FSDP2: each layer is gathered by itself, what is left once per pass."""
+    for layer in list(layers_of(losses)):
+        fully_shard(layer)
+        if isinstance(layer, AdaLNBlock):
+            # a consistency loss calls the layer's derivative instead of its forward
+            register_fsdp_forward_method(layer, "jvp")
     fully_shard(losses)
 
 

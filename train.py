@@ -28,7 +28,8 @@ gan.balance and the RVQ move their running means once per pass.
     --fresh                 start over: delete this run's checkpoints, latents and log; with
                             --stages lm those of that stage alone
     --print                 show the resolved config and stop
-    --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py
+    --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py;
+                            --fit 80 chooses micro-batches and sharding for GPUs of 80 GB
 
 A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
 Ctrl-C and SIGTERM save a checkpoint first. Exit status: 0 done, 1 the training diverged, 2 your
@@ -351,13 +352,15 @@ def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False,
                usage="train.py --config FILE [--section.key value ...] [--fresh] [--print] "
-                 "[--plan [--gpus N]]")
+                 "[--plan [--gpus N] [--fit GB]]")
     p.add_argument("--config", required=True, help="an experiment: configs/*.toml")
     p.add_argument("--fresh", action="store_true", help="start this run over")
     p.add_argument("--print", action="store_true", help="show the resolved config and stop")
     p.add_argument("--plan", action="store_true",
                    help="say what the training needs (memory, time, disk) and stop")
     p.add_argument("--gpus", type=number(int, 1), default=1, help="of a plan (default 1)")
+    p.add_argument("--fit", type=number(float, above=0), metavar="GB",
+                   help="of a plan: choose micro_batch, checkpoint and shard for GPUs of so many GB")
     return p.parse_known_args()
 
 
@@ -395,7 +398,7 @@ def main():
         print(dump(cfg), end="")
         return
     if arguments.plan:
-        print(plan(cfg, arguments.gpus))
+        print(plan(cfg, arguments.gpus, arguments.fit or 80.0, bool(arguments.fit)))
         return
     try:
         train_all(cfg, arguments.fresh)
