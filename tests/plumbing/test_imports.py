@@ -11,8 +11,8 @@ from conftest import ROOT
 ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "replay", "backbone", "moe",
          "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
          "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
-         "corpora", "config", "report", "sample", "stages", "plan", "checks", "runs", "train",
-         "judges", "evaluate", "tools"]
+         "corpora", "config", "report", "prompts", "sentences", "generate", "output", "serve",
+         "sample", "stages", "plan", "checks", "runs", "train", "judges", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 
