@@ -14,11 +14,10 @@ import prompts
 import sample
 from audio import load_audio
 from cli import BadInput
-from config import build, load, make_model, open_run
-from conftest import write
+from config import build, open_run
 from data import Clip, DataConfig
 from latents import LatentBatches
-from vae import VAE
+from untrained import untrained_run
 
 RATE = 16000
 HOP = 640
@@ -36,14 +35,7 @@ def silence(seconds):
 def untrained(tmp_path_factory):
     """A run folder with random weights whose voice prompts have 4 latents (0.16 s)."""
     folder = tmp_path_factory.mktemp("untrained")
-    cfg = load(write(str(folder)))
-    torch.manual_seed(0)
-    models = {"vae": VAE(cfg.vae), "lm": make_model(cfg, "lm")}
-    (folder / "run").mkdir()
-    for stage, model in models.items():
-        torch.save({"stage": stage, "step": 1, "done": True, "config": dataclasses.asdict(cfg),
-                    "model": {}, "ema": model.state_dict(), "optimizers": {}},
-                   folder / "run" / f"{stage}.pt")
+    untrained_run(folder)
     return folder
 
 
