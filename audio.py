@@ -322,8 +322,9 @@ class WavStream:
         RIFF size WAVE | fmt: channels, rate | LIST: comment | data size | samples, samples, ...
               └───────────────── grow with every piece ────────────┘
 
-    raw: the samples alone, 16 bits, little-endian. comment: as in save_audio. Samples are written before the sizes that name them. A pipe, a FIFO and a device cannot be
-    written again: there both sizes are 0xFFFFFFFF, until the end, as ffmpeg has it.
+    Samples are written before the sizes that name them. A pipe, a FIFO and a device cannot be
+    written again: there both sizes are 0xFFFFFFFF, until the end, as ffmpeg has it. raw: the
+    samples alone. comment: as in save_audio.
     """
 
     def __init__(self, path, channels, sample_rate, comment="", raw=False):
