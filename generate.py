@@ -221,8 +221,8 @@ class Model:
         """
         options = self.options(sampling)
         max_frames = max(1, round((seconds or self.cfg.sample.seconds) * self.cfg.vae.frame_rate))
-        pieces = self.generate_all(texts, KINDS.index(kind), voice, history, keep_history,
-                                   max_frames, seed, parallel, options)
+        pieces = self.generate_all(texts, kind, voice, history, keep_history, max_frames, seed,
+                                   parallel, options)
         # the history is decoded first: the new audio then joins it without a seam
         late = self.vae.latency if history is not None and not keep_history else 0
         return drop_front(pieces, late)
@@ -246,7 +246,7 @@ class Model:
             generator = torch.Generator(self.device).manual_seed(seed + i)
             latents = []
             wavs = []
-            generated = self.lm.generate(self.tokens([text], kind), kind=kind,
+            generated = self.lm.generate(self.tokens([text], kind), kind=KINDS.index(kind),
                                          max_frames=max_frames, prompt=prompt, history=history,
                                          generator=generator, fast=self.fast, **options)
             generated = keep_latents(generated, latents)
@@ -266,33 +266,38 @@ class Model:
         yield vae.flush(decoder_state)[0], 0
 
     def say_all(self, texts, voice=None, *, kind="speech", seconds=None, seed=0, **sampling):
-        """say() of a list. The models take no padding when they generate: texts of equal length go
-        together, beside a monologue all. A text of several pieces goes alone.
+        """say() of a list. Text i, or the texts that are generated together from text i on, have
+        the seed + i.
         """
-        options = self.options(sampling)
         pieces = [self.pieces(text, kind) for text in texts]
+        found = {}
+        for rows in self.batches(pieces, kind):
+            first = rows[0]
+            if len(pieces[first]) > 1:
+                found[first] = self.say(texts[first], voice=voice, kind=kind, seconds=seconds,
+                                        seed=seed + first, **sampling)
+                continue
+            prompt = voice.latents.expand(len(rows), -1, -1) if voice else None
+            wavs = render(self.lm, self.vae, self.tokens([pieces[i][0] for i in rows], kind),
+                          kind=KINDS.index(kind), seconds=seconds or self.cfg.sample.seconds,
+                          prompt=prompt, fast=self.fast,
+                          generator=torch.Generator(self.device).manual_seed(seed + first),
+                          **self.options(sampling))
+            found |= zip(rows, map(self.as_numpy, wavs))
+        return [found[i] for i in range(len(texts))]
+
+    def batches(self, pieces, kind):
+        """Indices of the texts that are generated together, in lists of at most BATCH. The models
+        take no padding when they generate: it is texts of equal length, beside a monologue all;
+        one of several pieces goes alone.
+        """
         groups = {}
         for i, own in enumerate(pieces):
             any_length = kind == "speech" and self.lm.monologue
             size = 0 if any_length else len(encode_text(own[0], kind, self.cfg.data))
-            groups.setdefault(("alone", i) if len(own) > 1 else ("together", size), []).append(i)
-
-        found = {}
-        for (how, _), rows in groups.items():
-            if how == "alone":
-                found[rows[0]] = self.say(texts[rows[0]], voice=voice, kind=kind, seconds=seconds,
-                                          seed=seed, **sampling)
-                continue
-            for first in range(0, len(rows), BATCH):
-                some = rows[first:first + BATCH]
-                tokens = self.tokens([pieces[i][0] for i in some], KINDS.index(kind))
-                wavs = render(self.lm, self.vae, tokens, kind=KINDS.index(kind),
-                              seconds=seconds or self.cfg.sample.seconds,
-                              prompt=voice and voice.latents.expand(len(some), -1, -1),
-                              generator=torch.Generator(self.device).manual_seed(seed + first),
-                              fast=self.fast, **options)
-                found.update(zip(some, map(self.as_numpy, wavs)))
-        return [found[i] for i in range(len(texts))]
+            key = ("alone", i) if len(own) > 1 else ("together", size)
+            groups.setdefault(key, []).append(i)
+        return [rows[i:i + BATCH] for rows in groups.values() for i in range(0, len(rows), BATCH)]
 
     def options(self, sampling):
         """Options of lm.generate: the defaults, with what is given in their place."""
@@ -303,7 +308,7 @@ class Model:
 
     def tokens(self, texts, kind):
         """Texts -> (B, L), padded at the end, where a monologue has no more words."""
-        rows = [encode_text(text, KINDS[kind], self.cfg.data) for text in texts]
+        rows = [encode_text(text, kind, self.cfg.data) for text in texts]
         longest = max(map(len, rows))
         pad = pad_id(self.cfg.data)
         return torch.tensor([row + [pad] * (longest - len(row)) for row in rows],

@@ -73,18 +73,22 @@ class Output:
         say_limited(self.path, self.loud, self.peak)
 
 
-def free_name(path):
-    """The path, or where something is there sample1.wav, sample2.wav, ..."""
-    stem, suffix = os.path.splitext(path)
-    names = itertools.chain([path], (f"{stem}{i}{suffix}" for i in itertools.count(1)))
-    return next(name for name in names if not os.path.lexists(name))
-
-
 def numbered_names(path, count):
-    """x.wav -> x_1.wav, ..., with leading zeros where there are ten or more."""
+    """x.wav -> x_1.wav, ..., with leading zeros where there are ten or more; one stays x.wav."""
+    if count == 1:
+        return [path]
     stem, suffix = os.path.splitext(path)
     digits = len(str(count))
     return [f"{stem}_{i:0{digits}d}{suffix}" for i in range(1, count + 1)]
+
+
+def free_names(path, count):
+    """The same of x.wav, or where something is there of x1.wav, x2.wav, ..."""
+    stem, suffix = os.path.splitext(path)
+    for tail in itertools.chain([""], itertools.count(1)):
+        names = numbered_names(f"{stem}{tail}{suffix}", count)
+        if not any(map(os.path.lexists, names)):
+            return names
 
 
 def find_player(format):

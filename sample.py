@@ -47,14 +47,26 @@ from cli import (BadInput, Parser, check_writable, cli, is_stream, number, print
 from config import LM_STAGES
 from data import KINDS
 from generate import INT8_WEIGHTS, choose_device, load, to_int8
-from output import Output, free_name, numbered_names, play
+from output import Output, free_names, numbered_names, play
 from replay import HOW
 
 PROGRESS_FRAMES = 24                # latents between two lines of progress
 
 
 def parse():
+    """The arguments, checked as far as that goes before a model is loaded."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_what(p)
+    add_sampling(p)
+    add_output(p)
+    add_machine(p)
+    a = p.parse_args()
+    check_arguments(a)
+    return a
+
+
+def add_what(p):
+    """Options: the run, the text and the recording."""
     p.add_argument("--run", required=True, help="a run folder written by train.py or exported, or "
                                                "hf://user/repo@revision")
     p.add_argument("--stage", default="", choices=["", *LM_STAGES], metavar="STAGE",
@@ -77,7 +89,9 @@ def parse():
                    help="of a prompt to continue, use its last so many seconds; of one that lends "
                         "its voice, so many of its most spoken")
 
-    # how it is sampled
+
+def add_sampling(p):
+    """Options: how it is sampled."""
     p.add_argument("--steps", type=number(int, 1),
                    help="steps per latent (audiocalm: per block); default: 1 for consistency and "
                         "lsd, 20 for flows")
@@ -85,15 +99,15 @@ def parse():
                    help="variance of the noise, 0 or more; default: the config's")
     p.add_argument("--cfg", type=number(float),
                    help="classifier-free guidance of the latents, 1 = off; default: the config's")
-
-    # randomness
     p.add_argument("--noise", type=number(float, 0, 1),
                    help="share of the training's noise on the past that the model conditions on, "
                         "0 .. 1; default: the config's")
     p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
                    help="of the random numbers; default 0")
 
-    # where it goes
+
+def add_output(p):
+    """Options: where the audio goes."""
     p.add_argument("--out",
                    help=f"a .{', .'.join(FORMATS)}, a FIFO, or - for stdout; default: sample.wav, "
                         "or where that exists sample1.wav, ...")
@@ -114,7 +128,9 @@ def parse():
                    help="address that --serve listens on; default: this machine alone; 0.0.0.0 = "
                         "everybody who reaches it")
 
-    # where it runs, and how fast
+
+def add_machine(p):
+    """Options: where it runs, and how fast."""
     p.add_argument("--device", default="auto",
                    help="cpu, cuda, mps or auto, the best that is here; default auto")
     p.add_argument("--fast", choices=["auto", "no", *HOW], default="auto",
@@ -127,10 +143,6 @@ def parse():
                         "decoder to bf16 (AMX)")
     p.add_argument("--parallel", action="store_true",
                    help="decode in a second thread (with --threads 1 on two free cores)")
-
-    a = p.parse_args()
-    check_arguments(a)
-    return a
 
 
 def check_arguments(a):
@@ -180,8 +192,10 @@ def read_texts(path):
 
 def choose_paths(a):
     """The files to write, a.paths, and their format."""
+    a.paths = None
     if a.out is None:
-        a.out = free_name(f"sample.{a.format or 'wav'}")
+        a.paths = free_names(f"sample.{a.format or 'wav'}", len(a.texts))
+        a.out = a.paths[0]
     if os.path.isdir(a.out):
         raise BadInput(f"--out {a.out}: is a folder; name a .wav in it")
     if a.out == "-":
@@ -194,7 +208,7 @@ def choose_paths(a):
     if is_stream(a.out) and (len(a.texts) > 1 or a.play):
         option = "--play" if a.play else "--texts"
         raise BadInput(f"{option}: needs files; give --out the name of one")
-    a.paths = [a.out] if len(a.texts) == 1 else numbered_names(a.out, len(a.texts))
+    a.paths = a.paths or numbered_names(a.out, len(a.texts))
     check_writable(a.paths[0])
 
 
@@ -285,7 +299,8 @@ def main():
     if a.threads:
         torch.set_num_threads(a.threads)
     model = load(a.run, a.stage, a.device, kind=None if a.serve else a.kind, fast=a.fast)
-    model.check_kind(a.kind)
+    if not a.serve:
+        model.check_kind(a.kind)
     if a.int8:
         count = to_int8(model.lm, model.vae)
         print(f"--int8: {count} matrices rounded" if count else
