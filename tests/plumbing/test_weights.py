@@ -107,6 +107,15 @@ def test_an_export_in_bf16_rounds_matrices_and_keeps_vectors(finished, tmp_path)
     assert open_run(f"{tmp_path}/model")[3] == "lm"
 
 
+def test_the_card_tells_of_data_licence_use_and_synthetic_audio(finished, tmp_path):
+    (tmp_path / "notes").write_text("- Figures: none.")
+    export(finished, f"{tmp_path}/model", "--licence", "cc0-1.0", "--card", f"{tmp_path}/notes")
+    card = (tmp_path / "model" / "README.md").read_text()
+    for line in ("license: cc0-1.0", "pipeline_tag: text-to-audio", "audio is synthetic",
+                 "- Intended use: ", "- Data: the procedural corpus", "- Figures: none."):
+        assert line in card
+
+
 def test_a_run_that_is_not_finished_does_not_travel(finished, tmp_path):
     shutil.copytree(finished, f"{tmp_path}/run")
     state = torch.load(f"{tmp_path}/run/lm.pt", weights_only=True)
