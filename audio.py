@@ -256,13 +256,13 @@ def format_of(path):
     Errors: BadInput for other names.
     """
     path = Path(path)
-    if is_stream(path):
-        return "wav"
     suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
+    if suffix in FORMATS:
+        return suffix
+    if not is_stream(path):
         raise BadInput(f"{path}: only .{', .'.join(FORMATS)} are written; "
                        f"name the file {path.stem or 'sample'}.wav")
-    return suffix
+    return "wav"
 
 
 def save_audio(path, wav, sample_rate, sync=True, *, format=None, comment=""):

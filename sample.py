@@ -205,7 +205,7 @@ def choose_paths(a):
     # what a pipe or a growing file cannot be
     if a.stream and a.format not in ("wav", "raw"):
         raise BadInput(f"--stream: writes wav or raw, not {a.format}; leave --stream out")
-    if is_stream(a.out) and (len(a.texts) > 1 or a.play):
+    if (len(a.texts) > 1 or a.play) and is_stream(a.out):
         option = "--play" if a.play else "--texts"
         raise BadInput(f"{option}: needs files; give --out the name of one")
     a.paths = a.paths or numbered_names(a.out, len(a.texts))
