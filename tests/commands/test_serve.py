@@ -19,7 +19,6 @@ import torch
 
 import sample
 import serve
-from audio import pcm16
 from cli import BadInput, Failure
 from generate import load
 from untrained import untrained_run

@@ -11,6 +11,7 @@ import torch
 import evaluate
 import prompts
 import runs
+import sample
 import train
 from backbone import BackboneConfig
 from calm import CALM, CALMConfig
