@@ -170,12 +170,12 @@ class Model:
         return texts_to_generate(text, kind, self.cfg.data, self.lm, prompt_text)
 
     def as_recording(self, recording, sample_rate=None):
-        """A path as it is, an array as a tensor (channels, S) at the model's rate."""
-        if torch.is_tensor(recording) or isinstance(recording, (str, os.PathLike)):
+        """A path as it is, an array or tensor as a tensor (channels, S) at the model's rate."""
+        if isinstance(recording, (str, os.PathLike)):
             return recording
-        wav = from_array(recording, sample_rate or self.sample_rate, self.sample_rate,
-                         self.cfg.vae.channels)
-        return torch.tensor(wav)
+        wav = recording.cpu().numpy() if torch.is_tensor(recording) else recording
+        return torch.tensor(from_array(wav, sample_rate or self.sample_rate, self.sample_rate,
+                                       self.cfg.vae.channels))
 
     def as_voice(self, voice):
         """A Voice or None as it is, a recording as the Voice that it lends."""

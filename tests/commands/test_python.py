@@ -99,7 +99,8 @@ def test_a_voice_is_a_handle_or_its_recording(model, folder):
     voice = model.voice(f"{folder}/ref.wav")
     assert isinstance(voice, Voice) and voice.latents.shape == (1, 4, 4) and voice.speech == 0.16
     array = sf.read(folder / "ref.wav", dtype="float32")[0]
-    assert torch.equal(model.voice(array).latents, voice.latents)
+    for same in (array, array[None], torch.tensor(array)):
+        assert torch.equal(model.voice(same).latents, voice.latents)
     assert model.voice(array, seconds=0.08).latents.shape == (1, 2, 4)
     one, other = model.say(["two", "two"], voice=voice)
     assert len(one) >= 640 and len(other) >= 640
