@@ -4,8 +4,9 @@
 
     load_audio      a whole file, or a part of it
     audio_pieces    a file of any length, in pieces: memory does not grow with the length
-    save_audio      a 16-bit .wav
-    WavStream       one that grows
+    from_array      a numpy array, as load_audio reads a file
+    save_audio      a .wav, .flac, .ogg or .raw
+    WavStream       a .wav that grows
     inspect         what is wrong with a file: it ends too early, is silent, too loud, ...
 
 Samples above full scale (float files; MP3s overshoot a little) are clipped to +-1, alike in crops,
@@ -60,6 +61,28 @@ def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_
         raise BadInput(f"{path}: 0 samples{where}; remove it or start earlier")
     if not allow_silence and np.abs(wav).max() < 1e-4:
         raise BadInput(f"{path}: silent (peak below 0.0001); remove it")
+    return in_range(wav, channels)
+
+
+def from_array(wav, rate, sample_rate, channels=1):
+    """A numpy array (S,) or (its channels, S) at `rate` Hz -> as load_audio, silence allowed.
+
+    Whole numbers are PCM of their width: int16 -32768 is -1.
+    Errors: BadInput where it is no waveform.
+    """
+    wav = np.asarray(wav)
+    if wav.dtype.kind == "i":
+        wav = wav.astype(np.float32) / -float(np.iinfo(wav.dtype).min)
+    wav = np.atleast_2d(wav)
+    if wav.dtype.kind != "f" or wav.ndim != 2 or wav.size == 0 or len(wav) > wav.shape[1]:
+        raise BadInput(f"array of shape {wav.shape}, {wav.dtype}: is no waveform; give numbers "
+                       "(samples,) or (channels, samples)")
+    wav = wav.T.astype(np.float32)                                          # (S, its channels)
+    refuse_not_finite("array", wav)
+    if wav.shape[1] != channels:
+        wav = mix_down(wav)
+    if rate != sample_rate:
+        wav = soxr.resample(wav, rate, sample_rate)
     return in_range(wav, channels)
 
 
@@ -197,6 +220,10 @@ def wav_promise(data, info):
 # ---------------------------------------------------------------------------- writing
 
 UNKNOWN_SIZE = 0xFFFFFFFF           # in a .wav header: until the end
+SOFTWARE = "nanoCALM"               # in a file with a comment: what wrote it
+FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "VORBIS"),
+           "raw": ("RAW", "PCM_16")}
+BLOCK = 65536                       # samples that libsndfile's Vorbis encoder gets at a time
 
 
 def refuse_poison(wav, sample_rate, where, first=0):
@@ -223,39 +250,89 @@ def say_limited(path, loud, peak):
         print(f"{path}: {loud} samples above full scale (peak {peak:.3g}) were limited", flush=True)
 
 
-def save_audio(path, wav, sample_rate, sync=True):
-    """Write wav, a tensor or array (channels, S) or (S,), as 16-bit .wav, limited to +-1.
+def format_of(path):
+    """The format that the name of a file asks for, of FORMATS; of a pipe or device wav.
 
-    Whole or not at all (cli.atomic); makes parent folders. -> as limit(): samples limited, peak.
-    Errors: BadInput when `path` is not a .wav or cannot be written, Failure when wav is not finite.
+    Errors: BadInput for other names.
     """
     path = Path(path)
-    if path.suffix.lower() != ".wav" and not is_stream(path):
-        raise BadInput(f"{path}: only .wav is written; name the file {path.stem}.wav")
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix in FORMATS:
+        return suffix
+    if not is_stream(path):
+        raise BadInput(f"{path}: only .{', .'.join(FORMATS)} are written; "
+                       f"name the file {path.stem or 'sample'}.wav")
+    return "wav"
+
+
+def save_audio(path, wav, sample_rate, sync=True, *, format=None, comment=""):
+    """Write wav, a tensor or array (channels, S) or (S,), limited to +-1: 16 bits, or Vorbis in
+    .ogg; format: one of FORMATS, None = that of the name; comment: what made it, for the file's
+    header (ICMT in .wav, COMMENT in .flac and .ogg; a .raw has none).
+
+    Whole or not at all (cli.atomic); makes parent folders. -> as limit(): samples limited, peak.
+    Errors: BadInput when `path` has another ending or cannot be written, Failure when wav is not
+    finite.
+    """
+    container, subtype = FORMATS[format or format_of(path)]
     wav = torch.atleast_2d(torch.as_tensor(wav).detach().float().cpu())
     refuse_poison(wav, sample_rate, path)
 
     wav, loud, peak = limit(wav)
-    file = BytesIO()
-    sf.write(file, wav.numpy().T, sample_rate, subtype="PCM_16", format="WAV")
-    write_file(path, file.getvalue(), sync)
+    data = BytesIO()
+    with sf.SoundFile(data, "w", sample_rate, len(wav), subtype, "LITTLE" if container == "RAW"
+                      else None, container) as file:
+        if comment and container != "RAW":
+            file.comment = comment
+            file.software = SOFTWARE
+        for block in wav.split(BLOCK, 1):
+            file.write(block.numpy().T)
+    write_file(path, data.getvalue(), sync)
     return loud, peak
+
+
+def pcm16(wav):
+    """wav (channels, n) in +-1 -> the bytes of its samples as a .wav has them."""
+    pcm = (wav * 32767).round().T.contiguous().numpy()                      # (n, channels)
+    return pcm.astype("<i2").tobytes()
+
+
+def wav_header(channels, sample_rate, size=UNKNOWN_SIZE, comment=""):
+    """What stands before `size` bytes of 16-bit samples in a .wav: 44 bytes, and a comment."""
+    info = b""
+    if comment:
+        info = b"INFO" + chunk(b"ICMT", comment) + chunk(b"ISFT", SOFTWARE)
+        info = struct.pack("<4sI", b"LIST", len(info)) + info
+    width = 2 * channels
+    return (struct.pack("<4sI4s", b"RIFF", min(size + 36 + len(info), UNKNOWN_SIZE), b"WAVE")
+            + struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, sample_rate,
+                          width * sample_rate, width, 16)
+            + info + struct.pack("<4sI", b"data", min(size, UNKNOWN_SIZE)))
+
+
+def chunk(name, text):
+    """A chunk of RIFF with a text, of an even number of bytes."""
+    data = text.encode() + b"\0"
+    return struct.pack("<4sI", name, len(data)) + data + b"\0" * (len(data) % 2)
 
 
 class WavStream:
     """A 16-bit .wav that grows, whole after every piece, whenever the program ends.
 
-        RIFF size WAVE | fmt: channels, rate | data size | samples, samples, ...
-              └───────── grow with every piece ────┘
+        RIFF size WAVE | fmt: channels, rate | LIST: comment | data size | samples, samples, ...
+              └───────────────── grow with every piece ────────────┘
 
     Samples are written before the sizes that name them. A pipe, a FIFO and a device cannot be
-    written again: there both sizes are 0xFFFFFFFF, until the end, as ffmpeg has it.
+    written again: there both sizes are 0xFFFFFFFF, until the end, as ffmpeg has it. raw: the
+    samples alone. comment: as in save_audio.
     """
 
-    def __init__(self, path, channels, sample_rate):
+    def __init__(self, path, channels, sample_rate, comment="", raw=False):
         self.path = path
         self.channels = channels
         self.sample_rate = sample_rate
+        self.comment = comment
+        self.raw = raw
         self.samples = 0
         self.grows = not is_stream(path)
         with write_errors(path):
@@ -268,20 +345,15 @@ class WavStream:
                 write_all(self.file, self.header(UNKNOWN_SIZE))
 
     def header(self, size):
-        """The 44 bytes before `size` bytes of samples."""
-        size = min(size, UNKNOWN_SIZE)
-        width = 2 * self.channels
-        return struct.pack("<4sI4s4sIHHIIHH4sI",
-                           b"RIFF", min(size + 36, UNKNOWN_SIZE), b"WAVE",
-                           b"fmt ", 16, 1, self.channels, self.sample_rate,
-                           width * self.sample_rate, width, 16,
-                           b"data", size)
+        """The bytes before `size` bytes of samples."""
+        if self.raw:
+            return b""
+        return wav_header(self.channels, self.sample_rate, size, self.comment)
 
     def write(self, wav):
         """wav (channels, n) in +-1."""
-        pcm = (wav * 32767).round().T.contiguous().numpy()                  # (n, channels)
         with write_errors(self.path):
-            write_all(self.file, pcm.astype("<i2").tobytes())
+            write_all(self.file, pcm16(wav))
             self.samples += wav.shape[-1]
             if self.grows:
                 self.file.seek(0)

@@ -52,9 +52,10 @@ from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
+from generate import render, sampling_options, what_was_seen
 from judges import METRICS, Judges
+from prompts import encode_voice
 from report import draw_spectrograms
-from sample import encode_voice, render, sampling_options, what_was_seen
 from vae import kl_loss
 
 BATCH = 32                          # texts generated at once

@@ -42,9 +42,10 @@ from config import (LM_STAGES, STAGES, build_saved, encoder_id, make_model, refu
 from data import KINDS, AudioBatches, encode_text, fits, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
+from generate import render, sampling_options
 from latents import LatentBatches, LatentCache, digest
 from locks import owned
-from sample import encode_prompt, render, sampling_options
+from prompts import encode_prompt
 from vae import VAE, sample_posterior
 
 

@@ -6,7 +6,8 @@
 
 An exported model (tools.convert export) is a folder with one such file per stage in place of the
 run's checkpoints: the averaged weights alone, rounded to bf16 if asked, and under the metadata key
-"nanocalm" what a checkpoint knows besides. config.load_checkpoint reads either.
+"nanocalm" what a checkpoint knows besides. config.load_checkpoint reads either. On the Hugging Face
+hub such a folder is a repository: local_folder("hf://user/repo@revision") fetches it.
 
 Source: the format's description in github.com/huggingface/safetensors. The package of that name
 reads these files too (tests/plumbing/test_weights.py); sixty lines here spare sampling a package.
@@ -14,6 +15,7 @@ reads these files too (tests/plumbing/test_weights.py); sixty lines here spare s
 import json
 import math
 import os
+import re
 
 import torch
 
@@ -88,6 +90,32 @@ def one_tensor(name, entry, data, begin):
         return torch.zeros(shape, dtype=dtype)
     values = torch.frombuffer(data, dtype=torch.uint8, count=last - first, offset=first)
     return values.clone().view(dtype).reshape(shape)
+
+
+def local_folder(run):
+    """The folder of a run: `run` itself, or of hf://user/repo[@revision] the copy in the cache of
+    huggingface_hub, which is fetched where it is not there (weights, config and card; no code).
+
+    Errors: BadInput where the name is none, the package is missing or nothing can be fetched.
+    """
+    if not run.startswith("hf://"):
+        return run
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", run)
+    if not match:
+        raise BadInput(f"{run}: is no name of a model; write hf://user/repo or "
+                       "hf://user/repo@revision")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise BadInput(f"{run}: needs the package huggingface_hub; "
+                       "pip install -e .[hf]") from None
+    try:
+        return snapshot_download(match[1], revision=match[2],
+                                 allow_patterns=["*.safetensors", "*.toml", "*.md"])
+    except (OSError, ValueError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise BadInput(f"{run}: cannot be fetched ({why}); correct the name, or connect and try "
+                       "again") from None
 
 
 if __name__ == "__main__":

@@ -45,9 +45,10 @@ from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, fi
                       held_out_clips, judge_lm, judging_arguments, load_clip, log_mel,
                       of_trained_kinds, open_stage, prepare, print_table, rounded_mean,
                       run_arguments, sampling_arguments, write_json)
+from generate import render
 from judges import Judges
+from prompts import encode_prompt
 from report import draw_continuation, draw_sweep
-from sample import encode_prompt, render
 
 # setting -> (type of its values, the values of a sweep by default)
 SETTINGS = {"steps": (number(int, 1), (1, 2, 4, 10, 20)),

@@ -10,14 +10,14 @@ import torch
 
 import calm
 import evaluate
+import prompts
 import sample
 from audio import load_audio
 from cli import BadInput
-from config import build, load, make_model
-from conftest import write
+from config import build, open_run
 from data import Clip, DataConfig
 from latents import LatentBatches
-from vae import VAE
+from untrained import untrained_run
 
 RATE = 16000
 HOP = 640
@@ -35,14 +35,7 @@ def silence(seconds):
 def untrained(tmp_path_factory):
     """A run folder with random weights whose voice prompts have 4 latents (0.16 s)."""
     folder = tmp_path_factory.mktemp("untrained")
-    cfg = load(write(str(folder)))
-    torch.manual_seed(0)
-    models = {"vae": VAE(cfg.vae), "lm": make_model(cfg, "lm")}
-    (folder / "run").mkdir()
-    for stage, model in models.items():
-        torch.save({"stage": stage, "step": 1, "done": True, "config": dataclasses.asdict(cfg),
-                    "model": {}, "ema": model.state_dict(), "optimizers": {}},
-                   folder / "run" / f"{stage}.pt")
+    untrained_run(folder)
     return folder
 
 
@@ -63,21 +56,21 @@ def speak(folder, monkeypatch, *arguments):
 
 def encoded(folder, wav):
     """Normalised latents (1, T, D) of a numpy waveform, by the run's VAE."""
-    _, vae, lm, _ = sample.open_run(f"{folder}/run")
-    return sample.encode_prompt(lm, vae, torch.tensor(wav, dtype=torch.float32)[None, None])
+    _, vae, lm, _ = open_run(f"{folder}/run")
+    return prompts.encode_prompt(lm, vae, torch.tensor(wav, dtype=torch.float32)[None, None])
 
 
 def test_the_window_with_the_most_speech_is_the_first_of_the_loudest_full_ones():
     quiet, soft, loud = -90.0, -35.0, -15.0
-    assert sample.speech_window(np.array([quiet] * 5 + [loud] * 3 + [quiet] * 2), 3) == (5, 3)
-    assert sample.speech_window(np.array([soft] * 3 + [loud] * 3), 3) == (3, 3)
-    assert sample.speech_window(np.array([loud, quiet, loud, loud, quiet]), 3) == (0, 2)
-    assert sample.speech_window(np.array([loud] * 9), 4) == (0, 4)
-    assert sample.speech_window(np.array([quiet, loud]), 4) == (0, 1)      # a short recording
-    assert sample.speech_window(np.array([quiet] * 6), 3) == (0, 0)
+    assert prompts.speech_window(np.array([quiet] * 5 + [loud] * 3 + [quiet] * 2), 3) == (5, 3)
+    assert prompts.speech_window(np.array([soft] * 3 + [loud] * 3), 3) == (3, 3)
+    assert prompts.speech_window(np.array([loud, quiet, loud, loud, quiet]), 3) == (0, 2)
+    assert prompts.speech_window(np.array([loud] * 9), 4) == (0, 4)
+    assert prompts.speech_window(np.array([quiet, loud]), 4) == (0, 1)      # a short recording
+    assert prompts.speech_window(np.array([quiet] * 6), 3) == (0, 0)
     # noise 45 dB below the voice is not speech; a click is not all that counts
-    assert sample.speech_window(np.array([-60.0] * 8 + [loud] * 4 + [-60.0] * 8), 4) == (8, 4)
-    assert sample.speech_window(np.array([0.0] + [-60.0] * 5 + [loud] * 20), 4)[0] == 6
+    assert prompts.speech_window(np.array([-60.0] * 8 + [loud] * 4 + [-60.0] * 8), 4) == (8, 4)
+    assert prompts.speech_window(np.array([0.0] + [-60.0] * 5 + [loud] * 20), 4)[0] == 6
 
 
 def test_a_voice_prompt_is_the_speech_of_a_recording_and_not_its_silence(untrained, monkeypatch):
@@ -93,7 +86,7 @@ def test_a_voice_prompt_is_the_speech_of_a_recording_and_not_its_silence(untrain
 
 def test_evaluation_takes_the_same_window_as_sampling_and_passes_over_silent_clips(untrained):
     """Fault: evaluate.py took the middle of a clip, sample.py its beginning."""
-    cfg, vae, lm, _ = sample.open_run(f"{untrained}/run")
+    cfg, vae, lm, _ = open_run(f"{untrained}/run")
     sf.write(untrained / "mute.wav", silence(2), RATE)
     sf.write(untrained / "half.wav", np.concatenate([tone(1), silence(2)]), RATE, subtype="FLOAT")
     clips = [Clip(f"{untrained}/{name}.wav", "one", "speech", "anna")
@@ -110,8 +103,8 @@ def test_later_sentences_take_the_voice_where_the_first_one_speaks():
                                 data=types.SimpleNamespace(prompt_frames=2))
     latents = torch.arange(6.0).view(1, 6, 1)
     wav = torch.cat([torch.zeros(1, 30), torch.full((1, 20), 0.2), torch.zeros(1, 6)], 1)
-    assert sample.best_voice(latents, wav, cfg).flatten().tolist() == [3, 4]
-    assert sample.best_voice(latents, 0 * wav, cfg) is None
+    assert prompts.best_voice(latents, wav, cfg).flatten().tolist() == [3, 4]
+    assert prompts.best_voice(latents, 0 * wav, cfg) is None
 
 
 def test_the_next_sentence_gets_latents_of_the_sentence_before(untrained, monkeypatch):
@@ -123,7 +116,7 @@ def test_the_next_sentence_gets_latents_of_the_sentence_before(untrained, monkey
 def test_a_recording_of_any_length_is_read_in_pieces_and_only_its_window_is_encoded(
         untrained, monkeypatch):
     """Fault: 10 minutes of reference were read and encoded whole, 2.6 GB."""
-    cfg, vae, lm, _ = sample.open_run(f"{untrained}/run")
+    cfg, vae, lm, _ = open_run(f"{untrained}/run")
     sf.write(untrained / "long.wav", np.concatenate([silence(95), tone(1), silence(4)]), RATE)
     read = []
 
@@ -133,8 +126,8 @@ def test_a_recording_of_any_length_is_read_in_pieces_and_only_its_window_is_enco
     encoded_samples = []
     encode = vae.encode
     vae.encode = lambda wav, state: encoded_samples.append(wav.shape[-1]) or encode(wav, state)
-    monkeypatch.setattr(sample, "load_audio", spy)
-    latents, speech = sample.encode_voice(lm, vae, f"{untrained}/long.wav", 4)
+    monkeypatch.setattr(prompts, "load_audio", spy)
+    latents, speech = prompts.encode_voice(lm, vae, f"{untrained}/long.wav", 4)
     assert speech == 4 and latents.shape == (1, 4, 4)
     assert max(wav.shape[1] for wav in read) == 30 * RATE and encoded_samples == [4 * HOP]
     assert abs(read[-1]).max() > 0.29                     # the tone
@@ -142,14 +135,14 @@ def test_a_recording_of_any_length_is_read_in_pieces_and_only_its_window_is_enco
 
 def test_a_long_prompt_is_encoded_in_pieces_to_the_same_latents(untrained, monkeypatch):
     """Fault: 10 minutes behind --prompt-text were encoded at once."""
-    _, vae, lm, _ = sample.open_run(f"{untrained}/run")
+    _, vae, lm, _ = open_run(f"{untrained}/run")
     wav = torch.randn(1, 1, 10 * HOP + 100, generator=torch.Generator().manual_seed(0))
     whole = vae.normalize(vae.encode(wav)[0])
     lengths = []
     encode = vae.encode
     vae.encode = lambda part, state: lengths.append(part.shape[-1]) or encode(part, state)
-    monkeypatch.setattr(sample, "PIECE_SECONDS", 4 * HOP / RATE)
-    torch.testing.assert_close(sample.encode_prompt(lm, vae, wav), whole, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(prompts, "PIECE_SECONDS", 4 * HOP / RATE)
+    torch.testing.assert_close(prompts.encode_prompt(lm, vae, wav), whole, atol=1e-5, rtol=1e-5)
     assert lengths == [4 * HOP, 4 * HOP, 3 * HOP]
 
 
@@ -221,7 +214,7 @@ def test_a_kind_that_training_never_had_is_refused_and_a_voice_prompt_is_comment
 
 def test_evaluation_leaves_out_kinds_that_training_never_had(untrained, capsys):
     """Fault: a kind of weight 0 was generated from and counted as if it had been learned."""
-    cfg, _, _, _ = sample.open_run(f"{untrained}/run")
+    cfg, _, _, _ = open_run(f"{untrained}/run")
     with_seen(untrained, kinds=["speech"], voice_prompts=True)
     clips = [Clip(f"{kind}.wav", "one", kind) for kind in ("speech", "music")]
     assert evaluate.of_trained_kinds(clips, f"{untrained}/run", ["lm"], cfg) == clips[:1]

@@ -10,7 +10,7 @@ from audiocalm import ARFlow, AudioCALM, AudioCALMConfig, FlowConfig, ar_flow_ma
 from report import draw_mask
 from backbone import BackboneConfig, Transformer
 from vae import VAE, VAEConfig
-from sample import render
+from generate import render
 from schema import build
 
 KINDS = ("speech", "sound", "music")

@@ -6,10 +6,9 @@ import torch
 
 from backbone import BackboneConfig, Transformer
 from calm import CALM, CALMConfig, pack
-from sample import to_int8
+from generate import render, to_int8
 from heads import HeadConfig
 from monologue import Monologue
-from sample import render
 from vae import VAE, VAEConfig
 
 KINDS = ("speech", "sound", "music")

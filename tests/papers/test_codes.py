@@ -9,6 +9,7 @@ import soundfile as sf
 import torch
 
 import evaluate
+import prompts
 import runs
 import sample
 import train
@@ -171,7 +172,7 @@ def test_codes_decode_to_what_the_vae_encodes_to():
     assert codes.shape == (2, 13, K) and codes.dtype == torch.int64
     torch.testing.assert_close(vae.denormalize(codes), vae.encode(wav)[0])
     torch.testing.assert_close(vae.denormalize(codes[:, 4]), vae.encode(wav)[0][:, 4])
-    assert torch.equal(sample.encode_prompt(model("rq"), vae, wav), codes)
+    assert torch.equal(prompts.encode_prompt(model("rq"), vae, wav), codes)
 
 
 def test_the_cache_keeps_codes_exactly_and_batches_are_windows_of_them(tmp_path):

@@ -8,11 +8,12 @@ import pytest
 from conftest import ROOT
 
 # from the ground up: a file imports only files that stand before it
-ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", "processes", "replay", "backbone", "moe",
-         "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
+ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", "processes",
+         "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
          "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
-         "corpora", "config", "report", "sample", "stages", "parallel", "plan", "checks", "runs", "train",
-         "judges", "evaluate", "tools"]
+         "corpora", "config", "report", "prompts", "sentences", "generate", "output", "serve",
+         "sample", "stages", "parallel", "plan", "checks", "runs", "train", "judges", "evaluate",
+         "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 

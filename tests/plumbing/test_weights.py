@@ -89,7 +89,8 @@ def test_an_export_in_fp32_generates_the_same_bytes_as_the_run(finished, tmp_pat
     wavs = []
     for source in (finished, f"{tmp_path}/model"):
         wavs.append(f"{tmp_path}/{len(wavs)}.wav")
-        done = run("sample.py", "--run", source, "--text", "one two", "--out", wavs[-1])
+        done = run("sample.py", "--run", source, "--text", "one two", "--out", wavs[-1],
+                   "--no-comment")
         assert done.returncode == 0, done.stderr
     with open(wavs[0], "rb") as a, open(wavs[1], "rb") as b:
         assert a.read() == b.read()
@@ -104,6 +105,15 @@ def test_an_export_in_bf16_rounds_matrices_and_keeps_vectors(finished, tmp_path)
         rounded = w.bfloat16().float() if w.dim() > 1 else w
         assert torch.equal(found["ema"][name], rounded), name
     assert open_run(f"{tmp_path}/model")[3] == "lm"
+
+
+def test_the_card_tells_of_data_licence_use_and_synthetic_audio(finished, tmp_path):
+    (tmp_path / "notes").write_text("- Figures: none.")
+    export(finished, f"{tmp_path}/model", "--licence", "cc0-1.0", "--card", f"{tmp_path}/notes")
+    card = (tmp_path / "model" / "README.md").read_text()
+    for line in ("license: cc0-1.0", "pipeline_tag: text-to-audio", "audio is synthetic",
+                 "- Intended use: ", "- Data: the procedural corpus", "- Figures: none."):
+        assert line in card
 
 
 def test_a_run_that_is_not_finished_does_not_travel(finished, tmp_path):

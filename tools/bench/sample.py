@@ -32,8 +32,8 @@ from calm import CALM, CALMConfig
 from cli import BadInput, number
 from config import load
 from data import KINDS, vocabulary
+from generate import to_int8
 from replay import HOW, Fast
-from sample import to_int8
 from tools.bench import peers
 from tools.bench.timing import clock, median_ratio, set_threads
 from tools.convert import mimi, pocket_tts

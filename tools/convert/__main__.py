@@ -11,7 +11,7 @@
             are the text model's and whose other weights are random. Train it with
             python train.py --config RUN/config.toml
     export  a finished run -> a folder of .safetensors, config.toml and a model card, which takes a
-            run's place in sample.py and evaluate.py (--dtype, --card, --stage)
+            run's place in sample.py and evaluate.py (--dtype, --card, --licence, --stage)
     gather  a run that is still in training with train.shard -> a plain run to listen to
 
     published names ─► rename ─► reorder or fold, exactly ─► every name and shape checked ─► RUN
@@ -73,7 +73,10 @@ def options():
     parser.add_argument("--dtype", choices=export.DTYPES, default="bf16",
                         help="export: of the matrices (default bf16)")
     parser.add_argument("--card", metavar="FILE",
-                        help="export: lines for the model card: data, licence, figures")
+                        help="export: lines for the model card: where the data is from, figures")
+    parser.add_argument("--licence", default="unknown",
+                        help="export: of the weights, as the Hugging Face hub writes it (cc0-1.0, "
+                        "cc-by-4.0, ...; default unknown)")
     return parser
 
 

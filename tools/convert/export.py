@@ -22,14 +22,22 @@ from weights import save_safetensors
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CARD = """\
+---
+library_name: nanocalm
+pipeline_tag: {task}
+license: {licence}
+tags: [audio-generation, calm, synthetic-audio]
+---
 # {title}
 
 A continuous audio language model (CALM, arXiv 2509.06926) trained with nanoCALM.
 
 - What it does: {what}. Its audio is synthetic: say so where you publish it.
+- Intended use: to try, study and go on from. Not to speak as somebody who has not agreed to it.
 - Weights: {sizes} parameters, {dtype}.
 - Audio: {sample_rate} Hz, {channels} channel(s), {frame_rate:g} latents of {dim} numbers a second.
 - Training: {steps}; every setting is in `config.toml`. Kinds of audio: {kinds}.
+- Data: {data}. Licence of these weights: {licence}.
 {notes}
     python sample.py --run {out} --text "..."
 """
@@ -91,6 +99,7 @@ def card(args, cfg, states, sizes):
             notes = f.read().rstrip() + "\n"
 
     last = list(states)[-1]                              # "vae" where nothing else was trained
+    data = f"`{cfg.data.manifest}`" if cfg.data.manifest else "the procedural corpus of nanoCALM"
     kinds = (states[last].get("seen") or {}).get("kinds", [])
     sizes = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in sizes.items())
     steps = ", ".join(f"{name} {state['step']} steps" for name, state in states.items())
@@ -99,7 +108,8 @@ def card(args, cfg, states, sizes):
         what="audio to latents and back" if last == "vae" else "audio from text",
         sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels, dim=cfg.vae.latent_dim,
         frame_rate=cfg.vae.frame_rate, steps=steps,
-        kinds=", ".join(kinds) or "not recorded", notes=notes, out=args.out)
+        kinds=", ".join(kinds) or "not recorded", notes=notes, out=args.out, data=data,
+        licence=args.licence, task="text-to-speech" if kinds == ["speech"] else "text-to-audio")
 
 
 def write(path, text):
