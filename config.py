@@ -493,6 +493,10 @@ def stage_table(cfg, stage):
     return dataclasses.replace(table, head=head)
 
 
+# figures of log.jsonl that are wall-clock ("rate" in runs before it was renamed)
+WALL_CLOCK = ("steps_per_second", "audio_per_second", "mfu", "rate")
+
+
 def read_log(out):
     """The lines of log.jsonl, each a row {"stage": ..., "step": ..., figure: number, ...}.
 

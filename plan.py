@@ -39,6 +39,15 @@ from parallel import Losses, layers_of
 from stages import recompute_activations
 
 H100 = 989e12                           # FLOP/s in bf16, NVIDIA's figure without sparsity
+PEAKS = {"H100": H100, "H200": H100, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device, bf16):
+    """FLOP/s in bf16 of the CUDA device in use, 0 where they are not known here or not used."""
+    if not (device.startswith("cuda") and bf16):
+        return 0
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAKS.items() if key in name), 0)
 
 
 # ---------------------------------------------------------------- a stage on random rows
@@ -261,6 +270,8 @@ def fit(cfg, stage, gpus, gigabytes):
                 enough = checkpoint or micro == rows or micro * positions >= ENOUGH
                 if enough and sum(memory(costs[micro], gpus, shard, stage_cfg.ema)) \
                         < USABLE * gigabytes * 1e9:
+                    # 0 is all rows of a GPU, which is then no change
+                    micro = 0 if micro == rows and not stage_cfg.micro_batch else micro
                     train = dataclasses.replace(cfg.train, shard=cfg.train.shard or shard)
                     return with_stage(dataclasses.replace(cfg, train=train), stage,
                                       checkpoint=checkpoint, micro_batch=micro)

@@ -15,7 +15,7 @@ import torch
 
 from audiocalm import ar_flow_mask, make_mask
 from cli import BadInput, Parser, cli, write_file
-from config import read_log
+from config import WALL_CLOCK, read_log
 from data import KINDS
 
 # figures whose value at validation is another measure than in training: no dots on their panel
@@ -101,12 +101,12 @@ def read_curves(run):
     """log.jsonl -> {(stage, name): [(step, value), ...]}, and the default panels of draw_losses, in
     the order of the stages.
     """
-    # everything but the speed ("rate" in runs before it was renamed)
+    # everything but the speed
     rows = [json.loads(line) for line in read_log(run)]
     curves = {}
     for row in rows:
         for name in row:
-            if name not in ("stage", "step", "steps_per_second", "rate"):
+            if name not in ("stage", "step", *WALL_CLOCK):
                 curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
 
     # per stage: figures of training, then those of validation alone

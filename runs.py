@@ -29,6 +29,7 @@ from config import (read_log, refuse_other_encoder, save_checkpoint, saved_confi
                     vae_weights)
 from optim import make_optimizers
 from parallel import (fill, is_sharded, load_shards, make_moments, save_shards, whole_state, wrap)
+from plan import measure, peak_flops
 from prefetch import Prefetch, Workers
 from report import draw_losses, draw_spectrograms
 
@@ -114,6 +115,40 @@ def first_not_finite(state):
         return ""
     bad = (name for name, tensor in tensors.items() if not tensor.isfinite().all())
     return next(bad, "")
+
+
+class Meter:
+    """How fast a stage trains, from one line of the log to the next.
+
+    flops: of a step; peak: FLOP/s of all GPUs in bf16, 0 = not known here.
+    """
+
+    def __init__(self, step, flops, peak):
+        self.flops = flops
+        self.peak = peak
+        self.begin(step)
+
+    def begin(self, step):
+        """Start counting at this step."""
+        self.step = step
+        self.seconds = 0.0
+        self.since = time.perf_counter()
+
+    def heard(self, seconds):
+        """Count seconds of audio that were trained on."""
+        self.seconds += seconds
+
+    def read(self, step):
+        """Figures since the last call: steps and seconds of audio per second; model FLOPs as a
+        share of what the GPUs have, where that is known.
+        """
+        passed = time.perf_counter() - self.since
+        speed = (step - self.step) / passed
+        figures = {"steps_per_second": speed, "audio_per_second": self.seconds / passed}
+        if self.peak:
+            figures["mfu"] = speed * self.flops / self.peak
+        self.begin(step)
+        return figures
 
 
 class Run:
@@ -210,9 +245,16 @@ class Run:
         self.announce()
         if self.runtime.rank == 0:
             self.cut_log()
-        self.logged_step = first
-        self.logged_at = time.perf_counter()
+        self.meter = self.make_meter(first)
         return first
+
+    def make_meter(self, first):
+        """A Meter that knows the FLOPs of a step where the GPU's peak is known."""
+        peak = self.runtime.world * peak_flops(self.runtime.device, self.runtime.bf16)
+        flops = 0
+        if peak and not self.done:
+            flops = measure(self.cfg, self.name, 1).flops * self.stage_cfg.batch
+        return Meter(first, flops, peak)
 
     def announce(self):
         """Print the size of the model and how a step's rows are shared."""
@@ -420,18 +462,17 @@ class Run:
 
     def log(self, step, figures):
         """One row of log.jsonl and one line on the screen."""
-        now = time.perf_counter()
-        speed = (step - self.logged_step) / (now - self.logged_at)
-        self.logged_step = step
-        self.logged_at = now
-
         figures = {k: round(float(v), 5) for k, v in figures.items()}
-        self.write(step, {**figures, "steps_per_second": round(speed, 2)})
+        rates = self.meter.read(step)
+        self.write(step, figures | {k: round(v, 3) for k, v in rates.items()})
         shown = " ".join(f"{k} {v:.3f}" for k, v in figures.items()
                          if "loss_" not in k and "grad" not in k)
+        speed = rates["steps_per_second"]
         left = (self.stage_cfg.steps - step) / speed
+        mfu = f" | MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
         self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | {shown} | "
-                         f"{speed:.1f} steps/s | eta {int(left // 60)}:{int(left % 60):02d}")
+                         f"{speed:.1f} steps/s, {rates['audio_per_second']:.0f} s of audio/s{mfu} | "
+                         f"eta {int(left // 60)}:{int(left % 60):02d}")
 
     def write(self, step, figures):
         """One row of log.jsonl; where it fails, `keep` tries once more before it saves the step."""

@@ -15,6 +15,7 @@ A stage has:
     averaged     the module whose average (EMA) is kept
     validate(module) -> {figure: number}: held-out figures
     render(module, step) -> iterator of (path of a picture, [(title, wav), ...]): samples/*.wav
+    seconds(batch): of audio in it
     starts_in_parts: whether some of its weights have no gradient in some steps
     plain(): a model like `averaged`, on one process
     finish(module): after the last step, with the averaged weights
@@ -105,6 +106,9 @@ class VAEStage:
 
     def check_loaded(self, path):
         """Any weights of the right shapes may go on."""
+
+    def seconds(self, batch):
+        return len(batch["audio"]) * batch["audio"].shape[-1] / self.cfg.vae.sample_rate
 
     def losses(self, batch, step, source=None):
         return self.model.losses(batch["audio"], step, source)
@@ -290,6 +294,9 @@ class LMStage:
 
     def compile(self):
         self.model.compile_for_training()
+
+    def seconds(self, batch):
+        return batch["frames"].sum().item() / self.cfg.vae.frame_rate
 
     def plain(self):
         return make_model(self.cfg, self.name)

@@ -216,6 +216,7 @@ def train(trainer, name, cfg, runtime):
             batches = list(zip(run.parts, next(feed), strict=True))
             figures = gradients(run.losses, batches, step, runtime, seed, stage_cfg.batch)
             figures |= clip_gradients(trainer, run.optimizers, stage_cfg.grad_clip)
+            run.meter.heard(runtime.world * sum(trainer.seconds(batch) for _, batch in batches))
 
             # a step that is not finite is skipped, ten in a row stop the run
             broken, stop = runtime.any_of(not_finite(figures, runtime.device), signals.asked())

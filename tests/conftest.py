@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from cli import BadInput
+from config import WALL_CLOCK
 from corpora import flite
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -128,10 +129,10 @@ def run(*arguments, **options):
 
 
 def logged(out):
-    """The rows of log.jsonl without the speed, which is wall-clock."""
+    """The rows of log.jsonl without the speed."""
     with open(f"{out}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
-    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows]
 
 
 try:

@@ -25,6 +25,7 @@ import tomllib
 from pathlib import Path
 
 from cli import BadInput, Parser, cli
+from config import WALL_CLOCK
 
 CONFIGS = ("quickstart", "audiocalm_quick", "rq_quick")
 
@@ -61,7 +62,7 @@ def train_and_sample(checkout, name, a):
     with open(f"{run_folder}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
     for row in rows:
-        for key in ("rate", "steps_per_second"):       # wall-clock; "rate" in older checkouts
+        for key in WALL_CLOCK:
             row.pop(key, None)
 
     if table["stages"] == ["vae"]:

@@ -23,6 +23,7 @@ import torch
 import signals
 import train
 from cli import cli, write_file
+from config import WALL_CLOCK
 from report import draw_losses, draw_spectrograms
 from tests.conftest import TINY
 from tests.faults.mutate import same_state
@@ -181,7 +182,7 @@ def free_port():
 def rows(out):
     """The rows of log.jsonl without the speed, which is wall-clock."""
     with open(f"{out}/log.jsonl") as f:
-        return [{k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
+        return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK}
                 for line in f]
 
 

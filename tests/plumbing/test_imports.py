@@ -9,8 +9,8 @@ from conftest import ROOT
 
 # from the ground up: a file imports only files that stand before it
 ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", "processes",
-         "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
-         "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
+         "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder",
+         "audio", "data", "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
          "corpora", "config", "report", "prompts", "sentences", "generate", "output", "serve",
          "sample", "stages", "parallel", "plan", "checks", "runs", "train", "judges", "evaluate",
          "tools"]

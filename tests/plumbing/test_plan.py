@@ -67,25 +67,33 @@ def test_a_plan_says_whether_a_stage_fits():
 
 
 def test_bytes_of_other_micro_batches_lie_on_a_line_through_two():
-    cfg = config("quickstart", "--lm.short_layers", "0")
+    cfg = load(f"{ROOT}/configs/quickstart.toml", ["--data.frames", "400", "--lm.short_layers", "0"])
     five = plan.measure(cfg, "lm", 5)
     on_the_line = plan.measure_rows(cfg, "lm", [5])[5]
     assert on_the_line.peak == pytest.approx(five.peak, rel=0.05)
     assert on_the_line.kept == pytest.approx(five.kept, rel=0.05)
 
 
-def test_what_does_not_fit_is_first_made_in_pieces_then_sharded_then_recomputed():
-    """The order in which it costs little; frames are many, so that one row keeps a GPU busy."""
-    cfg = config("quickstart", "--stages", '["lm"]', "--data.frames", "2048",
-                 "--train.lm.batch", "16")
-    changed = {}
-    for gigabytes in (1000.0, 3.2, 1.2):
-        fitted = plan.fit(cfg, "lm", 4, gigabytes)
-        changed[gigabytes] = plan.changed_options(cfg, fitted, "lm")
-    assert changed[1000.0] == ["--train.lm.micro_batch 4"]
-    print(changed)
-    with pytest.raises(BadInput, match="one row does not fit"):
-        plan.fit(cfg, "lm", 4, 0.001)
+@pytest.mark.parametrize("gigabytes, options", [
+    (1000, []),
+    (45, ["--train.lm.micro_batch 2"]),
+    (28, ["--train.lm.micro_batch 2", "--train.shard true"]),
+    (12, ["--train.lm.micro_batch 2", "--train.lm.checkpoint true", "--train.shard true"]),
+    (5, None)])
+def test_what_does_not_fit_is_made_in_pieces_then_sharded_then_recomputed(
+        monkeypatch, gigabytes, options):
+    """10^9 parameters; a row keeps 10 GB, 2 recomputed; 4 rows per GPU, each enough for a pass."""
+    cfg = config("quickstart", "--data.frames", "2048", "--train.lm.batch", "16")
+
+    def costs(cfg, stage, choices):
+        row = 2 * 10 ** 9 if cfg.train.lm.checkpoint else 10 ** 10
+        return {n: plan.Cost(10 ** 9, 0, 0, 0, n * row, n * row + 4 * 10 ** 9) for n in choices}
+    monkeypatch.setattr(plan, "measure_rows", costs)
+    if options is None:
+        with pytest.raises(BadInput, match="one row does not fit"):
+            plan.fit(cfg, "lm", 4, gigabytes)
+        return
+    assert plan.changed_options(cfg, plan.fit(cfg, "lm", 4, gigabytes), "lm") == options
 
 
 def test_sharding_divides_state_and_gradients():

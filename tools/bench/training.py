@@ -29,15 +29,11 @@ from cli import number
 from config import STAGES, load
 from optim import make_optimizers
 from parallel import Losses
-from plan import H100, RandomRows, first_row
+from plan import RandomRows, first_row, peak_flops
 from runs import EMA
 from stages import recompute_activations
 from tools.bench.timing import clock, processor, set_threads
 from train import Runtime, clip_gradients, gradients
-
-# bf16 FLOP/s of the devices whose utilisation is given
-PEAKS = {"H100": H100, "H200": H100}
-
 
 def add_options(parser):
     parser.add_argument("--config", default="configs/paper/calm_music.toml",
@@ -128,13 +124,8 @@ def measure(step, repeats, device):
 
 def utilisation(flops_per_second, runtime):
     """Percent of the device's bf16 peak, or None where the peak is not known here."""
-    if runtime.device != "cuda" or not runtime.bf16:
-        return None
-    name = torch.cuda.get_device_name()
-    for key, peak in PEAKS.items():
-        if key in name:
-            return round(100 * flops_per_second / peak, 1)
-    return None
+    peak = peak_flops(runtime.device, runtime.bf16)
+    return round(100 * flops_per_second / peak, 1) if peak else None
 
 
 def peak_gigabytes(device):
