@@ -121,7 +121,8 @@ class ResidualVQ(nn.Module):
         D = x.shape[1]
 
         # counts and sums of this batch
-        assigned = F.one_hot(entry, codes).to(x.dtype) * rows[:, None]              # (N, codes)
+        assigned = entry[:, None] == torch.arange(codes, device=x.device)
+        assigned = (assigned & rows[:, None]).to(x.dtype)                       # (N, codes)
         with torch.autocast(x.device.type, enabled=False):
             sums = assigned.T @ x                                               # (codes, D)
 
@@ -192,7 +193,11 @@ class ResidualVQ(nn.Module):
             levels_in_use = levels_in_use + in_use.mean()
             z = z + in_use * c
             remainder = remainder - c
-        return x + (z - x).detach(), loss / levels_in_use                       # straight-through
+
+        # straight-through; levels in use of all processes' rows
+        if self.training:
+            levels_in_use = add_up(levels_in_use) / world()
+        return x + (z - x).detach(), loss / levels_in_use
 
 
 # ------------------------------------------------------------------------------ delay pattern

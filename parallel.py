@@ -28,6 +28,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 
 import torch
@@ -58,10 +59,10 @@ class Losses(nn.Module):
         super().__init__()
         self.model = trainer.model
         self.losses = trainer.losses
-        if trainer.starts_in_parts:
+        if trainer.some_unused:
             # DDP looks for weights without gradient, and would print a warning in steps that have
             # none
-            self.never_used = nn.Parameter(torch.zeros(()))
+            self.never_used = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch, step, source):
         """The sum of the losses, and {metric: value}. The optimizers' weights are disjoint, and no
@@ -83,10 +84,14 @@ def wrap(trainer, device, shard):
     if shard:
         shard_layers(losses)
         return losses
-    return DistributedDataParallel(
-        losses, device_ids=[torch.device(device)] if device.startswith("cuda") else None,
-        broadcast_buffers=False, gradient_as_bucket_view=True,
-        find_unused_parameters=trainer.starts_in_parts)
+
+    with warnings.catch_warnings():
+        # torch 2.13 has another word for broadcast_buffers, which 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            losses, device_ids=[torch.device(device)] if device.startswith("cuda") else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True,
+            find_unused_parameters=trainer.some_unused)
 
 
 def layers_of(model):

@@ -57,7 +57,7 @@ class RandomRows:
 
     The VAE's discriminators take part from the start; a WavLM teacher does not.
     """
-    starts_in_parts = False
+    some_unused = False
 
     def __init__(self, cfg, stage, rows, device):
         self.stage = stage

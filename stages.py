@@ -16,7 +16,7 @@ A stage has:
     validate(module) -> {figure: number}: held-out figures
     render(module, step) -> iterator of (path of a picture, [(title, wav), ...]): samples/*.wav
     seconds(batch): of audio in it
-    starts_in_parts: whether some of its weights have no gradient in some steps
+    some_unused: whether some of its weights have no gradient in some steps
     plain(): a model like `averaged`, on one process
     finish(module): after the last step, with the averaged weights
     check_loaded(path): after a checkpoint was loaded into the model
@@ -72,7 +72,7 @@ def open_held_out(clips, cfg):
 
 class VAEStage:
     """Waveform crops -> VAE-GAN; at the end the latents' mean and std become buffers of the VAE."""
-    starts_in_parts = True                           # the discriminators learn from a later step on
+    some_unused = True                           # the discriminators learn from a later step on
 
     def __init__(self, cfg, runtime, clips, valid, name):
         self.cfg = cfg
@@ -170,7 +170,7 @@ class LMStage:
     A stage that goes on from another's weights (config.STAGES: consistency from lm, audiocalm_lsd
     from audiocalm) changes the objective.
     """
-    starts_in_parts = False
+    some_unused = False
 
     def __init__(self, cfg, runtime, clips, valid, name):
         self.cfg = cfg
@@ -431,6 +431,7 @@ class DistillStage(LMStage):
     (CALM.regress); the head is the teacher's and stays. Nothing is dropped: with guidance learned,
     sample with cfg = 1. The VAE is the one beside the teacher, unless the student's run has one.
     """
+    some_unused = True                               # the short context's
 
     def __init__(self, cfg, runtime, clips, valid, name):
         path = cfg.train.distill.teacher

@@ -103,6 +103,17 @@ def shards(out):
     return newest_shards(out, "lm")
 
 
+def test_codebooks_and_balancer_are_those_of_all_processes(tmp_path):
+    """Faults: the loss per level in use, and that of features, were ratios of a process's means."""
+    options = ["--stages", '["vae"]', "--vae.bottleneck", "rvq", "--vae.codebooks", "3",
+               "--vae.codebook_size", "16", "--gan.loss_weights.kl", "0",
+               "--gan.loss_weights.commit", "0.25", "--gan.balance", "0.9",
+               "--train.vae.steps", "8", "--sample.count", "0"]
+    one = run_all(tmp_path, "one", *options)
+    two = run_all(tmp_path, "two", *options, world=2)
+    assert max(difference(one, two, "vae")) < 3e-5
+
+
 @pytest.fixture(scope="module")
 def sharded(alone, tmp_path_factory):
     """Two processes that train the language model, sharded and never interrupted."""

@@ -3,12 +3,14 @@ import gc
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plan
 from cli import BadInput
 from config import load
 from conftest import ROOT
 
+ONE_STAGE = ["--stages", '["lm"]']
 SMALL = ["--data.frames", "24", "--data.text_len", "12"]
 
 
@@ -102,3 +104,38 @@ def test_sharding_divides_state_and_gradients():
     state, of_pass = plan.memory(cost, 4, True, True)
     assert state == 4000
     assert of_pass == 5500 + 4 * (2 * 200 + 3 * 100) + 1000
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result a host needs: on CUDA each waits for the device."""
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []
+        by_mask = name.startswith("index") and any(
+            torch.is_tensor(i) and i.dtype == torch.bool for i in indices)
+        if name in self.waits or by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage, changes", [
+    ("vae", ["--vae.bottleneck", "rvq", "--gan.balance", "0.9", "--gan.loss_weights.adv", "1",
+             "--gan.loss_weights.feat", "1", "--gan.disc_start", "0"]),
+    ("lm", []),
+    ("lm", [*ONE_STAGE, "--lm.head.objective", "consistency"]),
+    ("lm", [*ONE_STAGE, "--lm.head.objective", "lsd"]),
+    ("audiocalm", []),
+    ("audiocalm_lsd", [])])
+def test_a_pass_never_waits_for_the_device(stage, changes):
+    """Faults: an RVQ waited twice per level, the balancer once per term, AudioCALM once."""
+    cfg = config("audiocalm_quick" if stage.startswith("audiocalm") else "quickstart", *changes)
+    trainer = plan.RandomRows(cfg, stage, 3, "cpu")
+    with Waits() as waits:
+        plan.forward(trainer, trainer.batch, bf16=False).backward()
+    assert not waits.found

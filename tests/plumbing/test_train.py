@@ -575,7 +575,7 @@ def test_a_figure_named_max_is_the_largest_of_the_micro_batches_and_the_others_a
 
     def losses(batch, step, source):
         yield "lm", weight * batch, {"tangent_max": batch, "tangent_mean": batch}
-    stage = types.SimpleNamespace(losses=losses, model=torch.nn.Identity(), starts_in_parts=False)
+    stage = types.SimpleNamespace(losses=losses, model=torch.nn.Identity(), some_unused=False)
     runtime = types.SimpleNamespace(autocast=contextlib.nullcontext, to=lambda batch: batch,
                                     device="cpu", world=1)
     batches = [(range(0, 3), torch.tensor(1.0)), (range(3, 4), torch.tensor(5.0))]
