@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from audio import audio_pieces, load_audio
 from cli import BadInput
-from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id,
-                  rng)
+from data import KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id, rng, texts_tokens
 from decoder import seconds_in_file
+from manifest import columns, with_other_file
 from monologue import WordTokens, late_words, word_stream
 from prefetch import Prefetch
 from shards import damaged_shards, index_of_files, open_shard, read_index, shard_file, write_shard
@@ -323,7 +323,7 @@ class LatentBatches:
         if cache.dim != dim or len(cache) != len(clips):
             raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
                              f"{len(clips)} of {dim}; build it for these clips")
-        self.clips = clips
+        self.clips = clips = columns(clips)
         self.cache = cache
         self.cfg = cfg
         self.batch = batch
@@ -335,19 +335,24 @@ class LatentBatches:
             self.late_words = late_words(clips, frame_rate, monologue, self.word_tokens)
         self.width = cache.levels or 2 * dim
         self.dtype = np.int64 if cache.levels else np.float32
-        self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
+        self.order = Order(clips.column("kind"), cfg.weights, cfg.seed)
 
         # clips of which the beginning is needed more than the rest: speech with its text
-        self.needs_beginning = [clip.kind == "speech" and bool(clip.text)
-                                and (self.is_aligned(clip) or fits(clip.text, clip.kind, cfg))
-                                for clip in clips]
+        self.is_speech = clips.column("kind") == KINDS.index("speech")
+        readable = texts_tokens(clips, cfg) <= cfg.text_len
+        if monologue:
+            readable |= clips.column("has_words")
+        self.needs_beginning = self.is_speech & clips.column("has_text") & readable
 
-        # speaker -> numbers of the clips that are long enough for a prompt
+        # clips that are long enough for a prompt, sorted by speaker; those of speaker s stand at
+        # voices_of[s] .. voices_of[s + 1]
         self.prompt_min = math.ceil(cfg.prompt_frames / 2)
-        self.voices = {}
-        for i, clip in enumerate(clips):
-            if clip.kind == "speech" and clip.speaker and cache.frames[i] >= self.prompt_min:
-                self.voices.setdefault(clip.speaker, []).append(i)
+        self.gives_prompt = self.is_speech & (cache.frames >= self.prompt_min)
+        self.speakers = clips.column("speaker")
+        givers = np.flatnonzero(self.gives_prompt & (self.speakers > 0))
+        self.voices = givers[np.argsort(self.speakers[givers], kind="stable")]
+        self.voices_of = np.searchsorted(self.speakers[self.voices],
+                                         np.arange(len(clips.table.speakers) + 1))
 
     def __call__(self, step, rows):
         made = [self.row(number) for number in global_rows(step, rows, self.batch)]
@@ -357,9 +362,9 @@ class LatentBatches:
     def seen(self):
         """What the rows hold, for the checkpoint: kinds, and whether some have a voice prompt."""
         cfg = self.cfg
-        speech = [i for i, clip in enumerate(self.clips) if clip.kind == "speech"]
-        has_source = any(self.prompt_source(i, 0, min(cfg.frames, self.cache.frames[i]), 0.0)
-                         is not None for i in speech)
+        other = with_other_file(self.clips, self.gives_prompt)
+        rest = self.cache.frames - cfg.frames >= self.prompt_min
+        has_source = bool((self.is_speech & (other | rest)).any())
         prompts = cfg.prompt_frames > 0 and cfg.prompt_prob > 0 and has_source
         return {"kinds": kinds_seen(self.clips, cfg.weights), "voice_prompts": prompts}
 
@@ -449,7 +454,7 @@ class LatentBatches:
         position = g.random()
 
         source = None
-        if self.clips[i].kind == "speech" and longest > 0 and chance < self.cfg.prompt_prob:
+        if self.is_speech[i] and longest > 0 and chance < self.cfg.prompt_prob:
             source = self.prompt_source(i, start, end, choice)
         if source is None:
             return np.zeros((0, self.width), self.dtype)
@@ -463,10 +468,12 @@ class LatentBatches:
         choice: a random number in 0..1.
         """
         # another recording of the speaker: the first, from a random place in the list on
-        same = self.voices.get(self.clips[i].speaker, [])
+        speaker = self.speakers[i]
+        same = self.voices[self.voices_of[speaker]:self.voices_of[speaker + 1]]
         first = int(choice * len(same))
-        for j in same[first:] + same[:first]:
-            if self.clips[j].audio != self.clips[i].audio:
+        for k in range(len(same)):
+            j = same[(first + k) % len(same)]
+            if self.clips.path(j) != self.clips.path(i):
                 return self.cache.get(j)
 
         # else the frames of the clip before or after the row
