@@ -50,6 +50,9 @@ class DataConfig:
     manifest: str = ""
     # held-out manifest; "" = max(2 %, 8) random clips of `manifest`, at most a fifth of them
     valid: str = ""
+    # folder or address (s3://...) of the encoded clips; "" = latents/ of the run. One for several
+    # runs saves encoding; at an address they must be whole: a copy of such a folder
+    latents: str = ""
     # share of each kind in a batch, {speech = 0.5, sound = 0.25, music = 0.25}; {} = natural
     # shares. Corpora differ a hundredfold in size, and a small kind would hardly be seen
     weights: dict[Kind, Annotated[float, Range(0)]] = field(default_factory=dict)

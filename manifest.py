@@ -17,6 +17,7 @@ one takes its name; a line that was overwritten since is noticed by its CRC-32.
 Lists of Clips are columns too (columns), so that a folder or a test needs no manifest.
 """
 import json
+import math
 import os
 import stat
 import sys
@@ -40,8 +41,9 @@ KINDS = get_args(Kind)                              # speech, sound, music
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf",
          ".w64", ".sph")
 FFMPEG_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mka", ".ape", ".wv")
+DECODER = json.JSONDecoder()
 # lines that are parsed before they become rows of the table
-CHUNK = 10_000
+CHUNK = 1000
 
 
 @dataclass
@@ -109,31 +111,29 @@ class Table:
         self.rows = np.zeros(longest + 1, ROW)
         self.paths = bytearray()
         self.folder = folder
+        # what the paths below the folder lack
+        self.prefix = f"{folder}/".encode("utf-8", "surrogatepass") if folder else b""
         self.speakers = {"": 0}
         self.n = 0
         self.waiting = []
 
     def add(self, row, audio, line, status):
         """One more clip. row: {field: value}; status: os.stat of its audio file, or None."""
+        name = row["id"] if "id" in row else stem(audio)
         text = row.get("text", "")
         words = row.get("words")
         kind = row.get("kind", "speech")
         speaker = row.get("speaker", "")
         path = audio.encode("utf-8", "surrogatepass")
+        size, changed = (status.st_size, status.st_mtime_ns) if status else (-1, 0)
         self.waiting.append((
-            line, len(self.paths), status.st_size if status else -1,
-            status.st_mtime_ns if status else 0, row.get("duration", np.nan),
-            crc_of_fields(row["id"] if "id" in row else stem(audio), text, kind, speaker, words),
-            zlib.crc32(path), self.speakers.setdefault(speaker, len(self.speakers)),
+            line, len(self.paths), size, changed, row.get("duration", math.nan),
+            crc_of_fields(name, text, kind, speaker, words), zlib.crc32(path),
+            self.speakers.setdefault(speaker, len(self.speakers)),
             bytes_of_text(text), KINDS.index(kind), bool(text), bool(words)))
         self.paths += path.removeprefix(self.prefix)
         if len(self.waiting) == CHUNK:
             self.flush()
-
-    @property
-    def prefix(self):
-        """What the paths below the folder lack."""
-        return f"{self.folder}/".encode("utf-8", "surrogatepass") if self.folder else b""
 
     def flush(self):
         """Waiting clips become rows."""
@@ -389,7 +389,7 @@ def audio_path(folder, audio):
         return audio
     if is_remote(folder):
         return f"{folder}/{audio}"
-    path = os.path.join(folder, audio)
+    path = audio if os.path.isabs(audio) else f"{folder}/{audio}"
     # "a//b", "./a", "a/../b", "a/"
     odd = "//" in path or "/." in path or path[-1] == "/" or os.sep != "/"
     return os.path.normpath(path) if odd else path
@@ -429,7 +429,7 @@ def note_ignored_keys(path, ignored):
 def parse_line(line, where):
     """One line of a manifest -> its JSON object, which has "audio"."""
     try:
-        values = json.loads(line)
+        values = loads(line)
     except json.JSONDecodeError as e:
         raise BadInput(f"{where}: not JSON ({e.msg} at column {e.colno}); correct it") from e
     except (RecursionError, ValueError) as e:           # brackets in brackets, 5,000 digits
@@ -438,6 +438,15 @@ def parse_line(line, where):
             or not values["audio"]:
         raise BadInput(f'{where}: needs {{"audio": "path", ...}}; it is {line.strip()[:60]}')
     return values
+
+
+def loads(line):
+    """json.loads of a line, in half the time where it is as json.dumps writes it."""
+    try:
+        values, end = DECODER.raw_decode(line)
+    except json.JSONDecodeError:
+        return json.loads(line)
+    return values if end >= len(line) - 1 and not line[end:].strip() else json.loads(line)
 
 
 def row_of(values):

@@ -21,7 +21,6 @@ def is_remote(path):
 
 def local(path):
     """The path of a local file with the contents of `path`. Errors: BadInput naming the address."""
-    path = str(path)
     if not is_remote(path):
         return path
     copy = os.path.join(cache_folder(), hashlib.sha256(path.encode()).hexdigest()[:32],
