@@ -10,8 +10,11 @@ must hold what a training reads.
 """
 import hashlib
 import os
+import threading
 
 from cli import BadInput, atomic
+
+LOCKS = [threading.Lock() for _ in range(64)]
 
 
 def is_remote(path):
@@ -23,10 +26,13 @@ def local(path):
     """The path of a local file with the contents of `path`. Errors: BadInput naming the address."""
     if not is_remote(path):
         return path
-    copy = os.path.join(cache_folder(), hashlib.sha256(path.encode()).hexdigest()[:32],
-                        path.rpartition("/")[2])
-    if not os.path.exists(copy):
-        fetch(path, copy)
+    name = hashlib.sha256(path.encode()).hexdigest()[:32]
+    copy = os.path.join(cache_folder(), name, path.rpartition("/")[2])
+
+    # two threads must not fetch one file
+    with LOCKS[int(name, 16) % len(LOCKS)]:
+        if not os.path.exists(copy):
+            fetch(path, copy)
     return copy
 
 
