@@ -12,6 +12,7 @@ import math
 import os
 
 import numpy as np
+import torch
 
 from calm import CALM
 from checkpoint import folder_of_checkpoints
@@ -167,8 +168,8 @@ def digest_of(clips):
     manifest's fields, and 16 of the sizes of the audio files.
     """
     clips = columns(clips)
-    names = (digest(clips.column(name).tobytes()) for name in ("fields", "bytes"))
-    return " ".join(("crc", *names))
+    columns_of = (clips.column(name).view(np.uint8) for name in ("fields", "bytes"))
+    return " ".join(("crc", *(digest(torch.from_numpy(column)) for column in columns_of)))
 
 
 def earlier_digest_of(clips):

@@ -102,7 +102,7 @@ class Table:
     """The columns of all clips of one source, in its order.
 
     rows       (n + 1,) ROW: the last one only holds the ends of the last line and path
-    paths      the paths of the audio files, end to end; below folder: relative to it
+    paths      bytearray: the paths of the audio files, end to end; below folder: relative to it
     speakers   {name: number}
     read       (k) -> Clip k
     """
@@ -149,8 +149,7 @@ class Table:
         self.rows[self.n] = np.zeros((), ROW)
         self.rows[self.n]["line"] = end
         self.rows[self.n]["path"] = len(self.paths)
-        self.paths = bytes(self.paths)
-        return Clips(self, np.arange(self.n))
+        return Clips(self, np.arange(self.n, dtype=np.int32))
 
     def path(self, k):
         """The path of the audio file of clip k."""
@@ -256,11 +255,15 @@ def with_other_file(clips, able):
     """
     speaker = clips.column("speaker").astype(np.uint64)
     file = speaker << np.uint64(32) | clips.column("path_crc")
-    files = np.unique(file[able & (speaker > 0)])
+    able = able & (speaker > 0)
+    files = np.unique(file[able])
     of_speaker = np.bincount((files >> np.uint64(32)).astype(np.int64),
                              minlength=len(clips.table.speakers))
-    own = np.isin(file, files)
-    return of_speaker[speaker.astype(np.int64)] - own > 0
+
+    # without the clip's own file
+    own = able.copy()
+    own[~able] = np.isin(file[~able], files)
+    return of_speaker[clips.column("speaker")] - own > 0
 
 
 def stem(path):
