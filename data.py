@@ -39,6 +39,8 @@ from manifest import KINDS, Clip, columns, load_manifest, plain, write_manifest 
 from schema import Kind, Range, shown
 
 PAD = 256                                           # ids 0..255 are UTF-8 bytes
+# held-out clips at most: all of them are opened before a training begins
+HELD_OUT = 10_000
 # of a longer file only the crop is read, even where the corpus fits into memory
 WHOLE_FILE_SECONDS = 60.0
 
@@ -48,7 +50,8 @@ class DataConfig:
     """The [data] table."""
     # training manifest (.jsonl) or folder of audio; "" = the toy corpus
     manifest: str = ""
-    # held-out manifest; "" = max(2 %, 8) random clips of `manifest`, at most a fifth of them
+    # held-out manifest; "" = max(2 %, 8) random clips of `manifest`, at most a fifth of them or
+    # 10,000
     valid: str = ""
     # folder or address (s3://...) of the encoded clips; "" = latents/ of the run. One for several
     # runs saves encoding; at an address they must be whole: a copy of such a folder
@@ -104,8 +107,8 @@ def load_clips(cfg):
     """Read cfg.manifest and cfg.valid -> (train, valid), two Clips.
 
     Without cfg.valid, the last max(2 %, 8) clips of a seeded shuffle are held out: at most a fifth
-    of the clips; a speaker may be on both sides; a single clip is on both. Errors: BadInput, also
-    when the training manifest has none of the kinds that cfg.weights asks for.
+    of the clips or HELD_OUT; a speaker may be on both sides; a single clip is on both. Errors:
+    BadInput, also when the training manifest has none of the kinds that cfg.weights asks for.
     """
     clips = load_manifest(cfg.manifest)
     wanted = {kind for kind, weight in cfg.weights.items() if weight > 0}
@@ -118,7 +121,8 @@ def load_clips(cfg):
         return clips, load_manifest(cfg.valid)
 
     order = rng("split", cfg.seed).permutation(len(clips))
-    held_out = min(max(math.ceil(len(clips) / 50), 8), max(1, len(clips) // 5), len(clips) - 1)
+    held_out = min(max(math.ceil(len(clips) / 50), 8), max(1, len(clips) // 5), len(clips) - 1,
+                   HELD_OUT)
     train = clips[order[:len(clips) - held_out]]
     valid = clips[order[len(clips) - held_out:]]
     return train, valid or clips
@@ -274,9 +278,9 @@ class Order:
         music    4 3 | 3 4 | 4 3 | ...
         epoch    2 4 0 1 3, ...          counts[k] clips of each kind, interleaved evenly
 
-    kinds: the kind of each clip, its number in KINDS. weights: {kind: share}; {} keeps the natural shares, and an epoch
-    is then a permutation. Each kind is walked in shuffled cycles that
-    run on across epochs, so that no clip is repeated before all clips of its kind have been seen.
+    kinds: the kind of each clip, its number in KINDS. weights: {kind: share}; {} keeps the natural
+    shares, and an epoch is then a permutation. Each kind is walked in shuffled cycles that run on
+    across epochs, so that no clip is repeated before all clips of its kind have been seen.
     Within an epoch the kinds are spread evenly, so that every batch holds its share (within a row
     or two). Weights of kinds without clips are ignored. A pure function of (seed, row).
     """
@@ -348,7 +352,7 @@ class AudioBatches:
     and lower where the peak would exceed 1.
 
     A corpus that fits into ram_gb, or whose durations the manifest lacks, is decoded clip by clip
-    and kept; of a larger one every row reads its crop only, in a fifth of the time.
+    and kept; of a larger one every row reads its crop only.
     Errors: BadInput naming an unreadable file.
     """
 

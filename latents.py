@@ -19,8 +19,8 @@
 
 A shard or index that is damaged is encoded again, which is said (shards.py, encoding.py). Shards
 are opened when a clip of theirs is wanted, at most 64 at a time, and may lie at an address
-(remote.py). With an RVQ of K levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure function of
-(seed, step, rows), as those of data.py.
+(remote.py). With an RVQ of K levels the cache holds its codes instead, (sum of T, K) int16. Batches
+are a pure function of (seed, step, rows), as those of data.py.
 
 Paper: CALM (arXiv 2509.06926), voice-prompt prefix. Where this differs: latents are cached as the
 posterior's mean and log-variance, so that training can sample them anew at every step.

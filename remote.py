@@ -1,12 +1,12 @@
 """Files that lie elsewhere: an address such as s3://bucket/a.flac becomes a local copy, made once.
 
     local("out/a.npy")          out/a.npy
-    local("s3://bucket/a.npy")  ~/.cache/nanocalm/0f3a...2b/a.npy      ($NANOCALM_CACHE names another)
+    local("s3://bucket/a.npy")  ~/.cache/nanocalm/0f3a...2b/a.npy       ($NANOCALM_CACHE/0f3a...2b/)
 
-fsspec fetches the file (extra "remote"; s3:// also needs s3fs, hf:// huggingface_hub), under another
-name until it is whole, so that a killed fetch leaves nothing and several processes may ask for one
-file. The copies stay: an object that changes under its name needs `rm -r` of the folder, and the disk
-must hold what a training reads.
+fsspec fetches the file (extra "remote"; s3:// also needs s3fs, hf:// huggingface_hub), under
+another name until it is whole, so that a killed fetch leaves nothing and several processes may ask
+for one file. The copies stay: an object that changes under its name needs `rm -r` of the folder, and the
+disk must hold what a training reads.
 """
 import hashlib
 import os

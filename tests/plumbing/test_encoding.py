@@ -1,4 +1,4 @@
-"""encoding.py, shards.py, remote.py: one corpus, several processes, and caches that lie elsewhere."""
+"""encoding.py, shards.py, remote.py: one corpus, several processes, caches that lie elsewhere."""
 import os
 import socket
 import sys

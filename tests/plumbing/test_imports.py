@@ -9,8 +9,9 @@ from conftest import ROOT
 
 # from the ground up: a file imports only files that stand before it
 ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "replay", "backbone", "moe",
-         "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
-         "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
+         "adaln", "heads", "discrete", "layers", "vae", "gan", "remote", "decoder", "audio",
+         "manifest", "data", "monologue", "prefetch", "shards", "encoding", "latents", "branches",
+         "calm", "audiocalm", "optim",
          "corpora", "config", "report", "sample", "stages", "plan", "checks", "runs", "train",
          "judges", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}

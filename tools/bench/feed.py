@@ -1,7 +1,7 @@
 """Batches per second: do the processor cores feed the GPUs?
 
-    python -m tools.bench feed [--config configs/paper/calm_music.toml] [--clips 128] [--seconds 10]
-                               [--processes 1 2] [--need 1510] [--json figures.json]
+    python -m tools.bench feed [--config configs/paper/calm_music.toml] [--clips 128] [--seconds 30]
+                               [--processes 1 2] [--need 1510] [--latents 55] [--json figures.json]
 
     wav, flac, ogg, mp3   clips of noise and tones ─► AudioBatches: crops of data.crop_seconds
     latents               clips of random numbers  ─► LatentBatches: rows of data.frames
@@ -11,10 +11,11 @@ lie in the page cache. Rows are made by 1, 2, ... processes as in training (data
 ends with the batch in this process' memory. Audio comes at 44.1 kHz and is resampled where the
 config has another rate.
 
-    ms of CPU     user and system time of all processes per row
-    cores         --need rows per second, times that. The default is the VAE of calm_music on eight
-                  H100 at 40 percent of their peak, as train.py --plan says: 23.6 steps per second
-                  of 64 rows of 12 s. A latent row is needed 48 x 2.3 times per second there
+    ms of CPU     user and system time of the processes per row
+    cores         what is needed, times that. --need: audio rows per second; the default is the VAE
+                  of calm_music on eight H100 at 40 percent of their peak, as train.py --plan says:
+                  23.6 steps per second of 64 rows of 12 s. --latents: latent rows per second; the
+                  default is its language model, 3 rows in 438 ms on one H100 (measured)
 
 Precision: audio float32 in a batch.
 """
@@ -49,12 +50,14 @@ def add_options(parser):
                         help="the experiment (default configs/paper/calm_music.toml)")
     parser.add_argument("--clips", type=number(int, ROWS), default=128,
                         help="audio files of each format (default 128)")
-    parser.add_argument("--seconds", type=number(float, above=0), default=10.0,
-                        help="length of a clip (default 10)")
+    parser.add_argument("--seconds", type=number(float, above=0), default=30.0,
+                        help="length of a clip (default 30)")
     parser.add_argument("--processes", type=number(int, 1), nargs="+", default=[1, 2],
                         help="processes that make batches (default 1 2)")
     parser.add_argument("--need", type=number(float, above=0), default=1510.0,
-                        help="rows per second that are needed (default 1510)")
+                        help="audio rows per second that are needed (default 1510)")
+    parser.add_argument("--latents", type=number(float, above=0), default=55.0,
+                        help="latent rows per second that are needed (default 55)")
 
 
 def run(args):
@@ -68,8 +71,9 @@ def run(args):
             clips = audio_clips(folder, kind, args.clips, args.seconds)
             batches = AudioBatches(clips, dataclasses.replace(cfg.data, weights={}),
                                    cfg.vae.sample_rate, cfg.vae.channels, ROWS, cfg.vae.hop)
-            figures[kind] = measure(kind, batches, args)
-        figures["latents"] = measure("latents", latent_batches(folder, clips, cfg), args)
+            figures[kind] = measure(kind, batches, args, args.need)
+        figures["latents"] = measure("latents", latent_batches(folder, clips, cfg), args,
+                                     args.latents)
     return figures
 
 
@@ -107,7 +111,7 @@ def latent_batches(folder, clips, cfg):
     return LatentBatches(clips, cache, dataclasses.replace(cfg.data, weights={}), ROWS, dim)
 
 
-def measure(kind, batches, args):
+def measure(kind, batches, args, need):
     """{processes: figures} of one kind of batches, and their lines."""
     steps = args.clips // ROWS
     figures = {}
@@ -115,11 +119,11 @@ def measure(kind, batches, args):
         passes = [one_pass(batches, steps, processes) for _ in range(args.repeats)]
         rows_per_second = statistics.median(steps * ROWS / wall for wall, _ in passes)
         cpu = statistics.median(1000 * cpu / (steps * ROWS) for _, cpu in passes)
-        cores = args.need * cpu / 1000
+        cores = need * cpu / 1000
         figures[processes] = {"rows per second": round(rows_per_second, 1),
                               "ms of CPU": round(cpu, 2), "cores": round(cores, 1)}
         print(f"  {kind:8s} {processes} process(es)  {rows_per_second:8.0f} rows/s  "
-              f"{cpu:7.2f} ms of CPU a row  {cores:6.1f} cores for {args.need:g} rows/s",
+              f"{cpu:7.2f} ms of CPU a row  {cores:6.1f} cores for {need:g} rows/s",
               flush=True)
     return figures
 
