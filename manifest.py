@@ -253,9 +253,11 @@ def with_other_file(clips, able):
     """Of which clips the speaker has another audio file among the clips `able` (n,) bool -> (n,)
     bool.
     """
-    speaker = clips.column("speaker").astype(np.uint64)
-    file = speaker << np.uint64(32) | clips.column("path_crc")
-    able = able & (speaker > 0)
+    # speaker and file in one number
+    file = clips.column("speaker").astype(np.uint64)
+    able = able & (file > 0)
+    file <<= np.uint64(32)
+    file |= clips.column("path_crc")
     files = np.unique(file[able])
     of_speaker = np.bincount((files >> np.uint64(32)).astype(np.int64),
                              minlength=len(clips.table.speakers))
@@ -310,7 +312,8 @@ def load_manifest(path, must_exist=True):
                        "command that makes its corpus")
 
     # audio files lie beside the manifest
-    folder = os.path.dirname(str(path) if is_remote(path) else os.path.abspath(path))
+    path = str(path)
+    folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
     table = Table(count_lines(file_path), folder)
     table.read = Lines(file_path, table)
     missing = ""
