@@ -48,7 +48,7 @@ ROWS = 8                            # of a batch
 def add_options(parser):
     parser.add_argument("--config", default="configs/paper/calm_music.toml",
                         help="the experiment (default configs/paper/calm_music.toml)")
-    parser.add_argument("--clips", type=number(int, ROWS), default=128,
+    parser.add_argument("--clips", type=number(int, 2 * ROWS), default=128,
                         help="audio files of each format (default 128)")
     parser.add_argument("--seconds", type=number(float, above=0), default=30.0,
                         help="length of a clip (default 30)")
@@ -139,6 +139,6 @@ def one_pass(batches, steps, processes):
         start = time.perf_counter()
         for _ in range(steps - 1):
             next(feed)
-        wall = (time.perf_counter() - start) * steps / max(1, steps - 1)
+        wall = (time.perf_counter() - start) * steps / (steps - 1)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
