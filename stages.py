@@ -226,7 +226,7 @@ class LMStage:
     def cache_latents(self, clips, weights):
         """The LatentCache of clips. Its key names what the latents depend on but the state of the
         files, which LatentCache.build compares: the VAE's weights, config and precision, the files
-        and the levels.
+        and the levels. What lacks is encoded by all processes together.
         """
         cfg = self.cfg
         clips = columns(clips)

@@ -196,6 +196,21 @@ def test_a_cache_is_used_again_only_if_all_that_decides_its_latents_is_the_same(
     assert (key(vae.cfg, weights) == other()) == (change == "nothing")
 
 
+def test_two_runs_share_the_caches_of_data_latents(tmp_path):
+    clips = corpus(tmp_path, 2)
+    vae = tiny_vae()
+    paths = set()
+    for out in ("one", "two"):
+        runtime = SimpleNamespace(bf16=False, device="cpu", rank=0, world=1, wait=lambda: None,
+                                  autocast=lambda: torch.autocast("cpu", enabled=False))
+        cfg = SimpleNamespace(out=str(tmp_path / out), vae=vae.cfg,
+                              data=DataConfig(latents=str(tmp_path / "shared")))
+        stage = SimpleNamespace(cfg=cfg, runtime=runtime, code_levels=0, vae=vae)
+        paths.add(LMStage.cache_latents(stage, clips, vae.state_dict()).path)
+    [path] = paths
+    assert path.parent == tmp_path / "shared" and not (tmp_path / "one").exists()
+
+
 def test_latents_of_a_wrong_shape_or_not_finite_are_refused(tmp_path):
     clips = corpus(tmp_path, 2)
     with pytest.raises(ValueError, match="encode gave"):
