@@ -156,8 +156,10 @@ def training_changes(saved, cfg, name):
 
 
 def data_changes(saved, cfg):
-    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed."""
-    ignored = ("manifest", "valid", "ram_gb", "workers")
+    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed. ram_gb
+    decides whether a crop is cut before or after it is resampled.
+    """
+    ignored = ("manifest", "valid", "latents", "workers")
     old, new = (dataclasses.asdict(c.data) for c in (saved, cfg))
     return [(f"data.{key} = {old[key]}", new[key]) for key in old
             if old[key] != new[key] and key not in ignored]

@@ -83,7 +83,8 @@ class DataConfig:
     prompt_prob: Annotated[float, Range(0, 1)] = 0.5
     # dB, loudness augmentation of the VAE: uniform in +- gain_db, never above full scale
     gain_db: Annotated[float, Range(0, 200)] = 0.0
-    # GB of decoded int16 audio that each process keeps (2 GB hold 17 h at 16 kHz)
+    # GB of decoded int16 audio that each process keeps (2 GB hold 17 h at 16 kHz); of a larger
+    # corpus only the crops are read
     ram_gb: Annotated[float, Range(0, 1_000_000)] = 3.0
     # threads that decode audio; the batches do not depend on it
     workers: Annotated[int, Range(1, 1024)] = 4
