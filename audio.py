@@ -28,6 +28,7 @@ import torch
 
 from cli import BadInput, Failure, is_stream, write_errors, write_file
 from decoder import UNKNOWN, audio_info, decode, mapped, ogg_links
+from remote import local
 
 
 # ---------------------------------------------------------------------------- reading
@@ -41,6 +42,7 @@ def load_audio(path, sample_rate, channels=1, *, start=0.0, seconds=None, allow_
     Errors: BadInput naming the file when it is missing, unreadable, empty, silent (peak < 1e-4;
     unless allow_silence) or holds NaN or infinity.
     """
+    path = local(path)
     info = audio_info(path)
     count = UNKNOWN if seconds is None else math.ceil(seconds * info.sample_rate)
     blocks = [*decode(path, info, int(start * info.sample_rate), count)]
@@ -91,6 +93,7 @@ def audio_pieces(path, sample_rate, channels, samples):
 
     mix_down decides for each block of the file by itself.
     """
+    path = local(path)
     info = audio_info(path)
     width = channels if info.channels == channels else 1
     resampler = None
@@ -148,6 +151,7 @@ def inspect(path, duration=None):
     Errors: BadInput when the file is missing, unreadable, empty, silent, not finite, ends before
     its header says, or has more than 1 % of its samples above full scale.
     """
+    path = local(path)
     info = audio_info(path)
     count = 0
     peak = 0.0

@@ -11,13 +11,17 @@ import json
 import math
 import os
 
+import numpy as np
+import torch
+
 from calm import CALM
 from checkpoint import folder_of_checkpoints, stage_file
 from cli import BadInput
 from config import (LM_STAGES, STAGES, encoder_id, load_stage, refuse_other_encoder,
                     refuse_other_table, saved_config, vae_weights)
-from data import seconds_of, texts_left_out
+from data import texts_left_out
 from latents import digest
+from manifest import columns, with_other_file
 from schema import shown
 
 
@@ -30,12 +34,12 @@ def announce_data(cfg, clips, valid, say):
         for sentence in texts_left_out(clips, cfg.data, cfg.lm.monologue):
             say(sentence)
     wanted = {kind for kind, weight in cfg.data.weights.items() if weight > 0}
-    missing = wanted - {c.kind for c in clips}
+    missing = wanted - {*columns(clips).kinds()}
     if missing:
         say(f"data: no {' and no '.join(sorted(missing))} there; the others share the "
             "weight of data.weights")
 
-    speech, held_out = ([c for c in part if c.kind == "speech"] for part in (clips, valid))
+    speech, held_out = (columns(part).of_kind("speech") for part in (clips, valid))
     if cfg.lm.monologue and any(STAGES[name].model is CALM for name in cfg.stages):
         announce_words(cfg, speech, held_out, say)
     if cfg.data.prompt_frames and speech and any(name in LM_STAGES for name in cfg.stages):
@@ -44,7 +48,7 @@ def announce_data(cfg, clips, valid, say):
 
 def announce_words(cfg, speech, held_out, say):
     """How many clips have an inner monologue. BadInput where no training clip has one."""
-    aligned = sum(bool(clip.words) for clip in speech)
+    aligned = int(speech.column("has_words").sum())
     if not aligned:
         raise BadInput(f"lm.monologue: no speech in {cfg.data.manifest or 'the toy corpus'} has "
                        "word times; `python -m corpora.align train.jsonl --out aligned.jsonl` "
@@ -52,24 +56,20 @@ def announce_words(cfg, speech, held_out, say):
     if aligned < len(speech):
         say(f"data: {aligned} of {len(speech)} clips of speech have word times; the text of the "
             "others stands before the audio, as without a monologue (see corpora.align)")
-    if held_out and not any(clip.words for clip in held_out):
+    if held_out and not held_out.column("has_words").any():
         say("data: no held-out speech has word times; its losses are those without a monologue")
 
 
 def announce_prompts(cfg, speech, say):
     """How many clips of speech can have a voice prompt (latents.LatentBatches.prompt_source)."""
     shortest = math.ceil(cfg.data.prompt_frames / 2)
-    frames = [math.ceil(seconds_of(clip) * cfg.vae.frame_rate) for clip in speech]
-    voices = {}
-    for clip, n in zip(speech, frames):
-        if clip.speaker and n >= shortest:
-            voices.setdefault(clip.speaker, set()).add(clip.audio)
+    frames = np.ceil(speech.seconds() * cfg.vae.frame_rate)
 
     # another file of the speaker, or what the row leaves of a long clip
-    able = sum(bool(voices.get(clip.speaker, set()) - {clip.audio})
-               or n - cfg.data.frames >= shortest for clip, n in zip(speech, frames))
+    other = with_other_file(speech, frames >= shortest)
+    able = int((other | (frames - cfg.data.frames >= shortest)).sum())
     share = f"{cfg.data.prompt_prob:.0%} of their rows get one"
-    if not any(clip.speaker for clip in speech):
+    if not speech.column("speaker").any():
         share += ("; the manifest names no speakers, `python -m corpora.scan DIR --speaker NAME` "
                   "does" if able < len(speech) else "")
     say(f"data: {able} of {len(speech)} clips of speech can have a voice prompt; {share}")
@@ -115,7 +115,7 @@ def note_changed_training(cfg, path, name, state, saved, clips, say):
     for old, new in [*training_changes(saved, cfg, name), *data_changes(saved, cfg),
                      *run_changes(saved, cfg)]:
         say(sentence.format(old, new))
-    if not same_clips(state.get("clips", ""), digest_of(clips)):
+    if not same_clips(state.get("clips", ""), clips):
         say(other_clips)
 
 
@@ -156,31 +156,33 @@ def training_changes(saved, cfg, name):
 
 
 def data_changes(saved, cfg):
-    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed."""
-    ignored = ("manifest", "valid", "ram_gb", "workers")
+    """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed. ram_gb
+    decides whether a crop is cut before or after it is resampled.
+    """
+    ignored = ("manifest", "valid", "latents", "workers")
     old, new = (dataclasses.asdict(c.data) for c in (saved, cfg))
     return [(f"data.{key} = {old[key]}", new[key]) for key in old
             if old[key] != new[key] and key not in ignored]
 
 
 def digest_of(clips):
-    """What names the training clips, without their place on the disk: 16 hex digits of the
+    """What names the training clips, without their place on the disk: "crc", 16 hex digits of the
     manifest's fields, and 16 of the sizes of the audio files.
     """
+    clips = columns(clips)
+    columns_of = (clips.column(name).view(np.uint8) for name in ("fields", "bytes"))
+    return " ".join(("crc", *(digest(torch.from_numpy(column)) for column in columns_of)))
+
+
+def earlier_digest_of(clips):
+    """digest_of as checkpoints from before 2026-11-28 have it: clip by clip."""
     fields = digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
-    return f"{fields} {digest([size_of(clip.audio) for clip in clips])}"
+    return f"{fields} {digest(columns(clips).column('bytes').tolist())}"
 
 
-def size_of(path):
-    """Bytes of a file, -1 where it cannot be read: load_audio will say so."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
-def same_clips(old, new):
-    """Whether two digests name the same clips; those of older checkpoints lack the sizes."""
+def same_clips(old, clips):
+    """Whether the digest that a checkpoint has names these clips; the oldest lack the sizes."""
+    new = digest_of(clips) if old.startswith("crc ") else earlier_digest_of(clips)
     return all(a == b for a, b in zip(old.split(), new.split()))
 
 

@@ -1,7 +1,7 @@
 """Manifests and text on their way to the models, and batches of audio.
 
-    manifest.jsonl ── load_manifest ──> [Clip]         {"audio": "a/b.flac", "text": "...", ...}
-    or a folder                            │
+    manifest.jsonl ── load_manifest ──> Clips          {"audio": "a/b.flac", "text": "...", ...}
+    or a folder        (manifest.py)       │
                 ┌──────────────────────────┴──────────────────┐
                 v  stage "vae"                                v  once, after the VAE
           AudioBatches(step, rows)                      latents.py: LatentCache.build(clips, encode)
@@ -20,60 +20,29 @@ sound and music.
 Where this differs from the papers: text is bytes with one special token for the kind, not
 SentencePiece tokens or T5 embeddings, so that nothing is downloaded.
 Precision: audio float32 in a batch, int16 in memory.
-audio.py and decoder.py read the files, corpora/scan.py makes manifests.
+manifest.py reads manifests, audio.py and decoder.py the files; corpora/scan.py makes manifests.
 """
-import json
 import math
 import os
-import sys
-import unicodedata
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from audio import load_audio
-from cli import BadInput, atomic
-from decoder import has_ffmpeg, seconds_in_file
+from cli import BadInput
+from decoder import seconds_in_file
+from manifest import KINDS, Clip, columns, load_manifest, plain, write_manifest      # noqa: F401
 from schema import Kind, Range, shown
 
-KINDS = get_args(Kind)                              # speech, sound, music
 PAD = 256                                           # ids 0..255 are UTF-8 bytes
-# endings of audio files, and of those that only ffmpeg reads (decoder.py)
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf",
-         ".w64", ".sph")
-FFMPEG_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mka", ".ape", ".wv")
-# up to this length a file is decoded whole and kept; of a longer one only the crop is read
+# held-out clips at most: all of them are opened before a training begins
+HELD_OUT = 10_000
+# of a longer file only the crop is read, even where the corpus fits into memory
 WHOLE_FILE_SECONDS = 60.0
-
-
-@dataclass
-class Clip:
-    """One line of a manifest."""
-    # absolute path of the audio file
-    audio: str
-    # transcript (speech) or caption (sound, music), or a description of either
-    text: str = ""
-    # speech, sound or music
-    kind: Kind = "speech"
-    # the speaker's name; "" = not known
-    speaker: str = ""
-    # [[word, start, end], ...] in seconds; None = not aligned
-    words: list | None = None
-    # length in seconds; None = measure the file
-    duration: float | None = None
-    # name of the clip; by default the stem of the audio file
-    id: str = ""
-    # speech whose `text` is a description: the words spoken (older manifests call this "said")
-    transcript: str = ""
-
-
-FIELDS = {f.name for f in fields(Clip)}
 
 
 @dataclass
@@ -81,8 +50,12 @@ class DataConfig:
     """The [data] table."""
     # training manifest (.jsonl) or folder of audio; "" = the toy corpus
     manifest: str = ""
-    # held-out manifest; "" = max(2 %, 8) random clips of `manifest`, at most a fifth of them
+    # held-out manifest; "" = max(2 %, 8) random clips of `manifest`, at most a fifth of them or
+    # 10,000
     valid: str = ""
+    # folder or address (s3://...) of the encoded clips; "" = latents/ of the run. One for several
+    # runs saves encoding; at an address they must be whole: a copy of such a folder
+    latents: str = ""
     # share of each kind in a batch, {speech = 0.5, sound = 0.25, music = 0.25}; {} = natural
     # shares. Corpora differ a hundredfold in size, and a small kind would hardly be seen
     weights: dict[Kind, Annotated[float, Range(0)]] = field(default_factory=dict)
@@ -110,7 +83,8 @@ class DataConfig:
     prompt_prob: Annotated[float, Range(0, 1)] = 0.5
     # dB, loudness augmentation of the VAE: uniform in +- gain_db, never above full scale
     gain_db: Annotated[float, Range(0, 200)] = 0.0
-    # GB of decoded int16 audio that each process keeps (2 GB hold 17 h at 16 kHz)
+    # GB of decoded int16 audio that each process keeps (2 GB hold 17 h at 16 kHz); of a larger
+    # corpus only the crops are read
     ram_gb: Annotated[float, Range(0, 1_000_000)] = 3.0
     # threads that decode audio; the batches do not depend on it
     workers: Annotated[int, Range(1, 1024)] = 4
@@ -128,161 +102,18 @@ class DataConfig:
             raise ValueError("weights: must not all be zero; {} means the natural shares")
 
 
-# ---------------------------------------------------------------------------- manifests
-
-def seconds_of(clip):
-    """Length of a Clip in seconds, from the manifest or else from the file."""
-    if clip.duration is not None:
-        return clip.duration
-    return seconds_in_file(clip.audio)
-
-
-def load_manifest(path, must_exist=True):
-    """Read a .jsonl manifest, or a folder of audio (same-stem .txt is the text) -> list[Clip].
-
-    Each line is a JSON object. `audio` is required, relative to the manifest; the other fields are
-    Clip's; further keys are ignored, and counted on stderr. Errors: BadInput naming file and line;
-    with must_exist also when audio files are missing, naming the first and how many.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return clips_in_folder(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such manifest; `python -m corpora.scan DIR --out {path}` makes "
-                       "one from a folder of recordings; the header of a shipped config names the "
-                       "command that makes its corpus")
-
-    clips = []
-    missing = []
-    ignored = Counter()
-    folder = os.path.dirname(os.path.abspath(path))
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        values = parse_line(line, where)
-        row = row_of(values)
-        check_row(row, where)
-        ignored.update(values.keys() - FIELDS - {"said"})
-
-        audio = os.path.normpath(os.path.join(folder, row["audio"]))
-        if must_exist and not os.path.isfile(audio):
-            missing.append(f"{where}: audio file {audio} is missing")
-        if "words" in row:
-            row["words"] = [[plain(word), *times] for word, *times in row["words"]]
-        clips.append(Clip(**{"id": Path(audio).stem, **row, "audio": audio}))
-
-    if missing:
-        raise BadInput(f"{missing[0]} ({len(missing)} of {len(clips)} are); correct the paths, or "
-                       f"`python -m corpora.scan check {path} --out clean.jsonl` drops those lines")
-    if not clips:
-        raise BadInput(f"{path}: holds no clips; each line is {{\"audio\": \"a/b.flac\", ...}}")
-    if ignored:
-        note_ignored_keys(path, ignored)
-    return clips
-
-
-def note_ignored_keys(path, ignored):
-    """Print the keys that no Clip has, on stderr of the first process. ignored: {key: lines}."""
-    keys = ", ".join(f"{key!r} ({n:,} lines)" for key, n in ignored.most_common())
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{path}: ignored keys: {keys}; a clip has {', '.join(sorted(FIELDS))}",
-              file=sys.stderr)
-
-
-def parse_line(line, where):
-    """One line of a manifest -> its JSON object, which has "audio"."""
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise BadInput(f"{where}: not JSON ({e.msg} at column {e.colno}); correct it") from e
-    except (RecursionError, ValueError) as e:           # brackets in brackets, 5,000 digits
-        raise BadInput(f"{where}: not a line of a manifest ({e}); correct it") from e
-    if not isinstance(values, dict) or not isinstance(values.get("audio"), str) \
-            or not values["audio"]:
-        raise BadInput(f'{where}: needs {{"audio": "path", ...}}; it is {line.strip()[:60]}')
-    return values
-
-
-def row_of(values):
-    """The JSON object of a line -> {field of Clip: value}, without fields that are null."""
-    # manifests written before 2026-11-27 call it said
-    values = {"transcript": values.get("said"), **values}
-    # without a description the transcript is the text
-    if not values.get("text"):
-        values["text"] = values["transcript"]
-    return {name: values[name] for name in FIELDS if values.get(name) is not None}
-
-
-def check_row(row, where):
-    """Raise BadInput where a field's type or value is impossible."""
-    for name in ("transcript", "text", "kind", "speaker", "id"):
-        if not isinstance(row.get(name, ""), str):
-            raise BadInput(f"{where}: {name} must be a string; it is {shown(row[name])}")
-    for name in ("text", "transcript", "speaker"):
-        check_characters(row.get(name, ""), f"{where}: {name}")
-    if row.get("kind", "speech") not in KINDS:
-        raise BadInput(f"{where}: unknown kind {shown(row['kind'])}; use {', '.join(KINDS)}")
-    seconds = row.get("duration", 1)
-    if not is_seconds(seconds) or not seconds > 0:
-        raise BadInput(f"{where}: duration must be positive seconds; it is {shown(seconds)}")
-    check_words(row.get("words", []), where)
-
-
-def check_characters(text, where):
-    """Raise BadInput where a text has half a character, which no UTF-8 file can hold."""
-    halves = [character for character in text if "\ud800" <= character <= "\udfff"]
-    if halves:
-        raise BadInput(f"{where} holds half a character (the surrogate {ascii(halves[0])}) in "
-                       f"{ascii(text[:40])}; correct it")
-
-
-def is_seconds(value):
-    """Whether a value of a manifest is a finite number, below 30 years."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
-
-
-def check_words(words, where):
-    """Raise BadInput unless words is [[word, start, end], ...] in order of time."""
-    form = f"{where}: words must be [[word, start, end], ...]"
-    if not isinstance(words, list):
-        raise BadInput(f"{form}; it is {shown(words)}")
-    for word in words:
-        if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str)
-                and all(is_seconds(seconds) for seconds in word[1:])):
-            raise BadInput(f"{form}; one is {shown(word)}")
-        check_characters(word[0], f"{where}: words")
-
-    # words may overlap: aligners produce that
-    starts = [start for _, start, _ in words]
-    if starts != sorted(starts) or any(end < start for _, start, end in words):
-        raise BadInput(f"{where}: the times of words must not go backwards")
-
-
-def write_manifest(path, clips):
-    """Write Clips as .jsonl, atomically. Audio below the manifest's folder becomes relative."""
-    folder = os.path.dirname(os.path.abspath(path)) + os.sep
-    with atomic(path) as temp, open(temp, "w", encoding="utf-8") as out:
-        for clip in clips:
-            row = {name: value for name, value in vars(clip).items() if value not in ("", None)}
-            if clip.audio.startswith(folder):
-                row["audio"] = os.path.relpath(clip.audio, folder)
-            # names that are not UTF-8 hold surrogates, which JSON writes as \udce9
-            readable = all(character < "\ud800" or character > "\udfff"
-                           for character in row["audio"] + row.get("id", ""))
-            out.write(json.dumps(row, ensure_ascii=not readable) + "\n")
-
+# ---------------------------------------------------------------------------- clips
 
 def load_clips(cfg):
-    """Read cfg.manifest and cfg.valid -> (train, valid), two list[Clip].
+    """Read cfg.manifest and cfg.valid -> (train, valid), two Clips.
 
     Without cfg.valid, the last max(2 %, 8) clips of a seeded shuffle are held out: at most a fifth
-    of the clips; a speaker may be on both sides; a single clip is on both. Errors: BadInput, also
-    when the training manifest has none of the kinds that cfg.weights asks for.
+    of the clips or HELD_OUT; a speaker may be on both sides; a single clip is on both. Errors:
+    BadInput, also when the training manifest has none of the kinds that cfg.weights asks for.
     """
     clips = load_manifest(cfg.manifest)
     wanted = {kind for kind, weight in cfg.weights.items() if weight > 0}
-    present = {clip.kind for clip in clips}
+    present = {*clips.kinds()}
     if wanted and not wanted & present:
         raise BadInput(f"data.weights asks for {', '.join(sorted(wanted))}, but {cfg.manifest} has "
                        f"only {', '.join(sorted(present))}; give that kind a weight, or set the "
@@ -291,48 +122,18 @@ def load_clips(cfg):
         return clips, load_manifest(cfg.valid)
 
     order = rng("split", cfg.seed).permutation(len(clips))
-    held_out = min(max(math.ceil(len(clips) / 50), 8), max(1, len(clips) // 5), len(clips) - 1)
-    train = [clips[i] for i in order[:len(clips) - held_out]]
-    valid = [clips[i] for i in order[len(clips) - held_out:]]
-    return train, valid or list(clips)
+    held_out = min(max(math.ceil(len(clips) / 50), 8), max(1, len(clips) // 5), len(clips) - 1,
+                   HELD_OUT)
+    train = clips[order[:len(clips) - held_out]]
+    valid = clips[order[len(clips) - held_out:]]
+    return train, valid or clips
 
 
-def audio_endings():
-    """The endings of audio files that can be read here."""
-    return AUDIO + FFMPEG_AUDIO if has_ffmpeg() else AUDIO
-
-
-def audio_files(folder):
-    """All audio files below a folder, sorted by path, without hidden ones."""
-    endings = audio_endings()
-    return sorted(p for p in Path(folder).rglob("*")
-                  if p.suffix.lower() in endings and not p.name.startswith("."))
-
-
-def clips_in_folder(folder, kind="speech"):
-    """Every audio file below `folder` as a Clip, with the text of its same-stem .txt -> list[Clip].
-
-    Errors: BadInput when there is no audio file.
-    """
-    clips = []
-    for path in audio_files(os.path.abspath(folder)):
-        text_file = path.with_suffix(".txt")
-        text = " ".join(read_text(text_file).split()) if text_file.is_file() else ""
-        clips.append(Clip(str(path), text, kind, id=path.stem))
-    if not clips:
-        raise BadInput(f"{folder}: no audio in it ({', '.join(audio_endings())}); "
-                       "see `python -m corpora.scan -h`")
-    return clips
-
-
-def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark. Errors: BadInput naming the file."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror}); correct the path") from e
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); convert it") from e
+def seconds_of(clip):
+    """Length of a Clip in seconds, from the manifest or else from the file."""
+    if clip.duration is not None:
+        return clip.duration
+    return seconds_in_file(clip.audio)
 
 
 # ---------------------------------------------------------------------------- text
@@ -386,11 +187,6 @@ def vocabulary(cfg=None):
     return pad_id(cfg) + 1 + len(KINDS)
 
 
-def plain(text):
-    """NFKC, white space and line ends made single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
-
-
 def encode_text(text, kind, cfg=None):
     """Text -> token ids: the kind's special, then the ids of the plain text.
 
@@ -417,27 +213,45 @@ def fits(text, kind, cfg):
     return text_tokens(text, kind, cfg) <= cfg.text_len
 
 
+def texts_tokens(clips, cfg):
+    """text_tokens of every clip (n,); a clip without text has those that the tokenizer adds."""
+    clips = columns(clips)
+    if not cfg.tokenizer:
+        return clips.column("text_bytes").astype(np.int64)
+
+    # a thousand texts at a time: the tokenizer shares them among all cores
+    lengths = []
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    for first in range(0, len(clips), 1000):
+        texts = [plain(clip.text) for clip in clips[first:first + 1000]]
+        lengths += [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+    return np.array(lengths, np.int64)
+
+
 def texts_left_out(clips, cfg, words_beside=False):
     """Sentences that count the texts that are too long for cfg.text_len, by kind.
 
     words_beside: an inner monologue takes the text of clips with word times, of any length.
     Errors: BadInput when speech has transcripts and none is short enough.
     """
+    clips = columns(clips)
+    tokens = texts_tokens(clips, cfg)
     sentences = []
-    for kind in KINDS:
-        with_text = [clip for clip in clips if clip.kind == kind and clip.text]
-        before_audio = [clip for clip in with_text if not (words_beside and clip.words)]
-        lengths = sorted(text_tokens(clip.text, kind, cfg) for clip in before_audio)
-        too_long = sum(length > cfg.text_len for length in lengths)
+    for number, kind in enumerate(KINDS):
+        with_text = (clips.column("kind") == number) & clips.column("has_text")
+        before_audio = with_text & ~clips.column("has_words") if words_beside else with_text
+        lengths = tokens[before_audio]
+        too_long = int((lengths > cfg.text_len).sum())
         if too_long == 0:
             continue
 
         # how many, and which length would do
         texts = "transcripts" if kind == "speech" else f"captions of {kind}"
-        enough = lengths[math.ceil(0.99 * len(lengths)) - 1]
-        sentence = (f"text: {too_long:,} of {len(with_text):,} {texts} exceed data.text_len = "
+        last = math.ceil(0.99 * len(lengths)) - 1
+        enough = np.partition(lengths, last)[last]
+        sentence = (f"text: {too_long:,} of {with_text.sum():,} {texts} exceed data.text_len = "
                     f"{cfg.text_len}; {enough} holds 99 %")
-        if kind == "speech" and too_long == len(with_text):
+        if kind == "speech" and too_long == with_text.sum():
             raise BadInput(f"{sentence}; none is left to learn from")
         sentences.append(sentence + ("" if kind == "speech" else "; their ends are cut"))
     return sentences
@@ -455,8 +269,7 @@ def rng(purpose, *numbers):
 
 def kinds_seen(clips, weights):
     """The kinds that have rows, in the order of KINDS. weights: {kind: share}; {} = all kinds."""
-    present = {clip.kind for clip in clips}
-    return [kind for kind in KINDS if kind in present and (not weights or weights.get(kind, 0) > 0)]
+    return [kind for kind in columns(clips).kinds() if not weights or weights.get(kind, 0) > 0]
 
 
 class Order:
@@ -466,18 +279,18 @@ class Order:
         music    4 3 | 3 4 | 4 3 | ...
         epoch    2 4 0 1 3, ...          counts[k] clips of each kind, interleaved evenly
 
-    kinds: the kind of each clip. weights: {kind: share}; {} keeps the natural shares, and an epoch
-    is then a permutation. Each kind is walked in shuffled cycles that
-    run on across epochs, so that no clip is repeated before all clips of its kind have been seen.
+    kinds: the kind of each clip, its number in KINDS. weights: {kind: share}; {} keeps the natural
+    shares, and an epoch is then a permutation. Each kind is walked in shuffled cycles that run on
+    across epochs, so that no clip is repeated before all clips of its kind have been seen.
     Within an epoch the kinds are spread evenly, so that every batch holds its share (within a row
     or two). Weights of kinds without clips are ignored. A pure function of (seed, row).
     """
 
     def __init__(self, kinds, weights=None, seed=0):
-        kinds = np.array(kinds)
+        kinds = np.asarray(kinds)
         if len(kinds) == 0:
             raise ValueError("Order: no clips")
-        names = sorted(set(kinds.tolist()))
+        names = sorted(KINDS[number] for number in np.unique(kinds))
         total = sum(weights.get(k, 0) for k in names) if weights else 0
         if weights and not total > 0:
             raise ValueError(f"weights: no share for {', '.join(names)}; add one")
@@ -486,7 +299,7 @@ class Order:
         self.members = []
         self.counts = []
         for k in names:
-            members = np.flatnonzero(kinds == k)
+            members = np.flatnonzero(kinds == KINDS.index(k))
             share = weights.get(k, 0) / total if weights else 1
             if share > 0:
                 self.members.append(members)
@@ -538,20 +351,25 @@ class AudioBatches:
     `batch` is the size of the global batch; `rows`, a range, selects rows of it. A row is a random
     crop of its clip; a shorter clip is zero-padded at the end. The gain is uniform in +- gain_db,
     and lower where the peak would exceed 1.
+
+    A corpus that fits into ram_gb, or whose durations the manifest lacks, is decoded clip by clip
+    and kept; of a larger one every row reads its crop only.
     Errors: BadInput naming an unreadable file.
     """
 
     def __init__(self, clips, cfg, sample_rate, channels, batch, hop=1):
-        self.clips = clips
+        self.clips = columns(clips)
         self.cfg = cfg
         self.sample_rate = sample_rate
         self.channels = channels
         self.batch = batch
         self.S = math.ceil(round(cfg.crop_seconds * sample_rate) / hop) * hop
-        self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
+        self.order = Order(self.clips.column("kind"), cfg.weights, cfg.seed)
 
         self.decoded = {}                                 # clip number -> int16 (channels, samples)
         self.bytes_left = cfg.ram_gb * 1e9
+        needed = 2 * channels * sample_rate * self.clips.column("duration").sum()
+        self.crops_only = needed > self.bytes_left        # false for NaN
         self.pool = ThreadPoolExecutor(cfg.workers, "decode")
 
     def __call__(self, step, rows):
@@ -576,12 +394,12 @@ class AudioBatches:
         position = g.random()                             # of the crop in the clip, 0..1
         gain = 10 ** (g.uniform(-self.cfg.gain_db, self.cfg.gain_db) / 20)
 
-        # a long file: read the crop only
-        path = self.clips[i].audio
+        # a long file or a large corpus: read the crop only
+        path = self.clips.path(i)
         pcm = self.decoded.get(i)
         if pcm is None:
             seconds = seconds_in_file(path)
-            if seconds > WHOLE_FILE_SECONDS:
+            if self.crops_only or seconds > WHOLE_FILE_SECONDS:
                 crop_seconds = self.S / self.sample_rate
                 start = position * max(0, seconds - crop_seconds)
                 crop = load_audio(path, self.sample_rate, self.channels, start=start,

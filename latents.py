@@ -17,9 +17,10 @@
             prompt [p p p p 0 0]                 (B, prompt_frames, 2D)  same voice, other frames
             x      [f f f f f f f f 0 0]         (B, frames, 2D)         "ended": has the clip's end
 
-A shard or index that is damaged is encoded again, which is said (shards.py). With an RVQ of K
-levels the cache holds its codes instead, (sum of T, K) int16. Batches are a pure function of
-(seed, step, rows), as those of data.py.
+A shard or index that is damaged is encoded again, which is said (shards.py, encoding.py). Shards
+are opened when a clip of theirs is wanted, at most 64 at a time, and may lie at an address
+(remote.py). With an RVQ of K levels the cache holds its codes instead, (sum of T, K) int16. Batches
+are a pure function of (seed, step, rows), as those of data.py.
 
 Paper: CALM (arXiv 2509.06926), voice-prompt prefix. Where this differs: latents are cached as the
 posterior's mean and log-variance, so that training can sample them anew at every step.
@@ -27,57 +28,69 @@ Precision: float16 (int16 for codes) on disk, float32 (int64 for codes) in a bat
 """
 import hashlib
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from audio import audio_pieces, load_audio
 from cli import BadInput
-from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id,
-                  rng)
-from decoder import seconds_in_file
+from data import (KINDS, Order, encode_text, fits, global_rows, kinds_seen, pad_id, rng,
+                  texts_tokens)
+from encoding import Job
+from manifest import columns, with_other_file
 from monologue import WordTokens, late_words, word_stream
-from prefetch import Prefetch
-from shards import damaged_shards, index_of_files, open_shard, read_index, shard_file, write_shard
+from remote import is_remote
+from shards import check_size, open_shard, read_index, shard_file
+
+# shards that are open at a time: 100,000 hours have 200,000, and Linux allows 65,530 maps
+OPEN_SHARDS = 64
 
 
 # ---------------------------------------------------------------------------- the cache on disk
+
+class ListOf:
+    """A list for digest of n items that are made one by one."""
+
+    def __init__(self, n, items):
+        self.n = n
+        self.items = items
+
 
 def digest(*values):
     """16 hex digits that name the values: tensors, state dicts, dataclasses, lists, scalars."""
     h = hashlib.sha256()
 
     def add(x):
-        h.update(type(x).__name__.encode() + b"\0")
-        if torch.is_tensor(x):
+        # scalars first: there are most of them
+        if x is None or isinstance(x, (str, bytes, bool, int, float)):
+            h.update(f"{type(x).__name__}\0{x!r}\0".encode())
+        elif torch.is_tensor(x):
+            h.update(type(x).__name__.encode() + b"\0")
             x = x.detach().cpu().contiguous()
             h.update(f"{x.dtype}{tuple(x.shape)}".encode())
             h.update(x.flatten().view(torch.uint8).numpy())
 
         # containers: name and value of each item
         elif isinstance(x, dict):
+            h.update(type(x).__name__.encode() + b"\0")
             for key in sorted(x):
                 add(key)
                 add(x[key])
         elif is_dataclass(x):
+            h.update(type(x).__name__.encode() + b"\0")
             for f in fields(x):
                 add(f.name)
                 add(getattr(x, f.name))
+        elif isinstance(x, ListOf):
+            h.update(f"list\0{x.n}".encode())
+            for item in x.items:
+                add(item)
         elif isinstance(x, (list, tuple)):
-            h.update(str(len(x)).encode())
+            h.update(f"{type(x).__name__}\0{len(x)}".encode())
             for item in x:
                 add(item)
-
-        # scalars
-        elif x is None or isinstance(x, (str, bytes, bool, int, float)):
-            h.update(repr(x).encode() + b"\0")
         else:
             raise TypeError(f"digest: cannot name a {type(x).__name__}")
 
@@ -100,8 +113,7 @@ class LatentCache:
         """Open a complete cache, folder/key. Errors: BadInput when it is missing, unfinished or
         damaged.
         """
-        path = Path(path)
-        self.path = path
+        self.path = path if is_remote(path) else Path(path)
         try:
             index = read_index(path)
         except ValueError as e:
@@ -113,32 +125,39 @@ class LatentCache:
 
         # per clip: its frames, its shard, and its first frame there
         self.frames = np.zeros(index["n"], np.int64)
-        self.shard_of = np.zeros(index["n"], np.int64)
-        self.first_frame = np.zeros(index["n"], np.int64)
-        self.shards = []
+        self.shard_of = np.zeros(index["n"], np.int32)
+        self.first_frame = np.zeros(index["n"], np.int32)
+        self.rows = []
         for k, shard in enumerate(index["shards"]):
             clips = shard["clips"]
-            frames = np.array(shard["frames"])
+            frames = shard["frames"]
             self.frames[clips] = frames
             self.shard_of[clips] = k
             self.first_frame[clips] = np.cumsum(frames) - frames
-            try:
-                self.shards.append(open_shard(path, index, k))
-            except ValueError as e:
-                raise BadInput(f"{shard_file(path, k)}: damaged ({e}); "
-                               "train.py encodes it again") from None
+            self.rows.append(int(frames.sum()))
+            self.whole(k, check_size)
+        self.shard = lru_cache(OPEN_SHARDS)(lambda k: self.whole(k, open_shard))
 
     def __len__(self):
         return len(self.frames)
 
+    def whole(self, k, look):
+        """look(path, dim, levels, k, rows), of shards.py. Errors: BadInput for a damaged shard."""
+        try:
+            return look(self.path, self.dim, self.levels, k, self.rows[k])
+        except ValueError as e:
+            raise BadInput(f"{shard_file(self.path, k)}: damaged ({e}); "
+                           "train.py encodes it again") from None
+
     def get(self, i):
         """Clip i as np.memmap: latents float16 (T, 2D) or codes int16 (T, K)."""
         first = self.first_frame[i]
-        return self.shards[self.shard_of[i]][first:first + self.frames[i]]
+        return self.shard(int(self.shard_of[i]))[first:first + self.frames[i]]
 
     @classmethod
     def build(cls, clips, encode, *, folder, key, sample_rate, channels, hop, dim,
-              levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True):
+              levels=0, batch_seconds=60.0, shard_seconds=1800.0, workers=4, show=True,
+              rank=0, world=1, wait=lambda: None):
         """Encode every clip once -> LatentCache. After an interruption it continues.
 
         encode(audio): float32 (B, channels, S), S a multiple of hop -> (B, S / hop, 2D),
@@ -146,147 +165,33 @@ class LatentCache:
         A clip longer than batch_seconds is read and encoded in pieces of that length, with
         encode(audio, state), state as for VAE.encode: memory does not grow with its length.
 
+        rank of world processes call this with the same arguments; each encodes its share, and
+        wait() returns when all have called it (encoding.py).
+
         key names the encoder and the list of files (see digest). Files that have changed since
         (size or time) and a damaged index start the cache over, which is said; a damaged shard is
         encoded again, to the same latents. Every shard that is written is kept.
         Errors: BadInput naming an unreadable file, ValueError when the latents have another shape
         than dim says or are not finite in float16.
         """
-        # an unfinished cache of the same files, or a new one
+        clips = columns(clips)
         path = Path(folder) / key
-        files_digest = digest(state_of_files(clips), sample_rate, channels, hop, dim, levels)
-        index = index_of_files(path, files_digest, show)
-        if index is None:
-            index = {"names": files_digest, "n": len(clips), "dim": dim, "levels": levels,
-                     "shards": []}
-        damaged = damaged_shards(path, index, clips, show)
-
-        # what is left to encode, by the length of the files, whatever the manifest says
-        pool = ThreadPoolExecutor(workers)
-        done = {i for k, shard in enumerate(index["shards"]) if k not in damaged
-                for i in shard["clips"]}
-        missing = [i for i in range(len(clips)) if i not in done]
-        lengths = pool.map(lambda i: seconds_in_file(clips[i].audio), missing)
-        seconds = dict(zip(missing, lengths))
-        total = sum(seconds.values())
-        shard_seconds = max(shard_seconds, total / 256)                     # few open files
-
-        # each damaged shard in its place, from the same batches as before; then new ones
-        plan = {}
-        new = dict(seconds)
-        for k in damaged:
-            own = {i: new.pop(i) for i in index["shards"][k]["clips"]}
-            [plan[k]] = plan_shards(own, batch_seconds, math.inf)
-        for k, shard in enumerate(plan_shards(new, batch_seconds, shard_seconds)):
-            plan[len(index["shards"]) + k] = shard
-        batches = [batch for shard in plan.values() for batch in shard]
-        piece = max(1, round(batch_seconds * sample_rate / hop)) * hop
-
-        def load(b):
-            members = [clips[i] for i in batches[b]]
-            if seconds[batches[b][0]] > batch_seconds:
-                return load_long_clip(members[0], sample_rate, channels, hop, piece)
-            return load_batch(members, pool, sample_rate, channels, hop)
-
-        # encode while a thread loads the next batches
-        seconds_done = 0.0
-        bar = tqdm(total=round(total), desc="latents", unit=" s of audio",
-                   disable=not (show and missing))
-        with bar, pool, closing(Prefetch(load, 0, stop=len(batches))) as loaded:
-            for k, shard in plan.items():
-                latents = []
-                for batch in shard:
-                    latents += encode_batch(encode, next(loaded), hop, dim, levels,
-                                            [clips[i].audio for i in batch])
-                    seconds_done += sum(seconds[i] for i in batch)
-                    bar.update(round(seconds_done) - bar.n)
-                write_shard(path, index, k, [i for batch in shard for i in batch], latents)
+        names = digest(state_of_files(clips), sample_rate, channels, hop, dim, levels)
+        Job(path, clips, encode, names, sample_rate=sample_rate, channels=channels, hop=hop,
+            dim=dim, levels=levels, batch_seconds=batch_seconds, shard_seconds=shard_seconds,
+            workers=workers, show=show, rank=rank, world=world, wait=wait).run()
         return cls(path)
 
 
 def state_of_files(clips):
-    """[[path, size, time of the last change in ns], ...]: what tells that an audio file is new."""
-    states = []
-    for clip in clips:
-        try:
-            status = os.stat(clip.audio)
-        except OSError as e:
-            raise BadInput(f"{clip.audio}: {e.strerror}; correct the path") from e
-        states.append([clip.audio, status.st_size, status.st_mtime_ns])
-    return states
-
-
-def plan_shards(seconds, batch_seconds, shard_seconds):
-    """{number of a clip: seconds} to encode -> shards, lists of batches, lists of clip numbers.
-
-    Clips of similar length share a batch of about batch_seconds of audio, longest first; a clip
-    that is longer than that is a batch by itself. A shard is complete when its batches hold
-    shard_seconds.
+    """[[path, size, time of the last change in ns], ...] for digest: what tells that an audio file
+    is new. Errors: BadInput where one is missing.
     """
-    batches = []
-    for i in sorted(seconds, key=lambda i: (-seconds[i], i)):
-        if batches and (len(batches[-1]) + 1) * seconds[batches[-1][0]] <= batch_seconds:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-
-    shards = []
-    length = math.inf                        # no shard is open: the first batch opens one
-    for batch in batches:
-        if length >= shard_seconds:
-            shards.append([])
-            length = 0.0
-        shards[-1].append(batch)
-        length += sum(seconds[i] for i in batch)
-    return shards
-
-
-def load_batch(clips, pool, sample_rate, channels, hop):
-    """Read clips in the threads of pool -> [(audio (B, channels, S), frames per clip, None)].
-
-    Clips are padded with zeros at the end; S is a multiple of hop; frames = ceil(samples / hop).
-    """
-    wavs = list(pool.map(lambda clip: load_audio(clip.audio, sample_rate, channels,
-                                                 allow_silence=True), clips))
-    frames = [math.ceil(wav.shape[1] / hop) for wav in wavs]
-    S = max(frames) * hop
-    audio = np.stack([np.pad(wav, ((0, 0), (0, S - wav.shape[1]))) for wav in wavs])
-    return [(torch.from_numpy(audio), frames, None)]
-
-
-def load_long_clip(clip, sample_rate, channels, hop, piece):
-    """Yield one clip in pieces of `piece` samples, as load_batch's (audio, frames, state)."""
-    state = {}
-    for wav in audio_pieces(clip.audio, sample_rate, channels, piece):
-        frames = math.ceil(wav.shape[1] / hop)
-        wav = np.pad(wav, ((0, 0), (0, frames * hop - wav.shape[1])))
-        yield torch.from_numpy(wav)[None], [frames], state
-
-
-def encode_batch(encode, pieces, hop, dim, levels, paths):
-    """Encode the pieces of B clips -> B arrays (frames, 2D) float16, or (frames, K) int16.
-
-    pieces: of load_batch or load_long_clip. paths: of the audio files, for the error message.
-    Errors: ValueError, see LatentCache.build.
-    """
-    parts = []
-    for audio, frames, state in pieces:
-        latents = encode(audio) if state is None else encode(audio, state)
-        latents = latents.detach().cpu()                                    # (B, T, 2D or K)
-        width = levels or 2 * dim
-        if latents.shape != (len(frames), audio.shape[-1] // hop, width):
-            raise ValueError(f"encode gave {tuple(latents.shape)} for {tuple(audio.shape)},"
-                             f" not (B, S / {hop}, {width})")
-        if levels and latents.max() >= 1 << 15:
-            raise ValueError("encode: codes do not fit into int16")
-        latents = latents.short() if levels else latents.half()
-        parts.append([x[:T].numpy() for x, T in zip(latents, frames)])
-
-    arrays = [np.concatenate(clip_parts) for clip_parts in zip(*parts)]
-    for path, array in zip(paths, arrays):
-        if not np.isfinite(array).all():
-            raise ValueError(f"encode: latents of {path} are not finite")
-    return arrays
+    for i in np.flatnonzero(clips.column("bytes") < 0):
+        if not is_remote(clips.path(i)):
+            raise BadInput(f"{clips.path(i)}: no such audio file; correct the path")
+    states = zip(clips.paths(), clips.column("bytes"), clips.column("changed"))
+    return ListOf(len(clips), ([path, int(size), int(changed)] for path, size, changed in states))
 
 
 # ---------------------------------------------------------------------------- batches
@@ -324,7 +229,7 @@ class LatentBatches:
         if cache.dim != dim or len(cache) != len(clips):
             raise ValueError(f"the cache has {len(cache)} clips of {cache.dim} channels, not "
                              f"{len(clips)} of {dim}; build it for these clips")
-        self.clips = clips
+        self.clips = clips = columns(clips)
         self.cache = cache
         self.cfg = cfg
         self.batch = batch
@@ -336,19 +241,24 @@ class LatentBatches:
             self.late_words = late_words(clips, frame_rate, monologue, self.word_tokens)
         self.width = cache.levels or 2 * dim
         self.dtype = np.int64 if cache.levels else np.float32
-        self.order = Order([c.kind for c in clips], cfg.weights, cfg.seed)
+        self.order = Order(clips.column("kind"), cfg.weights, cfg.seed)
 
         # clips of which the beginning is needed more than the rest: speech with its text
-        self.needs_beginning = [clip.kind == "speech" and bool(clip.text)
-                                and (self.is_aligned(clip) or fits(clip.text, clip.kind, cfg))
-                                for clip in clips]
+        self.is_speech = clips.column("kind") == KINDS.index("speech")
+        readable = texts_tokens(clips, cfg) <= cfg.text_len
+        if monologue:
+            readable |= clips.column("has_words")
+        self.needs_beginning = self.is_speech & clips.column("has_text") & readable
 
-        # speaker -> numbers of the clips that are long enough for a prompt
+        # clips that are long enough for a prompt, sorted by speaker; those of speaker s stand at
+        # voices_of[s] .. voices_of[s + 1]
         self.prompt_min = math.ceil(cfg.prompt_frames / 2)
-        self.voices = {}
-        for i, clip in enumerate(clips):
-            if clip.kind == "speech" and clip.speaker and cache.frames[i] >= self.prompt_min:
-                self.voices.setdefault(clip.speaker, []).append(i)
+        self.gives_prompt = self.is_speech & (cache.frames >= self.prompt_min)
+        self.speakers = clips.column("speaker")
+        givers = np.flatnonzero(self.gives_prompt & (self.speakers > 0))
+        self.voices = givers[np.argsort(self.speakers[givers], kind="stable")]
+        self.voices_of = np.searchsorted(self.speakers[self.voices],
+                                         np.arange(len(clips.table.speakers) + 1))
 
     def __call__(self, step, rows):
         made = [self.row(number) for number in global_rows(step, rows, self.batch)]
@@ -360,9 +270,9 @@ class LatentBatches:
     def seen(self):
         """What the rows hold, for the checkpoint: kinds, and whether some have a voice prompt."""
         cfg = self.cfg
-        speech = [i for i, clip in enumerate(self.clips) if clip.kind == "speech"]
-        has_source = any(self.prompt_source(i, 0, min(cfg.frames, self.cache.frames[i]), 0.0)
-                         is not None for i in speech)
+        other = with_other_file(self.clips, self.gives_prompt)
+        rest = self.cache.frames - cfg.frames >= self.prompt_min
+        has_source = bool((self.is_speech & (other | rest)).any())
         prompts = cfg.prompt_frames > 0 and cfg.prompt_prob > 0 and has_source
         return {"kinds": kinds_seen(self.clips, cfg.weights), "voice_prompts": prompts}
 
@@ -452,7 +362,7 @@ class LatentBatches:
         position = g.random()
 
         source = None
-        if self.clips[i].kind == "speech" and longest > 0 and chance < self.cfg.prompt_prob:
+        if self.is_speech[i] and longest > 0 and chance < self.cfg.prompt_prob:
             source = self.prompt_source(i, start, end, choice)
         if source is None:
             return np.zeros((0, self.width), self.dtype)
@@ -466,10 +376,12 @@ class LatentBatches:
         choice: a random number in 0..1.
         """
         # another recording of the speaker: the first, from a random place in the list on
-        same = self.voices.get(self.clips[i].speaker, [])
+        speaker = self.speakers[i]
+        same = self.voices[self.voices_of[speaker]:self.voices_of[speaker + 1]]
         first = int(choice * len(same))
-        for j in same[first:] + same[:first]:
-            if self.clips[j].audio != self.clips[i].audio:
+        for k in range(len(same)):
+            j = same[(first + k) % len(same)]
+            if self.clips.path(j) != self.clips.path(i):
                 return self.cache.get(j)
 
         # else the frames of the clip before or after the row

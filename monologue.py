@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from data import load_tokenizer, pad_id
+from manifest import columns
 from discrete import sample_codes
 
 SPACE = 32
@@ -114,7 +115,8 @@ def late_words(clips, frame_rate, per_frame, tokens=None):
     """One line if the words of a monologue fall more than 0.5 s behind the audio in any of the
     first 1,000 aligned clips, else "".
     """
-    aligned = [clip.words for clip in clips if clip.words][:1000]
+    with_words = np.flatnonzero(columns(clips).column("has_words"))[:1000]
+    aligned = [clips[i].words for i in with_words]
     tokens = tokens or WordTokens()
 
     def delays(n):

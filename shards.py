@@ -18,24 +18,60 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import BadInput, atomic
+from cli import BadInput, atomic, write_file
+from remote import is_remote, local
+
+# what stands before the checksum of an index, its last value
+END_OF_INDEX = b', "crc32": '
 
 
-def write_shard(path, index, k, clips, latents):
-    """Write the latents of clips (numbers) as shard k, then the index that names it."""
+def write_shard(path, names, k, clips, latents):
+    """Write the latents of clips (numbers) as shard k, then the .json that describes it. names: the
+    digest of the corpus' files.
+    """
     with atomic(shard_file(path, k)) as temp:
         with open(temp, "wb") as out:
             np.save(out, np.concatenate(latents))
         crc = crc_of(temp)
-    shard = {"clips": clips, "frames": [len(x) for x in latents], "crc32": crc}
-    index["shards"][k:k + 1] = [shard]
-    with atomic(path / "index.json") as temp:
-        Path(temp).write_text(json.dumps(index | {"crc32": crc_of_index(index)}))
+    part = {"names": names, "clips": clips, "frames": [len(x) for x in latents], "crc32": crc}
+    write_file(shard_file(path, k).with_suffix(".json"), json.dumps(part))
+
+
+def read_parts(path, names):
+    """The shards of an unfinished cache of these files -> {number: shard}."""
+    parts = {}
+    for file in sorted(Path(path).glob("shard_*.json")):
+        try:
+            part = json.loads(file.read_bytes(), object_hook=with_arrays)
+        except (ValueError, RecursionError):
+            continue                                     # damaged: the shard is encoded again
+        if isinstance(part, dict) and part.get("names") == names and is_shard(part):
+            del part["names"]
+            parts[int(file.stem.removeprefix("shard_"))] = part
+    return parts
+
+
+def remove_parts(path):
+    """Remove what only an unfinished cache needs."""
+    for pattern in ("shard_*.json", "seconds_*.npy", "progress_*"):
+        for file in Path(path).glob(pattern):
+            file.unlink()
+
+
+def write_index(path, index):
+    """Write the index of all shards; it ends the work on a cache."""
+    index = {name: value for name, value in index.items() if name != "crc32"}
+    index["shards"] = [{name: value.tolist() if isinstance(value, np.ndarray) else value
+                        for name, value in shard.items()} for shard in index["shards"]]
+    text = json.dumps(index)
+    crc = zlib.crc32(text.encode())
+    write_file(path / "index.json", f'{text[:-1]}{END_OF_INDEX.decode()}{crc}}}')
 
 
 def shard_file(path, k):
-    """The file of shard k."""
-    return Path(path) / f"shard_{k:05d}.npy"
+    """The file of shard k, as Path; an address of it where path is one."""
+    name = f"shard_{k:05d}.npy"
+    return f"{path}/{name}" if is_remote(path) else Path(path) / name
 
 
 def crc_of(file):
@@ -47,20 +83,16 @@ def crc_of(file):
     return crc
 
 
-def crc_of_index(index):
-    """CRC-32 of an index without its own."""
-    rest = {name: value for name, value in index.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(rest).encode())
-
-
 def read_index(path):
-    """The index of a cache folder, or None where there is none.
+    """The index of a cache folder, or None where there is none. The lists of its shards are arrays.
 
     Errors: ValueError saying what is wrong with it, BadInput where it cannot be read.
     """
-    file = Path(path) / "index.json"
+    file = f"{path}/index.json"
     try:
-        index = json.loads(file.read_bytes())
+        with open(local(file), "rb") as data:
+            text = data.read()
+        index = json.loads(text, object_hook=with_arrays)
     except FileNotFoundError:
         return None
     except OSError as e:
@@ -69,9 +101,34 @@ def read_index(path):
         raise ValueError("not JSON") from None
     if not is_index(index):
         raise ValueError("not an index")
-    if "crc32" in index and index["crc32"] != crc_of_index(index):
-        raise ValueError("its checksum is another")
+
+    # its own checksum stands last
+    if "crc32" in index:
+        rest = text.rpartition(END_OF_INDEX)[0] + b"}"
+        if index["crc32"] != zlib.crc32(rest):
+            raise ValueError("its checksum is another")
     return index
+
+
+def with_arrays(values):
+    """An object from JSON, whose lists of whole numbers become arrays at once: ten million clips
+    are 1 GB of Python's numbers.
+    """
+    for name in ("clips", "frames"):
+        numbers = values.get(name)
+        if isinstance(numbers, list) and all(type(number) is int for number in numbers) \
+                and all(0 <= number < 1 << 31 for number in numbers):
+            values[name] = np.array(numbers, np.int32)
+    return values
+
+
+def is_shard(shard):
+    """Whether a value from JSON describes a shard: one number of frames for every clip."""
+    if not isinstance(shard, dict):
+        return False
+    clips, frames = shard.get("clips"), shard.get("frames")
+    return isinstance(clips, np.ndarray) and isinstance(frames, np.ndarray) \
+        and 0 < len(clips) == len(frames)
 
 
 def is_index(index):
@@ -82,22 +139,12 @@ def is_index(index):
     sizes = [index.get("n"), index.get("dim"), index.get("levels", 0)]
     if not all(type(size) is int and size >= 0 for size in sizes):
         return False
-
-    seen = set()
-    for shard in index["shards"]:
-        lists = [shard.get(name) if isinstance(shard, dict) else None
-                 for name in ("clips", "frames")]
-        if not all(isinstance(numbers, list) and numbers for numbers in lists):
-            return False
-        clips, frames = lists
-        if not all(type(number) is int for number in clips + frames):
-            return False
-        if len(clips) != len(frames) or min(frames) < 0 or min(clips) < 0:
-            return False
-        if max(clips) >= index["n"] or len(set(clips)) < len(clips) or seen & set(clips):
-            return False
-        seen |= set(clips)
-    return True
+    if not all(is_shard(shard) for shard in index["shards"]):
+        return False
+    if not index["shards"]:
+        return True
+    clips = np.concatenate([shard["clips"] for shard in index["shards"]])
+    return int(clips.max()) < index["n"] and len(np.unique(clips)) == len(clips)
 
 
 def index_of_files(path, files_digest, show):
@@ -115,40 +162,60 @@ def index_of_files(path, files_digest, show):
     return None
 
 
-def open_shard(path, index, k):
-    """Shard k by memory map. Errors: ValueError where its file is not as the index says, BadInput
-    where it cannot be read."""
+def check_size(path, dim, levels, k, rows):
+    """ValueError where the file of a shard has another size than so many rows; an address is not
+    asked.
+    """
     file = shard_file(path, k)
+    if is_remote(file):
+        return
     try:
-        shard = np.load(file, mmap_mode="r")
+        size = os.stat(file).st_size
     except FileNotFoundError:
         raise ValueError("it is missing") from None
     except OSError as e:
         raise BadInput(f"{file}: cannot be read ({e.strerror}); correct that first") from None
-    except MemoryError:
+    header = size - 2 * rows * (levels or 2 * dim)
+    if not 64 <= header <= 1024:
+        raise ValueError(f"its size is {size}")
+
+
+def open_shard(path, dim, levels, k, rows):
+    """Shard k by memory map. Errors: ValueError where its file is not as the index says, BadInput
+    where it cannot be read."""
+    file = shard_file(path, k)
+    try:
+        shard = np.load(local(file), mmap_mode="r")
+    except FileNotFoundError:
+        raise ValueError("it is missing") from None
+    except OSError as e:
+        raise BadInput(f"{file}: cannot be read ({e.strerror}); correct that first") from None
+    except (MemoryError, BadInput):
         raise
     except Exception as e:                       # whatever numpy raises at a header's text
         raise ValueError(f"no array: {type(e).__name__}") from None
 
-    width = index.get("levels", 0) or 2 * index["dim"]
-    dtype = np.int16 if index.get("levels", 0) else np.float16
-    if shard.shape != (sum(index["shards"][k]["frames"]), width) or shard.dtype != dtype:
+    dtype = np.int16 if levels else np.float16
+    if shard.shape != (rows, levels or 2 * dim) or shard.dtype != dtype:
         raise ValueError(f"it holds {shard.dtype} {shard.shape}")
     return shard
 
 
-def damaged_shards(path, index, clips, show):
-    """The numbers of the shards whose files are not what was written, each said in a line."""
+def damaged_shards(path, index, shards, clips, show):
+    """Which of the shards {number: shard} have files that are not what was written, each said in a
+    line.
+    """
     damaged = []
-    for k, shard in enumerate(index["shards"]):
+    for k, shard in shards.items():
         file = shard_file(path, k)
         try:
-            open_shard(path, index, k)
+            rows = int(shard["frames"].sum())
+            open_shard(path, index["dim"], index.get("levels", 0), k, rows)
             status = os.stat(file)
             row = row_not_finite(file, shard.get("crc32"), status.st_size, status.st_mtime_ns)
             if row >= 0:
                 member = int(np.searchsorted(np.cumsum(shard["frames"]), row, side="right"))
-                raise ValueError(f"{clips[shard['clips'][member]].audio} is not finite in it")
+                raise ValueError(f"{clips.path(shard['clips'][member])} is not finite in it")
         except ValueError as e:
             damaged.append(k)
             if show:

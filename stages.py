@@ -25,6 +25,7 @@ A stage has:
 
 Which class trains which stage stands in config.STAGES.
 """
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -44,9 +45,11 @@ from data import KINDS, AudioBatches, encode_text, fits, seconds_of
 from discrete import DISCRETE
 from gan import VAEGAN, spectral_losses
 from generate import render, sampling_options
-from latents import LatentBatches, LatentCache, digest
+from latents import LatentBatches, LatentCache, ListOf, digest
 from locks import owned
+from manifest import columns
 from prompts import encode_prompt
+from remote import is_remote
 from vae import VAE, sample_posterior
 
 
@@ -233,12 +236,16 @@ class LMStage:
     def cache_latents(self, clips, weights):
         """The LatentCache of clips. Its key names what the latents depend on but the state of the
         files, which LatentCache.build compares: the VAE's weights, config and precision, the files
-        and the levels.
+        and the levels. What lacks is encoded by all processes together.
         """
         cfg = self.cfg
-        names = [clip.audio for clip in clips]
+        clips = columns(clips)
+        names = ListOf(len(clips), clips.paths())
         precision = "bf16" if self.runtime.bf16 else "fp32"
         key = digest(weights, cfg.vae, precision, names, self.code_levels)
+        folder = cfg.data.latents or f"{cfg.out}/latents"
+        if is_remote(folder):
+            return LatentCache(f"{folder}/{key}")
 
         @torch.no_grad()
         def encode(wav, state=None):
@@ -248,23 +255,23 @@ class LMStage:
                     return self.vae.encode_codes(wav, state)
                 return torch.cat(self.vae.encode(wav, state), -1)
 
-        def build():
-            return LatentCache.build(clips, encode, folder=f"{cfg.out}/latents", key=key,
+        # the first process asks for all, then every process encodes its share
+        lock = contextlib.nullcontext()
+        if self.runtime.rank == 0:
+            os.makedirs(folder, exist_ok=True)
+            lock = owned(folder, "latents are being made", wait=True)
+        with lock:
+            self.runtime.wait()
+            return LatentCache.build(clips, encode, folder=folder, key=key,
                                      sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels,
                                      hop=cfg.vae.hop, dim=cfg.vae.latent_dim,
-                                     levels=self.code_levels, batch_seconds=60.0)
-
-        # the first process encodes, the others wait and then only read
-        if self.runtime.rank == 0:
-            folder = f"{cfg.out}/latents"
-            os.makedirs(folder, exist_ok=True)
-            with owned(folder, "latents are being made", wait=True):
-                build()
-        self.runtime.wait()
-        return LatentCache(f"{cfg.out}/latents/{key}")
+                                     levels=self.code_levels, rank=self.runtime.rank,
+                                     world=self.runtime.world, wait=self.runtime.wait)
 
     def note_other_caches(self, *used):
         """Say how many caches this stage does not use: they are left to the user to delete."""
+        if self.cfg.data.latents:
+            return                                       # others may be other runs'
         folder = used[0].parent
         others = [path for path in folder.iterdir() if path.is_dir() and path not in used]
         if others:

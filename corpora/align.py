@@ -152,7 +152,7 @@ def parse():
 def main():
     arguments = parse()
     check_writable(arguments.out)
-    clips = load_manifest(arguments.manifest)
+    clips = [*load_manifest(arguments.manifest)]
     aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
 
     aligned = 0

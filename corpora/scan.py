@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from audio import inspect
 from cli import BadInput, Parser, check_writable, cli
-from data import (FFMPEG_AUDIO, KINDS, Clip, DataConfig, audio_endings, audio_files,
-                  clips_in_folder, encode_text, load_manifest, read_text, rng, seconds_of,
-                  write_manifest)
+from data import DataConfig, encode_text, rng, seconds_of
+from manifest import (FFMPEG_AUDIO, KINDS, Clip, audio_endings, audio_files, clips_in_folder,
+                      load_manifest, read_text, write_manifest)
 
 
 # texts that scan does not read but names

@@ -29,7 +29,22 @@ def test_a_benchmark_prints_and_writes_every_part(tmp_path):
     assert all(v["ms"] > 0 for part in figures.values() for v in part.values())
 
 
+def test_the_feed_is_measured_from_every_format_and_from_latents(tmp_path):
+    done = run("-m", "tools.bench", "feed", "--config", write(str(tmp_path)), "--seconds", "0.4",
+               "--clips", "16", "--processes", "1", "--repeats", "1", "--need", "1000",
+               "--latents", "10", "--json", f"{tmp_path}/b.json")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "b.json") as f:
+        figures = json.load(f)
+    assert list(figures) == ["wav", "flac", "ogg", "mp3", "latents"]
+    for kind, need in (("wav", 1000), ("mp3", 1000), ("latents", 10)):
+        row = figures[kind]["1"]
+        assert row["rows per second"] > 0
+        assert row["cores"] == pytest.approx(need * row["ms of CPU"] / 1000, abs=0.06 + need / 1e5)
+
+
 @pytest.mark.parametrize("command, options, others", [
+    ("feed", "--config --clips --seconds --processes --need --latents", "--peer --compile"),
     ("vae", "--config --peer --seconds --compile", "--prefix --domain --lengths"),
     ("heads", "--domain --fast", "--config --seconds --peer --compile"),
     ("sample", "--config --peer --prefix --seconds --fast --compile", "--domain --window"),

@@ -1,5 +1,6 @@
 """latents.py: the cache on disk and the rows that are read from it."""
 import dataclasses
+import json
 import os
 from collections import Counter
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import latents
+import shards
 from audio import load_audio
 from cli import BadInput
 from clips import RATE, corpus, decode_text, same, tone
@@ -88,7 +90,8 @@ def test_an_interrupted_cache_goes_on_without_encoding_finished_shards_again(tmp
     with pytest.raises(KeyboardInterrupt):
         build(clips, folder, stops)
     done = {p: p.stat().st_mtime_ns for p in (folder / "k").glob("shard_*.npy")}
-    saved = sum(len(s["clips"]) for s in latents.read_index(folder / "k")["shards"])
+    part, = {json.loads(p.read_text())["names"] for p in (folder / "k").glob("shard_*.json")}
+    saved = sum(len(s["clips"]) for s in shards.read_parts(folder / "k", part).values())
     assert done and 0 < saved < 9
     with pytest.raises(BadInput, match="unfinished"):
         LatentCache(folder / "k")
@@ -179,8 +182,9 @@ def test_a_cache_is_used_again_only_if_all_that_decides_its_latents_is_the_same(
     def key(cfg, weights, bf16=False, levels=0):
         runtime = SimpleNamespace(bf16=bf16, device="cpu", rank=0, world=1, wait=lambda: None,
                                   autocast=lambda: torch.autocast("cpu", torch.bfloat16, bf16))
-        stage = SimpleNamespace(cfg=SimpleNamespace(out=str(tmp_path), vae=cfg), runtime=runtime,
-                                code_levels=levels, vae=vae)
+        stage = SimpleNamespace(
+            cfg=SimpleNamespace(out=str(tmp_path), vae=cfg, data=DataConfig()),
+            runtime=runtime, code_levels=levels, vae=vae)
         return LMStage.cache_latents(stage, clips, weights).path.name
 
     weights = vae.state_dict()
@@ -190,6 +194,21 @@ def test_a_cache_is_used_again_only_if_all_that_decides_its_latents_is_the_same(
              "weights": lambda: key(vae.cfg, {k: v + 1 for k, v in weights.items()}),
              "levels": lambda: key(vae.cfg, weights, levels=2)}[change]
     assert (key(vae.cfg, weights) == other()) == (change == "nothing")
+
+
+def test_two_runs_share_the_caches_of_data_latents(tmp_path):
+    clips = corpus(tmp_path, 2)
+    vae = tiny_vae()
+    paths = set()
+    for out in ("one", "two"):
+        runtime = SimpleNamespace(bf16=False, device="cpu", rank=0, world=1, wait=lambda: None,
+                                  autocast=lambda: torch.autocast("cpu", enabled=False))
+        cfg = SimpleNamespace(out=str(tmp_path / out), vae=vae.cfg,
+                              data=DataConfig(latents=str(tmp_path / "shared")))
+        stage = SimpleNamespace(cfg=cfg, runtime=runtime, code_levels=0, vae=vae)
+        paths.add(LMStage.cache_latents(stage, clips, vae.state_dict()).path)
+    [path] = paths
+    assert path.parent == tmp_path / "shared" and not (tmp_path / "one").exists()
 
 
 def test_latents_of_a_wrong_shape_or_not_finite_are_refused(tmp_path):

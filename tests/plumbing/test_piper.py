@@ -169,7 +169,7 @@ def test_the_edit_distance_takes_the_cheapest_way():
 
 def test_the_corpus_has_held_out_sentences_word_times_and_one_loudness(corpus, tmp_path):
     said = corpus("--hours", "0.002")
-    train, valid = (load_manifest(tmp_path / f"out/{n}.jsonl") for n in ("train", "valid"))
+    train, valid = ([*load_manifest(tmp_path / f"out/{n}.jsonl")] for n in ("train", "valid"))
     assert len(valid) == 3 and [c.text for c in valid + train] == said
     assert not {c.text for c in train} & {c.text for c in valid}
     assert sum(c.duration for c in train) >= 7.2 > sum(c.duration for c in train[:-1])

@@ -623,7 +623,7 @@ class Latents(list):
 
     def __init__(self, frames):
         super().__init__(frames)
-        self.frames = frames
+        self.frames = np.array(frames)
 
     def get(self, i):
         return np.zeros((self[i], 2 * self.dim), np.float16)

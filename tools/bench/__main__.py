@@ -20,11 +20,11 @@ import argparse
 import torch
 
 from cli import BadInput, Parser, check_writable, cli, number, threads
-from tools.bench import audiocalm, heads, sample, training, vae
+from tools.bench import audiocalm, feed, heads, sample, training, vae
 from tools.bench.timing import write_json
 
 COMMANDS = {"vae": vae, "heads": heads, "sample": sample, "audiocalm": audiocalm,
-            "train": training}
+            "train": training, "feed": feed}
 
 
 def options():
