@@ -520,11 +520,44 @@ def audio_endings():
     return AUDIO + FFMPEG_AUDIO if has_ffmpeg() else AUDIO
 
 
+def walk(top):
+    """os.walk in the order of names, also into linked folders: (folder, its folders, its files).
+
+    Every folder is entered once: a link to a folder of this tree is left out, which is entered in
+    its own place, and so is one to a folder that holds the link.
+    """
+    whole = os.path.realpath(top)
+    entered = set()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            path = os.path.join(folder, name)
+            status = os.stat(path)
+            number = (status.st_dev, status.st_ino)
+            if number not in entered and not (os.path.islink(path) and leads_back(path, whole)):
+                entered.add(number)
+                kept.append(name)
+        folders[:] = kept
+        yield folder, kept, sorted(files)
+
+
+def leads_back(link, whole):
+    """Whether a link names a folder in `whole`, a real path, or one that holds the link."""
+    target = os.path.join(os.path.realpath(link), "")
+    place = os.path.join(os.path.realpath(os.path.dirname(link)), "")
+    return target.startswith(os.path.join(whole, "")) or place.startswith(target)
+
+
+def files_below(folder):
+    """All files below a folder as Paths, sorted, without hidden ones (walk)."""
+    return sorted(Path(place, name) for place, _, files in walk(folder) for name in files
+                  if not name.startswith("."))
+
+
 def audio_files(folder):
     """All audio files below a folder, sorted by path, without hidden ones."""
     endings = audio_endings()
-    return sorted(p for p in Path(folder).rglob("*")
-                  if p.suffix.lower() in endings and not p.name.startswith("."))
+    return [path for path in files_below(folder) if path.suffix.lower() in endings]
 
 
 def clips_in_folder(folder, kind="speech"):

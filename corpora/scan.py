@@ -11,13 +11,10 @@ COMMAND -h explains a command, scan -h the layouts. A folder that has the name o
 as ./check.
 """
 import argparse
-import csv
 import hashlib
-import io
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 from collections import Counter
@@ -30,183 +27,62 @@ from tqdm import tqdm
 
 from audio import inspect
 from cli import BadInput, Parser, check_writable, cli
-from data import DataConfig, encode_text, rng, seconds_of
-from manifest import (FFMPEG_AUDIO, KINDS, Clip, audio_endings, audio_files, clips_in_folder,
-                      load_manifest, read_text, write_manifest)
+from config import load
+from corpora.layouts import LAYOUTS, Left, speaker_of
+from corpora.pieces import Piece, file_of
+from corpora.tables import CAPTIONS, captions, table
+from data import DataConfig, encode_text, rng, seconds_of, texts_left_out, texts_tokens
+from decoder import seconds_in_file
+from manifest import (FFMPEG_AUDIO, KINDS, Clip, audio_endings, columns, load_manifest, read_text,
+                      walk, write_manifest)
 
 
 # texts that scan does not read but names
 OTHER_TEXTS = (".txt", ".lab", ".textgrid", ".srt", ".vtt")
 
-# folders that say what is in them, not who speaks
-NOT_SPEAKERS = ("audio", "clips", "data", "dev", "test", "train", "valid", "wav", "wavs")
 
+# ---------------------------------------------------------------------------- finding clips
 
-# ---------------------------------------------------------------------------- layouts of corpora
-# (folder, kind) -> [Clip, or None for a text without an audio file]
-
-def make_clip(audio, text, kind, speaker=""):
-    """A Clip, or None where there is no such audio file. audio: Path or None."""
-    if audio is None or not audio.is_file():
-        return None
-    return Clip(str(audio), " ".join(text.split()), kind, speaker, id=audio.stem)
-
-
-def first_file(paths):
-    """The first path that is a file, or None."""
-    return next((path for path in paths if path.is_file()), None)
-
-
-def folder_of_audio(folder, kind):
-    """Any tree of audio files, texts in the .txt of the same stem. Speech: folders are speakers."""
-    clips = clips_in_folder(folder, kind) if audio_files(folder) else []
-    if kind != "speech":
-        return clips
-    return [replace(clip, speaker=speaker_of(Path(clip.audio).relative_to(folder)))
-            for clip in clips]
-
-
-def speaker_of(path):
-    """The first folder of a relative path that can be a speaker's name, or "". Bytes that are not
-    UTF-8 become U+FFFD."""
-    folder = next((name for name in path.parts[:-1] if name.lower() not in NOT_SPEAKERS), "")
-    return os.fsencode(folder).decode("utf-8", "replace")
-
-
-def ljspeech(folder, kind):
-    """LJSpeech: metadata.csv, see read_metadata; the audio is wavs/id.wav or of another format."""
-    table = folder / "metadata.csv"
-    if not table.is_file():
-        raise BadInput(f"{folder}: no metadata.csv in it; give LJSpeech's top folder")
-
-    # every audio file under its path, with and without the ending
-    audio = {}
-    for path in audio_files(folder):
-        relative = path.relative_to(folder)
-        audio[relative.as_posix()] = path
-        audio.setdefault(relative.with_suffix("").as_posix(), path)
-
-    clips = []
-    for name, text, speaker in read_metadata(table):
-        path = audio.get(f"wavs/{name}") or audio.get(name)
-        clips.append(make_clip(path, text, kind, speaker or "lj"))
-    return clips
-
-
-def read_metadata(table):
-    """A table of LJSpeech's form -> [(id, text, speaker or ""), ...].
-
-        id|text|normalised text     the normalised text, where it is not empty
-        id|text|speaker             where the third column holds single words, and not the text's
-        id|text                     further | belong to the text
-
-    Which of them a table is, all its rows decide together. Errors: BadInput where they do not, or
-    where a row has other columns.
-    """
-    lines = [line for line in read_text(table).split("\n") if line.strip()]
-    rows = [[name.strip(), *texts] for name, *texts in (line.split("|") for line in lines)]
-    thirds = [row for row in rows if "".join(row[2:]).strip()]
-    alike = sum(same_text(*text_halves(row)) for row in thirds)
-
-    if 2 * alike >= len(thirds):
-        return [normalised(row, f"{table}: '{line[:60]}'") for row, line in zip(rows, lines)]
-    if all(len(row) > 2 and len(row[-1].split()) == 1 for row in rows):
-        return [(row[0], "|".join(row[1:-1]), row[-1].strip()) for row in rows]
-    if any(len(row) == 2 for row in rows):
-        return [(row[0], "|".join(row[1:]), "") for row in rows]
-    raise BadInput(f"{table}: '{'|'.join(thirds[0])[:60]}': the third column is neither the text "
-                   "normalised nor a speaker; write id|text, id|text|normalised text or "
-                   "id|text|speaker")
-
-
-def text_halves(row):
-    """The columns after the id, in two halves: a | in a text stands in both its forms."""
-    texts = row[1:]
-    middle = len(texts) // 2
-    return "|".join(texts[:middle]), "|".join(texts[middle:])
-
-
-def normalised(row, where):
-    """A row id|text|normalised text, or without the last -> (id, text, "")."""
-    texts = row[1:]
-    if len(texts) < 2:
-        return row[0], "".join(texts), ""
-    if len(texts) % 2:
-        raise BadInput(f"{where}: has {len(row)} columns; write id|text|normalised text")
-    plain, spoken = text_halves(row)
-    return row[0], spoken if spoken.strip("| ") else plain, ""
-
-
-def same_text(plain, spoken):
-    """Whether two texts are one, normalised or not: they share half of the shorter one's words."""
-    plain, spoken = (set(re.findall(r"\w+", text.lower())) for text in (plain, spoken))
-    shorter = min(len(plain), len(spoken))
-    return shorter > 0 and 2 * len(plain & spoken) >= shorter
-
-
-def libritts(folder, kind):
-    """LibriTTS: speaker/chapter/*.normalized.txt beside the audio."""
-    clips = []
-    for path in sorted(folder.rglob("*.normalized.txt")):
-        stem = path.name.removesuffix(".normalized.txt")
-        audio = first_file(path.with_name(stem + ending) for suffix in audio_endings()
-                           for ending in (suffix, suffix.upper()))
-        speaker = path.parent.parent.name
-        clips.append(make_clip(audio, read_text(path), kind, speaker))
-    return clips
-
-
-def vctk(folder, kind):
-    """VCTK: txt/speaker/*.txt, wav48*/speaker/; microphone 1 where there are two."""
-    endings = ("_mic1.flac", "_mic1.wav", ".flac", ".wav", "_mic2.flac", "_mic2.wav")  # best first
-    clips = []
-    for path in sorted(folder.glob("txt/*/*.txt")):
-        speaker = path.parent.name
-        candidates = [audio for ending in endings
-                      for audio in sorted(folder.glob(f"wav48*/{speaker}/{path.stem}{ending}"))]
-        clips.append(make_clip(first_file(candidates), read_text(path), kind, speaker))
-    return clips
-
-
-def audiocaps(folder, kind):
-    """AudioCaps: a .csv, and audio files below its folder, named by either id. Always "sound".
-
-    folder: with a single .csv, or the .csv itself."""
-    tables = [folder] if folder.is_file() else sorted(folder.glob("*.csv"))
-    if len(tables) != 1:
-        raise BadInput(f"{folder}: needs one .csv, it has {len(tables)}; give the one you want,"
-                       f" e.g. {folder / 'train.csv'}, so that splits stay apart")
-    table = tables[0]
-    audio = {path.stem: path for path in audio_files(table.parent)}
-
-    clips = []
-    for row in csv.DictReader(io.StringIO(read_text(table))):               # captions of two lines
-        if not {"audiocap_id", "youtube_id", "caption"} <= set(row):
-            raise BadInput(f"{table}: needs columns audiocap_id, youtube_id, caption")
-        youtube = row["youtube_id"]
-        names = (youtube, f"Y{youtube}", f"{youtube}_{row.get('start_time')}", row["audiocap_id"])
-        path = next((audio[name] for name in names if name in audio), None)
-        clips.append(make_clip(path, row["caption"], "sound"))
-    return clips
-
-
-LAYOUTS = {"folder": folder_of_audio, "ljspeech": ljspeech, "libritts": libritts, "vctk": vctk,
-           "audiocaps": audiocaps}
-
-
-def find_clips(folder, layout="folder", kind="speech", speaker=None):
+def find_clips(folder, layout="folder", kind="speech", speaker=None, *, columns=None, audio=None,
+               cut=None, speaker_folder=None):
     """Finds the clips of a corpus on disk -> list[Clip], always in the same order.
 
-    speaker: the name of the only one, in place of the layout's; "" = none. What is left out is
-    counted and named on stderr. Errors: BadInput when there is no such folder, when it does not
-    have the layout, or when nothing is found."""
+    speaker: the name of the only one, in place of the layout's; "" = none. speaker_folder: which
+    folder has its name (layouts.speaker_of). columns, audio: of a table (tables.py). cut: a folder
+    for parts of long files and for audio that stands in a table (pieces.py). What is left out is
+    counted and named on stderr.
+    Errors: BadInput when there is no such folder, when it does not have the layout, or when nothing
+    is found.
+    """
     root = Path(os.path.abspath(folder))
     if not root.exists():
         raise BadInput(f"{folder}: no such folder; correct the path")
-    found = LAYOUTS[layout](root, kind)
+    top = Path(os.path.abspath(audio)) if audio else root if root.is_dir() else root.parent
 
-    clips = [clip for clip in found if clip is not None and os.path.isfile(clip.audio)]
-    for sentence in left_out(root, layout, found, clips):
+    # files of pieces, as they come: their bytes need not lie in memory together
+    clips = []
+    used = set()
+    left = {}
+    taken = set()
+    for item in found_in(root, layout, kind, columns, top if audio else None):
+        clip = item.clip if isinstance(item, Piece) else item
+        if isinstance(clip, Clip):
+            used.add(clip.audio)
+            if speaker_folder and clip.kind == "speech":
+                clip.speaker = speaker_of(clip.audio, top, speaker_folder)
+        if isinstance(item, Piece):
+            if not cut:
+                raise BadInput(f"{folder}: {item.clip.id or item.clip.audio} is a part of a longer "
+                               "file, or stands in a table; --cut DIR writes such clips to files")
+            item = file_of(item, os.path.abspath(cut), taken)
+        if isinstance(item, Left):
+            left.setdefault(item.reason, []).append(item.name)
+        elif os.path.isfile(item.audio):
+            clips.append(item)
+        else:
+            used.discard(item.audio)
+
+    for sentence in left_out(top, layout, left, used):
         print(sentence, file=sys.stderr)
     if not clips:
         raise BadInput(f"{folder}: no clips in the {layout} layout; "
@@ -216,24 +92,40 @@ def find_clips(folder, layout="folder", kind="speech", speaker=None):
     return clips
 
 
-def left_out(root, layout, found, clips):
-    """One sentence for each sort of thing below `root` that is in no clip, with count and names."""
-    top = root if root.is_dir() else root.parent
-    used = {clip.audio for clip in clips}
+def found_in(root, layout, kind, columns, audio):
+    """What a layout finds: an iterable of Clip, Piece and Left."""
+    if layout == "table":
+        return table(root, kind, columns, audio)
+    if columns:
+        raise BadInput(f"--columns: {layout} has its own; use it with --layout table")
+    if layout in CAPTIONS:
+        return captions(root, layout, audio)
+    if audio:
+        raise BadInput(f"--audio: {layout} has its files below DIR; leave it out")
+    if not root.is_dir():
+        raise BadInput(f"{root}: is a file; layout {layout} is of a folder, --layout table of a "
+                       "file")
+    return LAYOUTS[layout](root, kind)
+
+
+def left_out(top, layout, left, used):
+    """Sentences that count and name what a scan found and has no clip of.
+
+    left: {reason: names}; used: the audio files of clips. Where all of them lie elsewhere, as a
+    table's may, the folder `top` is not looked through.
+    """
+    below = not used or any(audio.startswith(os.path.join(top, "")) for audio in used)
     stems = {os.path.splitext(audio)[0] for audio in used}
-    sorts = {}
-    for folder, folders, files in os.walk(top):
-        folders.sort()
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for path in (os.path.join(folder, name) for name in (*links, *sorted(files))):
+    sorts = {**left}
+    for folder, folders, files in walk(top) if below else ():
+        links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()
+                 and entry.is_dir() and entry.name not in folders]
+        for path in (os.path.join(folder, name) for name in (*sorted(links), *files)):
             reason = "" if path in used else reason_left_out(path, layout, stems)
             if reason:
                 sorts.setdefault(reason, []).append(os.path.relpath(path, top))
 
     sentences = []
-    texts = sum(clip is None for clip in found)
-    if texts:
-        sentences.append(f"{texts} texts have no audio file: skipped")
     for reason, paths in sorts.items():
         shown = ", ".join(ascii(path) for path in paths[:3])
         sentences.append(f"left out: {len(paths)} {reason}: {shown}"
@@ -244,13 +136,14 @@ def left_out(root, layout, found, clips):
 def reason_left_out(path, layout, stems):
     """What to say of a path that is no clip: "files ...; what to do", or "" for nothing.
 
-    stems: paths of the clips without their endings."""
+    stems: paths of the clips without their endings.
+    """
     stem, ending = os.path.splitext(path)
     lower = ending.lower()
     if os.path.basename(path).startswith("."):
         return ""
     if os.path.isdir(path):
-        return "linked folders, which are not entered; copy them, or scan them by themselves"
+        return "linked folders, which are entered elsewhere or hold the link"
     if not os.path.exists(path):
         return "links that lead nowhere"
     if lower in audio_endings():
@@ -333,22 +226,97 @@ def read_rewritten(path):
 
 # ---------------------------------------------------------------------------- commands
 
-def scan(folder, out, layout, kind, speaker=None):
-    """Writes a manifest of the clips of a corpus."""
-    clips = find_clips(folder, layout, kind, speaker)
+def scan(folder, out, layout, kind, speaker=None, config=None, measure=True, **options):
+    """Writes a manifest of the clips of a corpus, and says what it holds. options: find_clips'."""
+    clips = find_clips(folder, layout, kind, speaker, **options)
+    if measure:
+        clips, unreadable = with_durations(clips)
     write_manifest(out, clips)
     print(f"{len(clips)} clips -> {out}")
 
-    # voice prompts need speakers
-    if kind == "speech" and layout != "audiocaps":
-        names = sorted({clip.speaker for clip in clips if clip.speaker})
-        without = sum(not clip.speaker for clip in clips)
-        if names:
-            print(f"speakers: {len(names)} ({', '.join(names[:5])}{' ...' if names[5:] else ''})"
-                  + ("; --speaker \"\" leaves them out" if speaker is None else ""))
-        if without:
-            print(f"speakers: {without} clips name none, and get no voice prompt from another "
-                  "clip; --speaker NAME names the only one, else one folder per speaker")
+    for name in KINDS:
+        members = [clip for clip in clips if clip.kind == name]
+        if members and measure:
+            hours = sum(clip.duration or 0.0 for clip in members) / 3600
+            print(f"{name}: {hours:.2f} hours, {sum(bool(clip.text) for clip in members)} of "
+                  f"{len(members)} clips with text")
+    if measure and unreadable:
+        print(f"unreadable: {len(unreadable)} of them cannot be opened, e.g. {unreadable[0]}; "
+              "`python -m corpora.scan check` drops them")
+    tell_speakers([clip for clip in clips if clip.kind == "speech"], speaker)
+    if config:
+        for sentence in use_of([clip for clip in clips if clip.duration], load(config)):
+            print(f"{config}: {sentence}")
+
+
+def with_durations(clips):
+    """The clips with the lengths of their files -> (clips, [what is wrong with the others])."""
+    unreadable = []
+    measured = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lengths = pool.map(length_of, clips)
+        for clip, length in tqdm(zip(clips, lengths), "measuring", len(clips), unit="clip",
+                                 disable=None):
+            if isinstance(length, str):
+                unreadable.append(length)
+                length = None
+            measured.append(replace(clip, duration=length))
+    return measured, unreadable
+
+
+def length_of(clip):
+    """Seconds of a clip's file, or what is wrong with it."""
+    try:
+        return seconds_in_file(clip.audio)
+    except BadInput as e:
+        return str(e)
+
+
+def tell_speakers(clips, speaker):
+    """Prints who speaks: voice prompts need speakers. speaker: what --speaker said, or None."""
+    names = sorted({clip.speaker for clip in clips if clip.speaker})
+    without = sum(not clip.speaker for clip in clips)
+    if names:
+        print(f"speakers: {len(names)} ({', '.join(names[:5])}{' ...' if names[5:] else ''})"
+              + ("; --speaker \"\" leaves them out" if speaker is None else ""))
+    if without:
+        print(f"speakers: {without} clips name none, and get no voice prompt from another "
+              "clip; --speaker NAME names the only one, else one folder per speaker")
+
+
+def speech_with_text(clips, cfg):
+    """Which clips are speech that is trained with its text (n,), as LatentBatches has it."""
+    fitting = texts_tokens(clips, cfg.data) <= cfg.data.text_len
+    if cfg.lm.monologue:
+        fitting |= clips.column("has_words")
+    return (clips.column("kind") == KINDS.index("speech")) & clips.column("has_text") & fitting
+
+
+def use_of(clips, cfg):
+    """Sentences on what a training with this config uses of clips whose durations are known."""
+    clips = columns(clips)
+    sentences = []
+    dropped = Counter(KINDS[k] for k in clips.column("kind").tolist()
+                      if cfg.data.weights and not cfg.data.weights.get(KINDS[k]))
+    for kind, count in dropped.items():
+        sentences.append(f"drops {count} clips of {kind}: data.weights gives it no share")
+
+    # their text, then their end
+    try:
+        sentences += texts_left_out(clips, cfg.data, cfg.lm.monologue)
+    except BadInput as e:
+        sentences.append(str(e))
+    read = speech_with_text(clips, cfg)
+    long = np.ceil(clips.seconds() * cfg.vae.frame_rate) > cfg.data.frames
+    seconds = f"{cfg.data.frames / cfg.vae.frame_rate:.1f} s"
+    if (long & read).any():
+        sentences.append(f"cuts {(long & read).sum()} of {read.sum()} clips of speech with text, "
+                         f"longer than data.frames = {cfg.data.frames} ({seconds}): their ends "
+                         "are never seen with their text")
+    if (long & ~read).any():
+        sentences.append(f"takes {seconds} at a time of {(long & ~read).sum()} longer clips, "
+                         "which have captions or no text")
+    return sentences or [f"uses all {len(clips)} clips whole, with their texts"]
 
 
 def check(manifest, out):
@@ -446,16 +414,24 @@ ABOUT = {
         Find the clips of a corpus on disk and write a manifest. The word scan may be left out.
 
         layouts:
-          folder     any tree of audio files, the text of each in the same-stem .txt, if any;
-                     folders of speech are named after the speaker
-          ljspeech   metadata.csv (id|text|normalised text, id|text|speaker or id|text), wavs/
-          libritts   speaker/chapter/*.normalized.txt beside the audio
-          vctk       txt/speaker/*.txt, wav48*/speaker/ (microphone 1 where there are two)
-          audiocaps  a .csv with audiocap_id, youtube_id, start_time, caption, and audio files below
-                     its folder, named by either id; where a folder has several .csv, give the .csv;
-                     the kind is always "sound"
+          folder       any tree of audio files, the text of each in the same-stem .txt, if any;
+                       folders of speech are named after the speaker
+          table        a table, or a folder with one: .csv, .tsv, .jsonl, .json, .parquet (needs
+                       pyarrow). Its columns may have the names of Hugging Face's audiofolder and
+                       datasets, Common Voice, NeMo, pocket-tts, VoxCPM, audiocraft and lhotse;
+                       without header: path|speaker|text, path|text or path; --columns says others
+          ljspeech     metadata.csv (id|text|normalised text, id|text|speaker or id|text), wavs/
+          libritts     speaker/chapter/*.normalized.txt beside the audio
+          librispeech  speaker/chapter/*.trans.txt (id TEXT) beside the audio
+          vctk         txt/speaker/*.txt, wav48*/speaker/ (microphone 1 where there are two)
+          audiocaps, clotho, wavcaps, musiccaps, songdescriber
+                       the table of captions as it is published, and audio files below its folder
+                       or --audio DIR; where a folder has several tables, give the one. The kind
+                       is "sound", of the last two "music". A caption is a clip
 
-        Texts without an audio file, and files that are not read, are counted and named.""",
+        Linked folders are entered once. Texts without an audio file, and files that are not read,
+        are counted and named. The report at the end needs the files' lengths, which the manifest
+        then has; --unmeasured does not open them.""",
     "check": """\
         Read every file of a manifest and print the bad ones. Bad is a file that is missing,
         unreadable, empty, silent, not finite, shorter than its header says, or of which more than
@@ -484,13 +460,27 @@ def arguments():
                 for name, about in ABOUT.items()}
 
     s = commands["scan"]
-    s.add_argument("dir", metavar="DIR", help="top folder of the corpus (audiocaps: or its .csv)")
-    s.add_argument("--layout", choices=LAYOUTS, default="folder",
+    s.add_argument("dir", metavar="DIR", help="top folder of the corpus, or its table")
+    s.add_argument("--layout", choices=(*LAYOUTS, "table", *CAPTIONS), default="folder",
                    help="how the corpus is laid out, see above; default: folder")
     s.add_argument("--kind", choices=KINDS, default="speech",
                    help="kind of all clips; default: speech")
     s.add_argument("--speaker", metavar="NAME",
                    help="the speaker of all clips; \"\" = no names; default: as the layout says")
+    s.add_argument("--speaker-folder", type=int, metavar="N",
+                   help="speakers are the N-th folders of the paths below DIR; -1 = the last")
+    s.add_argument("--columns", type=column_map, metavar="FIELD=COLUMN,...",
+                   help="of a table: audio=wav,text=words,speaker=who, numbers (from 1) without "
+                   "header; fields: audio, text, speaker, id, start, end, duration")
+    s.add_argument("--audio", metavar="DIR",
+                   help="where the paths of a table begin; default: the table's folder")
+    s.add_argument("--cut", metavar="DIR",
+                   help="write parts of long files (start, end, offset of a table) here as .flac, "
+                   "and audio that stands in a parquet as it is")
+    s.add_argument("--config", metavar="FILE",
+                   help="also say what this config would use without text, cut or drop")
+    s.add_argument("--unmeasured", action="store_true",
+                   help="do not open the files: no hours, no durations")
 
     for name in ("check", "info", "describe"):
         commands[name].add_argument("manifest", metavar="MANIFEST",
@@ -511,6 +501,14 @@ def arguments():
     return p, tuple(commands)
 
 
+def column_map(text):
+    """The argparse type of --columns: "audio=1,text=3" -> {"audio": "1", "text": "3"}."""
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text} is not FIELD=COLUMN,FIELD=COLUMN")
+    return dict(pairs)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser, commands = arguments()
@@ -521,7 +519,10 @@ def main(argv=None):
         check_writable(a.out)
 
     if a.command == "scan":
-        scan(a.dir, a.out, a.layout, a.kind, a.speaker)
+        if a.config and a.unmeasured:
+            raise BadInput("--config: needs the lengths of the files; leave out --unmeasured")
+        scan(a.dir, a.out, a.layout, a.kind, a.speaker, a.config, not a.unmeasured,
+             columns=a.columns, audio=a.audio, cut=a.cut, speaker_folder=a.speaker_folder)
     elif a.command == "check":
         check(a.manifest, a.out)
     elif a.command == "info":
