@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 from calm import CALM
-from checkpoint import folder_of_checkpoints, stage_file
+from checkpoint import exported_file, folder_of_checkpoints, load_checkpoint, stage_file
 from cli import BadInput
-from config import (LM_STAGES, STAGES, encoder_id, load_stage, refuse_other_encoder,
-                    refuse_other_table, saved_config, vae_weights)
+from config import (LM_STAGES, STAGES, encoder_id, initial_weights, load_stage, make_model,
+                    refuse_other_encoder, refuse_other_table, saved_config, table_changes,
+                    vae_weights)
 from data import texts_left_out
 from latents import digest
 from manifest import columns, with_other_file
 from schema import shown
+from vae import VAE
 
 
 # ---------------------------------------------------------------- the corpus
@@ -82,7 +84,7 @@ def refuse_missing_init(cfg, fresh):
     for name in cfg.stages:
         init = getattr(cfg.train, name).init
         begins = fresh or not os.path.exists(stage_file(cfg.out, name))
-        if init and begins and not os.path.exists(init):
+        if init and begins and not (os.path.exists(init) or exported_file(init)):
             raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
         if init and begins and os.path.isdir(init):
             raise BadInput(f"train.{name}.init: {folder_of_checkpoints(init)}")
@@ -90,6 +92,31 @@ def refuse_missing_init(cfg, fresh):
     teacher = cfg.train.distill.teacher
     if "distill" in cfg.stages and os.path.isdir(teacher):
         raise BadInput(f"train.distill.teacher: {folder_of_checkpoints(teacher)}")
+
+
+def refuse_other_sizes(cfg, name, path):
+    """BadInput where a stage's model has other weights than a checkpoint to begin with, naming the
+    first and the settings that differ.
+    """
+    state = load_checkpoint(path)
+    saved = saved_config(state, path)
+    weights = initial_weights(state, name)
+    with torch.device("meta"):
+        model = VAE(cfg.vae) if name == "vae" else make_model(cfg, name)
+    here = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    there = {key: tuple(weight.shape) for key, weight in weights.items()}
+    other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    if not other:
+        return
+
+    key = other[0]
+    tables = ("vae", "data") if name == "vae" else (STAGES[name].table, "vae", "data")
+    changes = [f"[{table}] {old} there, {new} here" for table in tables
+               for old, new in table_changes(saved, cfg, table)]
+    raise BadInput(f"{path}: {len(other)} weights have other sizes than those of this config's "
+                   f"{name}, e.g. {key} {there.get(key, 'none')}, here {here.get(key, 'none')}; "
+                   f"settings that differ: {', '.join(changes[:3]) or 'none'}; give --config "
+                   f"{os.path.dirname(path)}/config.toml, or another run")
 
 
 def check_same_model(cfg, path, name, saved):

@@ -383,6 +383,18 @@ def vae_weights(state):
                             if k.startswith("vae.")}
 
 
+def initial_weights(state, name):
+    """The averaged weights of a checkpoint, for stage `name` to begin with; those of a later stage
+    without what only its objective has beside the head's network (Consistency.it).
+    """
+    if name == "vae":
+        return vae_weights(state)
+    weights = state["ema"] or state["model"]
+    if state["stage"] == name:
+        return weights
+    return {k: w for k, w in weights.items() if not k.startswith("head.") or ".net." in k}
+
+
 def saved_config(state, path):
     """The Config inside a checkpoint, or BadInput naming the file and the key."""
     try:

@@ -25,8 +25,8 @@ import signals
 from checkpoint import (check_optimizer, load_checkpoint, load_weights, named_tensors,
                         newest_shards, shards_folder)
 from cli import BadInput, append_line, write_file
-from config import (read_log, refuse_other_encoder, save_checkpoint, saved_config, table_changes,
-                    vae_weights)
+from config import (initial_weights, read_log, refuse_other_encoder, save_checkpoint, saved_config,
+                    table_changes)
 from optim import make_optimizers
 from parallel import (fill, is_sharded, load_shards, make_moments, save_shards, whole_state, wrap)
 from plan import measure, peak_flops
@@ -336,8 +336,7 @@ class Run:
     def load_init(self, path):
         """Begin with the weights of another checkpoint (train.STAGE.init)."""
         state = load_checkpoint(path, self.runtime.device)
-        weights = vae_weights(state) if self.name == "vae" else state["ema"] or state["model"]
-        load_weights(self.trainer.averaged, weights, path)
+        load_weights(self.trainer.averaged, initial_weights(state, self.name), path)
         self.trainer.check_loaded(path)
         self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
 

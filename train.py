@@ -25,6 +25,7 @@ gan.balance and the RVQ move their running means once per pass.
     --data.manifest M       train on your own audio: a manifest.jsonl or a folder
                             (python -m corpora.scan -h)
     --train.lm.steps 500    any other value of the config
+    --from RUN              every stage begins with the weights of another run's (fine-tuning)
     --fresh                 start over: delete this run's checkpoints, latents and log; with
                             --stages lm those of that stage alone
     --print                 show the resolved config and stop
@@ -43,6 +44,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 
 import signals
 from cli import check_packages
@@ -56,7 +58,7 @@ import torch.distributed as dist
 
 import checks
 import stages
-from checkpoint import shards_folder
+from checkpoint import exported_file, shards_folder
 from cli import BadInput, Parser, clean_temps, cli, number, write_file
 from config import STAGES, dump, load, read_log, stage_seed
 from corpora import toy
@@ -352,9 +354,11 @@ def start_over(out, names):
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False,
-               usage="train.py --config FILE [--section.key value ...] [--fresh] [--print] "
-                 "[--plan [--gpus N] [--fit GB]]")
+               usage="train.py --config FILE [--section.key value ...] [--from RUN] [--fresh] "
+                 "[--print] [--plan [--gpus N] [--fit GB]]")
     p.add_argument("--config", required=True, help="an experiment: configs/*.toml")
+    p.add_argument("--from", dest="source", metavar="RUN",
+                   help="begin every stage with the weights of this run's: sets train.STAGE.init")
     p.add_argument("--fresh", action="store_true", help="start this run over")
     p.add_argument("--print", action="store_true", help="show the resolved config and stop")
     p.add_argument("--plan", action="store_true",
@@ -363,6 +367,35 @@ def parse():
     p.add_argument("--fit", type=number(float, above=0), metavar="GB",
                    help="of a plan: choose micro_batch, checkpoint and shard for GPUs of so many GB")
     return p.parse_known_args()
+
+
+def start_from(cfg, run):
+    """The config with train.STAGE.init = the checkpoint of `run`, for every stage that has one.
+
+    Not for what goes on from a stage of this run, as consistency does from lm: what lm learned
+    would be lost. A run without lm.pt gives consistency.pt in its place.
+    Errors: BadInput where `run` has none of them, is this run, or has a model of other sizes.
+    """
+    if not os.path.isdir(run):
+        raise BadInput(f"--from {run}: no such folder; give the run folder of a trained model")
+    if os.path.realpath(run) == os.path.realpath(cfg.out):
+        raise BadInput(f"--from {run}: is the run itself; name another folder, --out DIR")
+    train = cfg.train
+    found = False
+    for name in cfg.stages:
+        if STAGES[name].after in cfg.stages:
+            continue
+        stages_that_fit = (name, *(after for after in STAGES if STAGES[after].after == name))
+        path = next((path for path in (f"{run}/{stage}.pt" for stage in stages_that_fit)
+                     if os.path.exists(path) or exported_file(path)), None)
+        found = found or path is not None
+        if path and not getattr(train, name).init:
+            checks.refuse_other_sizes(cfg, name, path)
+            train = replace(train, **{name: replace(getattr(train, name), init=path)})
+    if not found:
+        raise BadInput(f"--from {run}: has no checkpoint of {', '.join(cfg.stages)}; give the run "
+                       "folder of a trained model")
+    return replace(cfg, train=train)
 
 
 def run_stages(cfg, runtime, fresh):
@@ -395,6 +428,8 @@ def run_stages(cfg, runtime, fresh):
 def main():
     arguments, overrides = parse()
     cfg = load(arguments.config, overrides)
+    if arguments.source:
+        cfg = start_from(cfg, arguments.source)
     if arguments.print:
         print(dump(cfg), end="")
         return

@@ -1,0 +1,96 @@
+"""train.py --from RUN: every stage of a run begins with another run's weights."""
+import dataclasses
+import os
+
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint
+from cli import BadInput
+from config import initial_weights, load, make_model
+from conftest import run, write
+from untrained import untrained_run
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run folder with a VAE and a language model of random weights."""
+    return untrained_run(tmp_path_factory.mktemp("source"))
+
+
+def config(folder, *overrides):
+    """The tiny config, with its run in folder/mine."""
+    return load(write(str(folder), out="mine"), list(overrides))
+
+
+def inits(cfg):
+    """{stage: the file that it begins with} of a config's stages that have one."""
+    return {name: os.path.basename(getattr(cfg.train, name).init) for name in cfg.stages
+            if getattr(cfg.train, name).init}
+
+
+def test_stages_with_a_checkpoint_begin_there_and_consistency_with_this_runs_lm(source, tmp_path):
+    """Of another run's consistency.pt would be left nothing of what lm has learned here."""
+    cfg = train.start_from(config(tmp_path), source)
+    assert cfg.stages == ["vae", "lm", "consistency"]
+    assert cfg.train.vae.init == f"{source}/vae.pt"
+    assert inits(cfg) == {"vae": "vae.pt", "lm": "lm.pt"}
+
+
+def test_an_init_that_the_command_line_names_comes_first(source, tmp_path):
+    cfg = train.start_from(config(tmp_path, "--train.lm.init", "other.pt"), source)
+    assert inits(cfg) == {"vae": "vae.pt", "lm": "other.pt"}
+
+
+def test_a_run_that_kept_its_last_stage_alone_gives_that_to_lm(tmp_path):
+    """pretrained/voice has no lm: its consistency model has the same weights, and a counter of its
+    objective.
+    """
+    source = f"{tmp_path}/source"
+    os.mkdir(source)
+    cfg = config(tmp_path)
+    weights = make_model(cfg, "consistency").state_dict()
+    torch.save({"stage": "consistency", "step": 1, "done": True, "model": {}, "ema": weights,
+                "config": dataclasses.asdict(cfg), "optimizers": {}}, f"{source}/consistency.pt")
+    state = load_checkpoint(f"{source}/consistency.pt")
+    own = make_model(cfg, "lm").state_dict()
+    begin = initial_weights(state, "lm")
+    assert begin.keys() == own.keys() and "head.it" in weights.keys() - begin.keys()
+    assert inits(train.start_from(cfg, source)) == {"lm": "consistency.pt"}
+
+
+def test_other_sizes_are_one_line_before_anything_is_trained(source, tmp_path):
+    cfg = config(tmp_path, "--lm.backbone.dim", "32")
+    with pytest.raises(BadInput) as error:
+        train.start_from(cfg, source)
+    line = str(error.value)
+    assert line.startswith(f"{source}/lm.pt: ")
+    assert "[lm] dim = 16 there, dim = 32 here" in line
+    assert line.endswith(f"give --config {source}/config.toml, or another run")
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("gone", "gone: no such folder"), ("mine", "is the run itself"),
+    ("empty", "empty: has no checkpoint of vae, lm, consistency")])
+def test_a_run_to_begin_with_is_refused_where_it_is_none(wrong, message, tmp_path):
+    for name in ("mine", "empty"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(BadInput, match=message):
+        train.start_from(config(tmp_path), f"{tmp_path}/{wrong}")
+
+
+def test_the_first_step_goes_on_from_the_other_runs_weights(source, tmp_path):
+    """One step of a tiny learning rate leaves the weights where they were, and a second start of
+    the same command goes on, however the source looks by then.
+    """
+    options = ("--config", write(str(tmp_path), out="mine"), "--from", source,
+               "--stages", "vae", "--train.vae.steps", "1", "--train.vae.lr", "1e-9",
+               "--vae.loss_weights.adv", "0", "--vae.loss_weights.feat", "0")
+    done = run("train.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"vae: starts from {source}/vae.pt (1 steps)" in done.stdout
+    old = load_checkpoint(f"{source}/vae.pt")["ema"]
+    new = load_checkpoint(f"{tmp_path}/mine/vae.pt")["ema"]
+    for key in new.keys() - {"latent_mean", "latent_std"}:
+        torch.testing.assert_close(new[key], old[key], atol=1e-6, rtol=0)
