@@ -110,12 +110,15 @@ def refuse_other_sizes(cfg, name, path):
         return
 
     key = other[0]
-    tables = ("vae", "data") if name == "vae" else (STAGES[name].table, "vae", "data")
-    changes = [f"[{table}] {old} there, {new} here" for table in tables
+    tables = ("vae",) if name == "vae" else (STAGES[name].table, "vae")
+    changes = [f"[{table}] {old}, here {new}" for table in tables
                for old, new in table_changes(saved, cfg, table)]
+    if saved.data.tokenizer != cfg.data.tokenizer:
+        changes.append(f"[data] tokenizer = \"{saved.data.tokenizer}\", here "
+                       f"\"{cfg.data.tokenizer}\"")
     raise BadInput(f"{path}: {len(other)} weights have other sizes than those of this config's "
                    f"{name}, e.g. {key} {there.get(key, 'none')}, here {here.get(key, 'none')}; "
-                   f"settings that differ: {', '.join(changes[:3]) or 'none'}; give --config "
+                   f"settings that differ: {'; '.join(changes[:3]) or 'none'}; give --config "
                    f"{os.path.dirname(path)}/config.toml, or another run")
 
 

@@ -1,4 +1,4 @@
-"""What README.md and RESULTS.md tell a newcomer to type works, on a tiny run.
+"""What README.md, RESULTS.md and docs/recipes.md tell a newcomer to type works, on a tiny run.
 
 A command in a block of sh is run. One whose comment begins with "takes" (long) or "needs" (data,
 packages), and one inside a sentence, is only parsed: its config loads, its options exist.
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+import train
 from config import load
 from conftest import ROOT, run, write
 from tools import files
@@ -42,7 +43,7 @@ def commands(text):
     return found
 
 
-PAGES = ("README.md", "RESULTS.md")
+PAGES = ("README.md", "RESULTS.md", "docs/recipes.md")
 COMMANDS = [command for name in PAGES for command in commands(read(name))]
 RUN = [words for words, long in COMMANDS if not long]
 PARSED = {" ".join(words): words for words, long in COMMANDS if long}.values()
@@ -89,9 +90,13 @@ def test_the_commands_run_in_order(place):
 
 
 @pytest.mark.parametrize("words", [w for w in PARSED if w[0] == "train.py"], ids=" ".join)
-def test_the_config_of_a_long_training_loads(words):
-    place = words.index("--config")
-    load(f"{ROOT}/{words[place + 1]}", words[1:place] + words[place + 2:])
+def test_the_config_of_a_long_training_loads(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words)
+    arguments, overrides = train.parse()
+    cfg = load(arguments.config, overrides)
+    if os.path.isdir(arguments.source or ""):                       # pretrained/
+        train.start_from(cfg, arguments.source)
 
 
 @pytest.mark.parametrize("words", [w for w in PARSED if w[0] != "train.py"], ids=" ".join)

@@ -66,7 +66,7 @@ def test_other_sizes_are_one_line_before_anything_is_trained(source, tmp_path):
         train.start_from(cfg, source)
     line = str(error.value)
     assert line.startswith(f"{source}/lm.pt: ")
-    assert "[lm] dim = 16 there, dim = 32 here" in line
+    assert "settings that differ: [lm] dim = 16, here dim = 32; give" in line
     assert line.endswith(f"give --config {source}/config.toml, or another run")
 
 
