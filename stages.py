@@ -131,7 +131,7 @@ class VAEStage:
         """
         distances = []
         for kind in KINDS:
-            for clip in [c for c in self.valid if c.kind == kind][:16]:
+            for clip in columns(self.valid).of_kind(kind)[:16]:
                 wav, rec = self.reconstruct(vae, clip)
                 if wav.shape[-1] >= 2048:
                     distance = spectral_losses(wav, rec, self.cfg.vae.sample_rate, [1024], ["mel"],
@@ -148,7 +148,7 @@ class VAEStage:
         """Two held-out clips of each kind beside their reconstructions."""
         sample_rate = self.cfg.vae.sample_rate
         for kind in KINDS:
-            for i, clip in enumerate([c for c in self.valid if c.kind == kind][:2]):
+            for i, clip in enumerate(columns(self.valid).of_kind(kind)[:2]):
                 (wav,), (rec,) = self.reconstruct(vae, clip)                        # (ch, S)
                 path = f"{self.cfg.out}/samples/step{step:08d}_vae_{kind}{i + 1}"
                 save_audio(f"{path}_original.wav", wav.cpu().numpy(), sample_rate)
@@ -358,7 +358,7 @@ class LMStage:
     def render(self, model, step):
         """Clips of each kind from text, and held-out clips continued."""
         for kind in KINDS:
-            clips = [c for c in self.valid if c.kind == kind]
+            clips = columns(self.valid).of_kind(kind)
             yield from self.render_texts(model, step, kind, clips)
             yield from self.render_continuations(model, step, kind, clips)
 
