@@ -29,6 +29,7 @@ import argparse
 import base64
 import hashlib
 import json
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def score(a):
     print(f"{len(answers)} listeners, {pairs} comparisons ({ties} ties), {ratings} ratings")
     print_scores(found)
     if a.json:
-        write_file(a.json, json.dumps(found, indent=1))
+        write_file(a.json, json.dumps(found, indent=1, default=asdict))
 
 
 def read_answers(paths):
@@ -210,7 +211,7 @@ def count_wins(answers, names):
 
 
 def score_answers(answers):
-    """{system: {"elo", "quality": (value, low, high), "comparisons", "ratings", "rank"}}.
+    """{system: {"elo": (value, low, high), "quality": Figure, "comparisons", "ratings", "rank"}}.
 
     quality is None without ratings; the reference has no rank.
     """
@@ -221,7 +222,7 @@ def score_answers(answers):
         scores = [rating["score"] for answer in answers for rating in answer["ratings"]
                   if rating["system"] == name]
         found[name] = {"elo": points,
-                       "quality": bootstrap(scores) if scores else None,
+                       "quality": bootstrap([(n, 1) for n in scores]) if scores else None,
                        "comparisons": round(sum(wins[i]) + sum(row[i] for row in wins)),
                        "ratings": len(scores)}
 
@@ -240,8 +241,9 @@ def print_scores(found):
     for name, row in found.items():
         quality = " " * 8 + "-" + " " * 14
         if row["quality"]:
-            mean, low, high = row["quality"]
-            quality = f"{mean:9.2f}{f'{low:.2f} .. {high:.2f}':>14s}"
+            mean = row["quality"]
+            interval = "-" if mean.low is None else f"{mean.low:.2f} .. {mean.high:.2f}"
+            quality = f"{mean.value:9.2f}{interval:>14s}"
         points, low, high = row["elo"]
         print(f"{name:{width}s}{quality}{points:8.0f}{f'{low:.0f} .. {high:.0f}':>14s}"
               f"{row['rank'] or '-':>6}{row['comparisons']:13d}{row['ratings']:9d}")

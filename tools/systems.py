@@ -113,7 +113,7 @@ def open_all(systems):
 def choose_clips(contestants, kind, task, limit, manifest=None):
     """At most `limit` held-out clips of one kind, on which every contestant can be compared.
 
-    manifest: where they are; default: the held-out clips of the first run.
+    limit None: all of them. manifest: where they are; default: the held-out clips of the first run.
     """
     first = contestants[0]
     models = [c for c in contestants if c.lm is not None]
@@ -132,7 +132,7 @@ def choose_clips(contestants, kind, task, limit, manifest=None):
 
     if not clips:
         raise BadInput(f"{kind}: no held-out clip {needed}; give --manifest or another --kind")
-    return evenly_spaced(clips, limit)
+    return clips if limit is None else evenly_spaced(clips, limit)
 
 
 @torch.no_grad()

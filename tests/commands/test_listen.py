@@ -80,7 +80,8 @@ def test_mean_opinion_scores_are_means_with_their_bootstrap(tmp_path):
     scores = [1, 2, 4, 5, 5, 3]
     path = make_answer(tmp_path / "a.json", ratings=[("A", n) for n in scores])
     found = listen.score_answers([listen.read_answer(path)])
-    assert found["A"]["quality"] == bootstrap(scores) and found["A"]["ratings"] == 6
+    assert found["A"]["quality"] == bootstrap([(n, 1) for n in scores])
+    assert found["A"]["quality"].value == 20 / 6 and found["A"]["ratings"] == 6
     assert found["B"]["quality"] is None
 
 
@@ -90,7 +91,7 @@ def test_the_score_is_printed_and_written(tmp_path, monkeypatch, capsys):
     listen.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 listeners, 1 comparisons (0 ties), 1 ratings" and len(lines) == 5
-    assert json.loads((tmp_path / "s.json").read_text())["A"]["quality"] == [4.0, 4.0, 4.0]
+    assert json.loads((tmp_path / "s.json").read_text())["A"]["quality"]["value"] == 4.0
 
 
 @pytest.mark.parametrize("change, words", [
