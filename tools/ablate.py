@@ -248,12 +248,11 @@ def evaluate(run, evaluate_options, study):
                     *study_options)
 
 
-def measure(runs, evaluate_options, study, vae=None, own_vae=False):
-    """Train and evaluate runs that are not finished -> {row: [{column: number} per seed]}.
+def train_all(runs, vae=None, own_vae=False):
+    """Train the runs that are not finished; yields each when it is.
 
     The first run with some VAE settings trains it for all others; vae: a run that has it already.
     """
-    figures = {}
     trained = {}
     for run in tqdm(runs, unit="run"):
         settings = vae_settings(run.resolved)
@@ -263,7 +262,13 @@ def measure(runs, evaluate_options, study, vae=None, own_vae=False):
             link_vae(trained[settings], run.folder, run.resolved)
         train(run)
         trained.setdefault(settings, run.folder)
+        yield run
 
+
+def measure(runs, evaluate_options, study, vae=None, own_vae=False):
+    """Train and evaluate runs that are not finished -> {row: [{column: number} per seed]}."""
+    figures = {}
+    for run in train_all(runs, vae, own_vae):
         evaluate(run, evaluate_options, study)
         figures.setdefault(run.row, []).append(read(run.folder))
     return figures

@@ -1,6 +1,6 @@
 """The papers' ablations, ours beside theirs: trained by tools/ablate.py, then judged.
 
-    python -m tools.studies table5 --vae out/quickstart [--seeds 0,1,2] [--train "--train.lm.steps 400"]
+    python -m tools.studies table5 --vae out/quickstart [--seeds 0,1] [--train "--train.lm.lr 5e-3"]
     python -m tools.studies table7 --vae out/quickstart
     python -m tools.studies fig2   --vae out/quickstart --picture fig2.png
 
@@ -38,8 +38,8 @@ COLUMNS = {"fad {}": "FAD", "mmd {}": "MMD²", "energy score {}": "energy score"
            "facts {}": "facts right"}
 
 
-def train_rows(rows, a):
-    """Train and judge rows of a family -> (runs, {row: [{column: number} per seed]})."""
+def plan_rows(rows, a):
+    """(runs of rows of the family, how they are judged) for the command line."""
     families = ablate.read_families(FILE)
     ablate.check_names([a.family], families, "--family")
     family = families[a.family]
@@ -49,14 +49,15 @@ def train_rows(rows, a):
 
     runs = ablate.plan(a.family, family, rows, ablate.parse_seeds(a.seeds), os.path.abspath(a.out),
                        overrides, a.vae)
-    return runs, ablate.measure(runs, [], study, a.vae)
+    return runs, study
 
 
 def compare_rows(name, a):
     """Tables 5 and 7: the mean over seeds of every row, and its difference to the base row."""
     table = TABLES[name]
     rows = [row.label for row in table.rows]
-    _, figures = train_rows(rows, a)
+    runs, study = plan_rows(rows, a)
+    figures = ablate.measure(runs, [], study, a.vae)
     means = ablate.summarize(figures)
     less = ablate.differences(figures, BASE)
 
@@ -106,7 +107,8 @@ def mean_curve(curves):
 
 def fig2(a):
     """The head batch multiplier: energy score over the training steps."""
-    runs, _ = train_rows(list(MULTIPLIERS.values()), a)
+    runs, _ = plan_rows(list(MULTIPLIERS.values()), a)
+    runs = list(ablate.train_all(runs, a.vae))
     curves = {}
     for multiplier, row in MULTIPLIERS.items():
         found = [energy_curve(run.folder, a.kind) for run in runs if run.row == row]

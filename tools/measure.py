@@ -27,6 +27,7 @@ from tools.bench.timing import clock
 from transcripts import Recogniser, TextModel, Words, auto_bleu, self_bleu
 
 SECONDS = 20.0                          # of a real clip that are compared
+LEAST_SIMILAR = 8                       # clips that a mean similarity needs
 
 
 # ---------------------------------------------------------------------------- distances
@@ -116,12 +117,14 @@ def vert(transcripts):
 def mean_similarity(vectors):
     """Mean cosine over all pairs of unit vectors (n, F) -> Figure, over clips (CALM Fig. 3).
 
-    A draw of the bootstrap has clips twice: pairs of a clip with itself are left out.
+    A draw of the bootstrap has clips twice: pairs of a clip with itself are left out, and from 8
+    clips on there is always another pair.
     """
     vectors = np.asarray(vectors, dtype=np.float64)
     n = len(vectors)
-    if n < 2:
-        raise BadInput(f"similarity: needs at least two clips, got {n}; raise --samples")
+    if n < LEAST_SIMILAR:
+        raise BadInput(f"similarity: needs at least {LEAST_SIMILAR} clips, got {n}; raise "
+                       "--samples, or give --manifest with more")
     cosines = vectors @ vectors.T                                               # (n, n)
     itself = np.diag(cosines)
 
