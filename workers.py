@@ -37,6 +37,12 @@ def mine(items):
     return items[rank()::processes]
 
 
+def my_block(count):
+    """The numbers of this process's share of `count` items in a row."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return range(rank() * count // processes, (rank() + 1) * count // processes)
+
+
 def gather(value):
     """The values of all processes, in their order."""
     if not dist.is_initialized():

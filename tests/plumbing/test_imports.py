@@ -12,7 +12,8 @@ ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "replay",
          "adaln", "heads", "discrete", "layers", "vae", "gan", "decoder", "audio", "data",
          "monologue", "prefetch", "shards", "latents", "branches", "calm", "audiocalm", "optim",
          "corpora", "config", "report", "sample", "stages", "plan", "checks", "runs", "train",
-         "judges", "evaluate", "tools"]
+         "intervals", "workers", "transcripts", "abx", "embeddings", "distances",
+         "speech_metrics", "judges", "reconstruction", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 
