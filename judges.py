@@ -69,7 +69,7 @@ def read_sources(manifest):
     return {os.path.join(folder, row["audio"]): row["source"] for row in rows if "source" in row}
 
 
-def match_sources(judged, reference, sources, seed=0):
+def match_sources(judged, reference, sources, most=1000, seed=0):
     """Choose clips with the same shares of each source -> (names of judged clips, Clips of the
     reference): for every judged clip the same number of its source, as many as there are.
 
@@ -89,7 +89,7 @@ def match_sources(judged, reference, sources, seed=0):
                        "with as many")
 
     # the same number of real clips for each judged one
-    times = min(len(there[source]) // count for source, count in wanted.items())
+    times = min(most, *(len(there[source]) // count for source, count in wanted.items()))
     rng = np.random.default_rng(seed)
     chosen = []
     for source in sorted(wanted):
@@ -106,8 +106,8 @@ class Judges:
 
     def __init__(self, metrics, whisper="base", *, language="en", sim="resemblyzer",
                  embedding="mel", fad_dims=0, text_model="", tags="", clap="", utmos="",
-                 reference=None, sources=None, device="cpu", seed=0):
-        """metrics: some of METRICS. whisper: name or folder of a faster-whisper model. sim,
+                 reference=None, sources=None, device="cpu", seed=0, models=True):
+        """metrics: some of METRICS. models: load what they need. whisper: name or folder of a faster-whisper model. sim,
         embedding, text_model, tags, clap, utmos: names of models. reference: Clips that the
         distances compare with; None = the originals of the clips that are judged. sources: {audio
         path: source} of all clips.
@@ -127,7 +127,7 @@ class Judges:
         self.refused = []                            # lines about what a metric could not do
         self.real = {}                               # (audio path, rate) -> windows of a real clip
         self.clear()
-        for metric in metrics:
+        for metric in metrics if models else ():
             self.load(metric)
 
     def clear(self):
@@ -186,8 +186,9 @@ class Judges:
         try:
             return make()
         except ImportError as e:
-            install = "speechbrain" if e.name == "speechbrain" else f"-e .[{extra}]"
-            raise BadInput(f"{option}: {e.name} is not installed: pip install {install}") from None
+            package = e.name.partition(".")[0]
+            install = package if package == "speechbrain" else f"-e .[{extra}]"
+            raise BadInput(f"{option}: {package} is not installed: pip install {install}") from None
         except (RuntimeError, OSError, ValueError, KeyError) as e:
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise BadInput(f"{option}: cannot be loaded ({reason})") from None
@@ -221,7 +222,7 @@ class Judges:
         if "sim" in self.metrics and voice is not None:
             similarity = (self.embed_voice(resample(wav, rate, SPEECH_RATE))
                           @ self.embed_voice(resample(voice, rate, SPEECH_RATE)))
-            self.figures.add(f"sim {name}", "speech", clip.audio, similarity, 1, repeat=repeat)
+            self.figures.add(f"sim {name}", clip.kind, clip.audio, similarity, 1, repeat=repeat)
 
         # against its caption, against the real clip
         if "clap" in self.metrics and clip.text:
@@ -374,7 +375,7 @@ class Judges:
         clips = self.held_out if self.reference is None else self.reference
         rate = max(gather(self.rate or 0))
         names, chosen = match_sources(list(judged), [clip for clip in clips if clip.kind == kind],
-                                      self.sources, self.seed)
+                                      self.sources, seed=self.seed)
         for clip in mine([clip for clip in chosen if (clip.audio, rate) not in self.real]):
             wav = torch.tensor(load_audio(clip.audio, rate, seconds=SECONDS, allow_silence=True))
             self.real[clip.audio, rate] = embed_clip(self.models["embedding"], wav, rate)

@@ -48,8 +48,9 @@ class Words:
             self.normalizer = BasicTextNormalizer(split_letters=language in LETTERS)
 
     def normalize(self, text):
-        """A text -> words, separated by one space."""
-        return " ".join(self.normalizer(text).split())
+        """A text -> words, separated by one space. Whisper's normaliser leaves a dot of "..."."""
+        return " ".join(word for word in self.normalizer(text).split()
+                        if any(map(str.isalnum, word)))
 
     def errors(self, text, transcript):
         """(word errors, words of the text); (0, 0) where the text has no words."""
