@@ -124,7 +124,7 @@ def fad(judged, reference, dims=0, seed=0):
         return frechet_to(*gaussian(x, counts[owner]), mean, root)
 
     whole = distance(np.ones(len(judged)))
-    return bootstrap_distance(whole, distance, len(judged), seed=seed)
+    return bootstrap_distance(whole, distance, len(judged), seed=seed, least=0.0)
 
 
 def extrapolate(sizes, values):
@@ -180,9 +180,12 @@ def mean_of_pairs(kernel, counts):
     return (counts @ kernel @ counts - (counts ** 2) @ np.diag(kernel)) / pairs
 
 
-def mmd(judged, reference, seed=0):
+def mmd(judged, reference, paired=False, seed=0):
     """Squared maximum mean discrepancy of clips [(n_i, F), ...] to reference clips -> Figure; of
     more than 4000 windows of a side every second, third, ... counts.
+
+    paired: window i of one side was made from window i of the other; these pairs are left out
+    (Gretton et al. 2012, eq. 4), else the distance were below 0.
     """
     x, owner = stack(judged)
     y, _ = stack(reference)
@@ -198,12 +201,16 @@ def mmd(judged, reference, seed=0):
     if width == 0:
         raise BadInput("--metrics mmd: the reference windows are all the same; give other clips")
     kernel_xx = np.exp(-squared_distances(x, x) / (2 * width))
-    kernel_xy = np.exp(-squared_distances(x, y) / (2 * width)).mean(1)
+    kernel_xy = np.exp(-squared_distances(x, y) / (2 * width))
+    if paired:
+        across_each = (kernel_xy.sum(1) - np.diag(kernel_xy)) / (len(y) - 1)        # (n,)
+    else:
+        across_each = kernel_xy.mean(1)
     reference_pairs = mean_of_pairs(np.exp(-within / (2 * width)), np.ones(len(y)))
 
     def distance(counts):
         counts = counts[owner].astype(float)
-        across = counts @ kernel_xy / counts.sum()
+        across = counts @ across_each / counts.sum()
         return mean_of_pairs(kernel_xx, counts) + reference_pairs - 2 * across
 
     whole = distance(np.ones(len(judged)))

@@ -86,55 +86,65 @@ def bootstrap(columns, formula=ratio, draws=DRAWS, seed=0):
     # draws whose weights are all 0 have no figure
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = formula(draw_counts(n, draws, seed) @ columns)              # (draws,)
-    low, high = np.percentile(drawn[np.isfinite(drawn)], PERCENTILES)
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return Figure(value, clips=n)
+    low, high = np.percentile(drawn, PERCENTILES)
     return Figure(value, float(low), float(high), n)
 
 
-def bootstrap_distance(value, distance, n, draws=DISTANCE_DRAWS, seed=0):
+def bootstrap_distance(value, distance, n, draws=DISTANCE_DRAWS, seed=0, least=-np.inf):
     """Figure of a distance of a set of n clips. value: of the whole set; distance(counts (n,)):
-    of the set that has clip i counts[i] times.
+    of the set that has clip i counts[i] times; least: no such distance is smaller.
     """
     if n < 2:
         return Figure(float(value), clips=n)
     drawn = np.array([distance(counts) for counts in draw_counts(n, draws, seed)])
     low, high = np.percentile(drawn - drawn.mean(), PERCENTILES)
-    return Figure(float(value), float(value + low), float(value + high), n)
+    return Figure(float(value), float(max(least, value + low)), float(value + high), n)
 
 
 # ---------------------------------------------------------------------------- the ledger
 
 
 class Figures:
-    """Sums by figure, kind of audio and clip."""
+    """Sums by figure, kind of audio, clip and repeat."""
 
     def __init__(self, seed=0):
         self.seed = seed
-        self.sums = {}                               # (figure, kind) -> {clip: [column, ...]}
+        self.sums = {}                               # (figure, kind) -> {(clip, repeat): columns}
         self.formulas = {}                           # figure -> formula, by default ratio
 
-    def add(self, figure, kind, clip, *columns, formula=ratio):
-        """Add to a clip's columns; with the default formula (sum of values, their number)."""
+    def add(self, figure, kind, clip, *columns, repeat=0, formula=ratio):
+        """Add the columns of one wav; with the default formula (sum of values, their number).
+        repeat: which of the wavs of one clip.
+        """
         self.formulas[figure] = formula
-        clips = self.sums.setdefault((figure, kind), {})
-        before = clips.get(clip, [0.0] * len(columns))
-        clips[clip] = [a + float(b) for a, b in zip(before, columns)]
+        wavs = self.sums.setdefault((figure, kind), {})
+        before = wavs.get((clip, repeat), [0.0] * len(columns))
+        wavs[clip, repeat] = [a + float(b) for a, b in zip(before, columns)]
 
     def merge(self, others):
-        """Become the sum of several ledgers, of all processes."""
+        """Become the union of several ledgers, of all processes."""
         for other in others:
-            for (figure, kind), clips in other.sums.items():
-                for clip, columns in clips.items():
-                    self.add(figure, kind, clip, *columns, formula=other.formulas[figure])
+            self.formulas |= other.formulas
+            for key, wavs in other.sums.items():
+                self.sums[key] = self.sums.get(key, {}) | wavs
 
     def read(self):
-        """{figure: {kind: Figure}}, in the order in which the figures came; clips sorted by name,
-        so that it does not matter which process judged them.
+        """{figure: {kind: Figure}}, in the order in which the figures came. Sums are taken in the
+        order of clips and repeats: it does not matter which process judged them.
         """
         found = {}
-        for (figure, kind), clips in self.sums.items():
-            columns = np.array([clips[clip] for clip in sorted(clips)])
+        for (figure, kind), wavs in self.sums.items():
+            clips = {}
+            for clip, repeat in sorted(wavs):
+                columns = np.array(wavs[clip, repeat])
+                clips[clip] = clips.get(clip, 0) + columns
+
+            # weights of 0 give no figure
             with np.errstate(invalid="ignore", divide="ignore"):
-                result = bootstrap(columns, self.formulas[figure], seed=self.seed)
+                result = bootstrap(list(clips.values()), self.formulas[figure], seed=self.seed)
             if np.isfinite(result.value):
                 found.setdefault(figure, {})[kind] = result
         return found

@@ -10,7 +10,7 @@ visqol: ViSQOL v3 (Chinen et al. 2020; visqol-python), MOS-LQO 1 .. 5: speech mo
   at 16 kHz, audio mode at 48 kHz for sound and music (CALM Table 3). None for originals below
   0.75 s or silent; a silent reconstruction is 1.
 dnsmos: DNSMOS P.835, overall (Reddy et al. 2022; speechmos), 1 .. 5.
-distillmos: DistillMOS (Stahl & Gamper 2025; weights in its package), 1 .. 5.
+distillmos: DistillMOS (Stahl & Gamper 2025; extra mos, weights in its package), 1 .. 5.
 utmos: UTMOS22 strong (Saeki et al. 2022), 1 .. 5, from a checkout of github.com/tarepan/SpeechMOS.
   These two stand for CALM Table 1's MOSNet, whose weights are in no package.
 sim: cosine of speaker embeddings of a generation and of the clip that gave its voice (AudioCALM's
@@ -22,6 +22,8 @@ sim: cosine of speaker embeddings of a generation and of the clip that gave its 
 All on the first channel, of wavs in +-1. A package is imported when its metric is asked for.
 """
 import math
+import sys
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -95,7 +97,15 @@ class DistillMos:
     rate = SPEECH_RATE
 
     def __init__(self, device="cpu"):
-        from distillmos import ConvTransformerSQAModel
+        # the package imports torchaudio for its command line only; where builds of torchaudio and
+        # torch do not fit, that ends in an error, so an empty module stands in for it
+        empty = ModuleType("torchaudio")
+        sys.modules.setdefault("torchaudio", empty)
+        try:
+            from distillmos import ConvTransformerSQAModel
+        finally:
+            if sys.modules["torchaudio"] is empty:
+                del sys.modules["torchaudio"]
         self.model = ConvTransformerSQAModel().to(device).eval()
         self.device = device
 

@@ -23,7 +23,7 @@ Packages, imported where they are used: faster-whisper, jiwer and whisper-normal
 eval, transformers of the extra hf.
 """
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
@@ -48,8 +48,9 @@ class Words:
             self.normalizer = BasicTextNormalizer(split_letters=language in LETTERS)
 
     def normalize(self, text):
-        """A text -> words, separated by one space."""
-        return " ".join(self.normalizer(text).split())
+        """A text -> words, separated by one space. Whisper's normaliser leaves a dot of "..."."""
+        return " ".join(word for word in self.normalizer(text).split()
+                        if any(map(str.isalnum, word)))
 
     def errors(self, text, transcript):
         """(word errors, words of the text); (0, 0) where the text has no words."""
@@ -100,26 +101,30 @@ def auto_bleu(words):
     return math.sqrt(shares[0] * shares[1])
 
 
-def precision(words, others, n):
-    """Modified n-gram precision of BLEU (Papineni et al. 2002): the share of the n-grams that the
-    others have too, each counted at most as often as in the one that has it most often.
-    """
-    counts = Counter(ngrams(words, n))
-    if not counts:
-        return 0.0
-    most = Counter()
-    for other in others:
-        most |= Counter(ngrams(other, n))
-    return (counts & most).total() / counts.total()
-
-
 def self_bleu(transcripts):
-    """For each list of words: its BLEU-2 against all others, 0 .. 1."""
-    found = []
-    for i, words in enumerate(transcripts):
-        others = transcripts[:i] + transcripts[i + 1:]
-        found.append(math.sqrt(precision(words, others, 1) * precision(words, others, 2)))
-    return found
+    """For each list of words: its BLEU-2 against all others, 0 .. 1: the geometric mean of the
+    modified n-gram precisions (Papineni et al. 2002), the share of its n-grams that the others
+    have too, each counted at most as often as in the one that has it most often.
+    """
+    precisions = []                                  # per n: one per transcript
+    for n in (1, 2):
+        counts = [Counter(ngrams(words, n)) for words in transcripts]
+        numbers = defaultdict(list)                  # n-gram -> its counts, of who has it
+        for of_one in counts:
+            for gram, count in of_one.items():
+                numbers[gram].append(count)
+        most = {gram: sorted(found)[-2:] for gram, found in numbers.items()}
+
+        # the highest count of the others: the second, where the highest is one's own
+        shares = []
+        for of_one in counts:
+            matched = 0
+            for gram, count in of_one.items():
+                lower, highest = [0, *most[gram]][-2:]
+                matched += min(count, lower if count == highest else highest)
+            shares.append(matched / max(1, of_one.total()))
+        precisions.append(shares)
+    return [math.sqrt(one * two) for one, two in zip(*precisions)]
 
 
 # ---------------------------------------------------------------------------- perplexity

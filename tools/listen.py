@@ -39,8 +39,8 @@ import torch
 from audio import limit, refuse_poison
 from cli import BadInput, Parser, check_writable, cli, number, threads, write_file
 from data import KINDS
-from evaluate import clip_name
 from intervals import bootstrap
+from reconstruction import clip_name
 from tools import systems
 from tools.elo import elo
 

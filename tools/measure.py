@@ -20,8 +20,8 @@ from cli import BadInput
 from data import KINDS, encode_text
 from distances import fad, mmd
 from embeddings import embed_clip, open_embedding, resample
-from evaluate import count_right_facts, evenly_spaced, load_clip
-from intervals import bootstrap, bootstrap_distance
+from intervals import bootstrap, bootstrap_distance, exp_ratio, geometric_mean
+from reconstruction import count_right_facts, evenly_spaced, load_clip
 from speech_metrics import SPEECH_RATE
 from tools.bench.timing import clock
 from transcripts import Recogniser, TextModel, Words, auto_bleu, self_bleu
@@ -100,7 +100,7 @@ class Listener:
                                       for clip, transcript in zip(clips, transcripts)])
         if self.text_model:
             nats = [self.text_model.surprise(transcript) for transcript in transcripts]
-            found["ppx"] = bootstrap(nats, lambda sums: np.exp(sums[..., 0] / sums[..., 1]))
+            found["ppx"] = bootstrap(nats, exp_ratio)
         return found
 
 
@@ -108,7 +108,7 @@ def vert(transcripts):
     """Lists of words -> VERT in percent (transcripts.py), a Figure."""
     columns = [(100 * alone, 100 * among, 1) for alone, among
                in zip(map(auto_bleu, transcripts), self_bleu(transcripts))]
-    return bootstrap(columns, lambda sums: np.sqrt(sums[..., 0] * sums[..., 1]) / sums[..., 2])
+    return bootstrap(columns, geometric_mean)
 
 
 # ---------------------------------------------------------------------------- diversity

@@ -52,11 +52,10 @@ from config import STAGES, open_run
 from data import KINDS, encode_text, seconds_of
 from discrete import DISCRETE
 from embeddings import log_mel
-from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, find_stages,
-                      held_out_clips, judge_lm, judging_arguments, load_clip, of_trained_kinds,
-                      open_stage, prepare, print_table, rounded_mean, run_arguments,
-                      sampling_arguments, write_json)
-from judges import Judges
+from evaluate import (chosen_sampling, count_steps, find_stages, held_out_clips, judge_lm,
+                      judging_arguments, of_trained_kinds, open_judges, open_stage, prepare,
+                      print_table, rounded_mean, run_arguments, sampling_arguments, write_json)
+from reconstruction import clip_name, evenly_spaced, load_clip
 from report import draw_continuation, draw_sweep
 from tools import tables
 from tools.systems import Contestant, System, generate
@@ -77,7 +76,7 @@ MIN_CLIPS = 4
 def sweep(a, cfg, vae, clips, stages):
     """Judge generations at several values of a setting -> {"sweep steps": {value: figures}}."""
     values = sweep_values(a.setting, a.values)
-    judges = Judges(a.metrics, a.whisper) if a.metrics else None
+    judges = open_judges(a, cfg)
     lm = open_stage(a.run, stages[-1])
     option = "guidance" if a.setting == "cfg" else a.setting
 

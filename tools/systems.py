@@ -21,8 +21,9 @@ import torch
 from cli import BadInput, number
 from config import Config, open_run
 from data import KINDS, encode_text, seconds_of
-from evaluate import (choose_targets, evenly_spaced, find_stages, generate_texts, held_out_clips,
-                      load_clip, open_stage, voice_prompt)
+from evaluate import (choose_targets, find_stages, generate_texts, held_out_clips, open_stage,
+                      voice_prompt)
+from reconstruction import evenly_spaced, load_clip
 from sample import encode_prompt, render, sampling_options
 
 TASKS = ("text", "continue", "free")

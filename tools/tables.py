@@ -26,8 +26,9 @@ from cli import BadInput, check_writable
 from config import load, make_model, open_run
 from data import KINDS
 from embeddings import log_mel, resample
-from evaluate import evenly_spaced, held_out_clips, load_clip, si_sdr, write_json
+from evaluate import held_out_clips, write_json
 from intervals import Figure, bootstrap
+from reconstruction import evenly_spaced, load_clip, si_sdr
 from report import pyplot, save_picture
 from speech_metrics import AUDIO_RATE, SPEECH_RATE, Visqol, open_speaker
 from tools import listen, systems
