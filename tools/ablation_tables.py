@@ -107,10 +107,11 @@ def mean_curve(curves):
 
 def fig2(a):
     """The head batch multiplier: energy score over the training steps."""
-    runs, _ = plan_rows(list(MULTIPLIERS.values()), a)
+    chosen = {multiplier: MULTIPLIERS[multiplier] for multiplier in a.multipliers}
+    runs, _ = plan_rows(list(chosen.values()), a)
     runs = list(ablate.train_all(runs, a.vae))
     curves = {}
-    for multiplier, row in MULTIPLIERS.items():
+    for multiplier, row in chosen.items():
         found = [energy_curve(run.folder, a.kind) for run in runs if run.row == row]
         curves[multiplier] = mean_curve(found)
     if not any(curves.values()):

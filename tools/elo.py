@@ -34,7 +34,7 @@ def strengths(wins, alpha=0.1, beta=0.1, iterations=30):
 
     S = torch.ones_like(shape)
     for _ in range(iterations):
-        rate = beta + (compared / (S[:, None] + S)).sum(1)
+        rate = beta + (compared / (S[:, None] + S)).sum(1)                      # CALM eq. 6
         S = shape / rate
     return S, shape, rate
 

@@ -147,5 +147,8 @@ def add_ablations(studies):
         s.add_argument("--train", default="", help="options of train.py for all rows, in quotes")
         s.add_argument("--study", default="", help="how rows are judged, in quotes; default: the "
                                                    "family's, e.g. \"distance --limit 40\"")
-        s.add_argument("--picture", help="fig2: draw the curves into this file (png)")
         s.set_defaults(run_command=tables.run_table, table=table)
+        if name == "fig2":
+            s.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4, 8],
+                           choices=[1, 2, 4, 8], help="those to compare (default 1 2 4 8)")
+            s.add_argument("--picture", help="draw the curves into this file (png)")

@@ -25,7 +25,7 @@ from vae import VAE
 def trained(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("studies"))
     done = run("train.py", "--config", write(folder), "--stages", '["vae", "lm"]',
-               "--train.vae.steps", "2", "--train.lm.steps", "2", "--toy.valid_clips", "18",
+               "--train.vae.steps", "2", "--train.lm.steps", "2", "--toy.valid_clips", "36",
                "--toy.digits_max", "4", "--sample.prompt_seconds", "1", "--sample.seconds", "1")
     assert done.returncode == 0, done.stderr
     return folder
