@@ -4,8 +4,8 @@
     python -m tools.studies table7 --vae out/quickstart
     python -m tools.studies fig2   --vae out/quickstart --picture fig2.png
 
-    family consistency of configs/ablation.toml ─► ablate ─► row_seed/study.json ─► mean over seeds,
-    (rows, seeds)                                            row_seed/log.jsonl     less the base row
+    family consistency of configs/ablation.toml ─► ablate ─► ROW_SEED/study.json ─► mean of seeds,
+    (rows, seeds)                                            ROW_SEED/log.jsonl     less base row
 
 table5: without head batch multiplier, noise, short context, or all three. table7: the length of the
 short context. A cell is the mean over seeds ± half of its 95 % interval (Student's t; none for one

@@ -1,5 +1,5 @@
-"""Listening tests as in CALM's appendix B: one page to send to listeners, and the score of what they
-send back.
+"""Listening tests as in CALM's appendix B: one page to send to listeners, and the score of what
+they send back.
 
     python -m tools.listen make out/quickstart out/quickstart,stage=lm reference --out test.html
                            [--kind speech] [--task text|continue] [--samples 10] [--pairs 10]

@@ -1,6 +1,6 @@
 """The tables of both papers as they are printed, to be shown beside one's own.
 
-    TABLES["table4"] ─► title, columns {name: heading}, rows: label, which run, its settings, figures
+    TABLES["table4"] ─► title, columns {name: heading}, rows: label, run, its settings, figures
 
 A row's role names the run that stands for it (an option of tools/studies.py); "" = no run of ours.
 The paper's ± is half a 95 % interval. CALM: arXiv 2509.06926; AudioCALM: arXiv 2606.23080.

@@ -332,8 +332,8 @@ def open_contestant(a, cfg, vae, stage):
 
 
 def distance(a, cfg, vae, clips, stages):
-    """The last stage's generations against other real clips -> {"distance lm": {kind: {"fad", "mmd",
-    "facts": [value, low, high]}}}.
+    """The last stage's generations against other real clips -> {"distance lm": {kind: {"fad",
+    "mmd", "facts": [value, low, high]}}}.
     """
     contestant = open_contestant(a, cfg, vae, stages[-1])
     found = {}

@@ -20,12 +20,12 @@ def samples_argument(samples):
 def reference_arguments():
     """A parent parser: what generations are compared with."""
     p = Parser(add_help=False)
-    p.add_argument("--reference", help="manifest of real clips to compare with; \"train\": those of "
-                                       "training; default: the held-out clips that are not generated")
+    p.add_argument("--reference", help="manifest of real clips to compare with; train: those of "
+                                       "training; default: the held-out clips that are left")
     p.add_argument("--reference-limit", type=number(int, 4), default=1000,
                    help="of --reference at most so many clips per kind (default 1000)")
     p.add_argument("--embedding", default="mel",
-                   help="of FAD and MMD²: mel (default), birdnet, or an audio model of transformers")
+                   help="of FAD and MMD²: mel (default), birdnet or a model of transformers")
     p.add_argument("--fad-dims", type=number(int, 0), default=8,
                    help="principal axes that FAD is taken on (default 8; 0 = all)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the generations (default 0)")
@@ -60,7 +60,7 @@ def generation_arguments(task="continue"):
     """A parent parser: what is generated for a table, and how it is timed. task: by default."""
     p = Parser(add_help=False)
     p.add_argument("--task", choices=["continue", "text"], default=task,
-                   help=f"continue the first seconds of clips, or speak their texts (default {task})")
+                   help=f"continue clips, or speak their texts (default {task})")
     p.add_argument("--seconds", type=number(float, above=0), default=30.0,
                    help="audio that is generated to measure the time (default 30)")
     p.add_argument("--repeats", type=number(int, 1), default=3,

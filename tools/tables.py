@@ -348,7 +348,8 @@ def fig3(a):
     print_curves(ours)
     if a.picture:
         draw_similarity(a.picture, ours)
-    return {"fig3": {label: {x: value_of(y) for x, y in row.items()} for label, row in ours.items()}}
+    return {"fig3": {label: {x: value_of(figure) for x, figure in row.items()}
+                     for label, row in ours.items()}}
 
 
 def open_voice(name):

@@ -1,5 +1,5 @@
-"""A listening test: the page holds what it needs, a listener gets through it in a browser, and made-up
-answers score as their closed form.
+"""A listening test: the page holds what it needs, a listener gets through it in a browser, and
+made-up answers score as their closed form.
 """
 import base64
 import io
@@ -149,8 +149,9 @@ def trained(tmp_path_factory):
 def make(trained, out, *arguments):
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["listen", "make", trained, f"{trained},stage=lm,steps=4,name=flow",
-                                    "reference", "--out", str(out), "--threads", "1", *arguments])
+        flow = f"{trained},stage=lm,steps=4,name=flow"
+        patch.setattr(sys, "argv", ["listen", "make", trained, flow, "reference", "--out", str(out),
+                                    "--threads", "1", *arguments])
         listen.main()
     page = out.read_text(encoding="utf8")
     return page, json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])
@@ -239,7 +240,8 @@ def test_a_vote_opens_when_both_clips_have_been_played(page):
 def test_a_listener_plays_votes_and_saves_with_keyboard_and_touch(page):
     begin(page, "ann b")
     plan = page.evaluate("trials")
-    for i, key in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft", "touch", "touch"]):
+    keys = ["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft", "touch", "touch"]
+    for i, key in enumerate(keys):
         page.press("1")
         page.wait("players[0].ended")
         page.press("2")

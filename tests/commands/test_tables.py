@@ -1,4 +1,5 @@
-"""The papers' tables: every figure of ours has its closed form, and stands beside the printed one."""
+"""The papers' tables: every figure of ours has its closed form and stands beside the printed one.
+"""
 import json
 import types
 
@@ -64,7 +65,7 @@ def clockwork(monkeypatch):
 
 
 def test_the_sampler_has_the_time_of_the_head_alone(monkeypatch):
-    """3 s of backbone and 2 s of head per latent; the first repeat, ten times slower, not counted."""
+    """3 s of backbone and 2 s of head per latent; the first repeat is slower and not counted."""
     spend = clockwork(monkeypatch)
     calls = []
 
@@ -205,6 +206,7 @@ def test_the_pictures_are_drawn(tmp_path):
         "1": {"calm_fad": figure, "flow_fad": figure, "calm_mmd": Figure(1.0)}})
     tables.draw_similarity(str(tmp_path / "fig3.png"), {
         "recordings": {"-": figure}, "CALM": {"0.2": figure, "1": figure}})
-    ablation_tables.draw_multipliers(str(tmp_path / "fig2.png"), {1: [(10, 0.5), (20, 0.4)]}, "music")
+    curves = {1: [(10, 0.5), (20, 0.4)]}
+    ablation_tables.draw_multipliers(str(tmp_path / "fig2.png"), curves, "music")
     for name in ("steps", "fig3", "fig2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 3000

@@ -13,8 +13,8 @@ three. Embeddings of the latent and the VAE are left out. Sizes are those of con
 32 for music. The RQ-Transformers share 8 sets of weights, whatever their number of levels: a set is
 75M parameters, more than any cache holds, so that each level reads its weights from memory either
 way. The delay pattern (MusicGen, music only) has a linear head for 4 codebooks and 50 frames per
-second, so twice the backbone. Without --fast a GPU mostly waits for the host to start kernels; with it (replay.py) the table
-compares what the heads compute.
+second, so twice the backbone. Without --fast a GPU mostly waits for the host to start kernels; with
+it (replay.py) the table compares what the heads compute.
 
 Precision: fp32 on a CPU, bf16 weights, caches and autocast on CUDA.
 """
