@@ -157,29 +157,36 @@ class Speed:
         return self.total * self.frame_rate * seconds
 
 
-@torch.no_grad()
-def time_generation(contestant, kind, seconds, repeats):
-    """The Speed of a contestant: generations of one row from nothing, of at most `seconds`."""
-    lm = contestant.lm
-    cfg = contestant.cfg
-    device = lm.bos.device.type
-    tokens = torch.tensor([encode_text("", kind, cfg.data)], device=lm.bos.device)
-    frame_rate = contestant.vae.cfg.frame_rate
-    frames = max(2, round(seconds * frame_rate))
-
-    totals = []
-    samplers = []
-    with timed_head(lm.head, device) as spent:
-        for repeat in range(repeats + 1):
-            spent.clear()
-            generator = torch.Generator(lm.bos.device).manual_seed(repeat)
-            start = clock(device)
-            latents = sum(1 for _ in lm.generate(tokens, kind=KINDS.index(kind), max_frames=frames,
-                                                 generator=generator, **contestant.options))
+def time_generations(contestants, kind, seconds, repeats):
+    """{label: Contestant} -> {label: Speed} of generations of one row from nothing, of at most
+    `seconds`; contestants take turns, so that a noisy machine slows all of them.
+    """
+    spent = {label: [] for label in contestants}
+    for repeat in range(repeats + 1):
+        for label, contestant in contestants.items():
+            times = time_once(contestant, kind, seconds, repeat)
             if repeat:
-                totals.append((clock(device) - start) / latents)
-                samplers.append(sum(spent) / latents)
-    return Speed(statistics.median(totals), statistics.median(samplers), frame_rate)
+                spent[label].append(times)
+    return {label: Speed(*(statistics.median(column) for column in zip(*times)),
+                         contestants[label].vae.cfg.frame_rate)
+            for label, times in spent.items()}
+
+
+@torch.no_grad()
+def time_once(contestant, kind, seconds, seed):
+    """One generation -> seconds per latent: all of it, and in the sampler."""
+    lm = contestant.lm
+    device = lm.bos.device
+    tokens = torch.tensor([encode_text("", kind, contestant.cfg.data)], device=device)
+    frames = max(2, round(seconds * contestant.vae.cfg.frame_rate))
+    generator = torch.Generator(device).manual_seed(seed)
+
+    with timed_head(lm.head, device.type) as spent:
+        start = clock(device.type)
+        latents = sum(1 for _ in lm.generate(tokens, kind=KINDS.index(kind), max_frames=frames,
+                                             generator=generator, **contestant.options))
+        total = clock(device.type) - start
+    return total / latents, sum(spent) / latents
 
 
 class timed_head:

@@ -19,6 +19,8 @@ second of audio, without the decoder. FAD and MMD² are in the embedding of --em
 VGGish) and cannot be compared with the paper's numbers, only their order can. --answers takes the
 answers of a listening test (tools/listen.py), whose systems have the names of the rows' labels.
 """
+from dataclasses import replace
+
 import torch
 from tqdm import tqdm
 
@@ -33,7 +35,7 @@ from report import pyplot, save_picture
 from speech_metrics import AUDIO_RATE, SPEECH_RATE, Visqol, open_speaker
 from tools import listen, systems
 from tools.measure import (Listener, Yardstick, facts, mean_similarity, split_reference,
-                           time_generation, unit_vectors)
+                           time_generations, unit_vectors)
 from tools.paper_tables import TABLES
 from tools.systems import Contestant, System
 
@@ -150,11 +152,10 @@ def compare(name, a, with_words=False):
     listener = Listener(a.whisper, a.text_model) if with_words and a.whisper else None
 
     ours = {}
-    speeds = {}
     for label, contestant in tqdm(contestants.items(), desc=name, leave=False):
         ours[label] = judge(contestant, clips, yardstick, a.kind, a, listener)
-        if contestant.lm is not None:
-            speeds[label] = time_generation(contestant, a.kind, a.seconds, a.repeats)
+    models = {label: c for label, c in contestants.items() if c.lm is not None}
+    speeds = time_generations(models, a.kind, a.seconds, a.repeats)
 
     # speed-ups to the paper's baseline, where there is one
     baseline = next((row.label for row in table.rows if row.role == "rq" and row.label in speeds),
@@ -247,16 +248,19 @@ def table6(a):
         raise BadInput("table6: needs --calm, a run with a consistency stage")
     clips, yardstick = choose(opened, a.kind, a)
 
-    ours = {}
+    ours = {str(steps): {} for steps in a.steps}
+    timed = {}
     for steps in tqdm(a.steps, desc="table6", leave=False):
-        ours[str(steps)] = columns = {}
         for role, contestant in opened.items():
-            contestant.options["steps"] = steps
+            contestant = replace(contestant, options=contestant.options | {"steps": steps})
             found = judge(contestant, clips, yardstick, a.kind, a)
-            columns |= {f"{role}_{name}": figure for name, figure in found.items()}
-        speed = time_generation(opened["calm"], a.kind, a.seconds, a.repeats)
-        columns["seconds"] = speed.seconds_for(30)
-        columns["rtf"] = 1 / speed.seconds_for(1)
+            ours[str(steps)] |= {f"{role}_{name}": figure for name, figure in found.items()}
+            if role == "calm":
+                timed[str(steps)] = contestant
+
+    # seconds, of all numbers of steps in turn
+    for steps, speed in time_generations(timed, a.kind, a.seconds, a.repeats).items():
+        ours[steps] |= {"seconds": speed.seconds_for(30), "rtf": 1 / speed.seconds_for(1)}
     print(f"{len(clips)} generations of {a.kind} per cell ({a.task}); {len(yardstick.vectors)} "
           f"real clips, {a.embedding}; seconds are those of 30 s of audio, measured on "
           f"{a.seconds:g} s")

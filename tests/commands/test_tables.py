@@ -87,7 +87,7 @@ def test_the_sampler_has_the_time_of_the_head_alone(monkeypatch):
     cfg = load(f"{ROOT}/configs/quickstart.toml")
     vae = types.SimpleNamespace(cfg=types.SimpleNamespace(frame_rate=25))
     contestant = systems.Contestant(systems.System("a"), cfg, vae, lm, {"steps": 4})
-    speed = measure.time_generation(contestant, "music", 0.4, 3)
+    speed = measure.time_generations({"a": contestant}, "music", 0.4, 3)["a"]
     assert (speed.total, speed.sampler, speed.frame_rate) == (5.0, 2.0, 25)
     assert speed.seconds_for(30) == 5 * 25 * 30
     assert calls == [(10, 4)] * 4 and "sample" not in vars(lm.head)
