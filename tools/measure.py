@@ -50,10 +50,6 @@ class Yardstick:
         self.vectors = [embed_clip(self.model, load_clip(clip, vae_config, SECONDS), rate)
                         for clip in clips]
 
-    def embed(self, wav, rate):
-        """A waveform (ch, S) -> the mean vector of its windows (F,)."""
-        return embed_clip(self.model, wav, rate).mean(0)
-
     def distances(self, wavs, rate):
         """Waveforms (ch, S) -> {"fad": Figure, "mmd": Figure}."""
         vectors = [embed_clip(self.model, wav, rate) for wav in wavs]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cli import BadInput, check_writable
 from config import load, make_model, open_run
 from data import KINDS
-from embeddings import log_mel, resample
+from embeddings import embed_clip, log_mel, open_embedding, resample
 from evaluate import held_out_clips, write_json
 from intervals import Figure, bootstrap
 from reconstruction import evenly_spaced, load_clip, si_sdr
@@ -40,6 +40,8 @@ from tools.paper_tables import TABLES
 from tools.systems import Contestant, System
 
 PAPER_CONFIGS = "configs/paper"
+# how numbers of a column are printed, others with three digits
+FORMATS = {"overall": "x{:.1f}", "sampler": "x{:.1f}", "share": "{:.1%}"}
 
 
 # ---------------------------------------------------------------------------- rows to systems
@@ -359,8 +361,8 @@ def fig3(a):
 def open_voice(name):
     """A function of (wav, rate) to a vector: mel, or a speaker embedding (speech_metrics.py)."""
     if name == "mel":
-        yardstick = Yardstick("mel", [], None, 0)
-        return lambda wav, rate: yardstick.embed(wav, rate)
+        model = open_embedding(name)
+        return lambda wav, rate: embed_clip(model, wav, rate).mean(0)
     try:
         speaker = open_speaker(name)
     except ImportError as e:
@@ -410,11 +412,13 @@ def audiocalm(a):
 # ---------------------------------------------------------------------------- printing
 
 
-def text_of(value):
-    """A cell: a Figure with its interval, a number, a text, "-" for None."""
+def text_of(column, value):
+    """A cell: a Figure with its interval, a number as the paper prints it, a text, "-" for None."""
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return FORMATS.get(column, "{:.3g}").format(value)
+    return str(value)
 
 
 def value_of(value):
@@ -427,7 +431,7 @@ def print_rows(table, columns, ours):
     paper = {row.label: row.paper for row in table.rows}
     labels = list(dict.fromkeys([*paper, *ours]))
     width = max(map(len, labels)) + 2
-    cells = {(label, side): [text_of(row.get(label, {}).get(name)) for name in columns]
+    cells = {(label, side): [text_of(name, row.get(label, {}).get(name)) for name in columns]
              for label in labels for side, row in (("paper", paper), ("ours", ours))}
     widths = [2 + max(len(heading), *(len(row[i]) for row in cells.values()))
               for i, heading in enumerate(columns.values())]

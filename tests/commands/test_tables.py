@@ -154,6 +154,7 @@ def test_a_table_has_two_lines_per_row_and_rows_that_only_we_have(capsys):
     tables.print_rows(table, table.columns, {"base": {"fad": Figure(1.5, 1.0, 2.0, 9), "n": 3},
                                              "mine": {"fad": None, "n": 0.25}})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert tables.text_of("overall", 1.26) == "x1.3" and tables.text_of("share", 0.066) == "6.6%"
     assert lines == [["A", "table"], ["FAD", "n"], ["base", "paper", "0.93", "-"],
                      ["ours", "1.500", "[1.000,", "2.000]", "3"], ["other", "paper", "-", "-"],
                      ["mine", "ours", "-", "0.25"]]
