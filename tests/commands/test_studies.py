@@ -92,8 +92,7 @@ def test_the_steps_of_table_6_have_a_row_each_beside_the_papers(trained, monkeyp
 def test_figure_3_has_a_similarity_per_temperature_and_that_of_recordings(trained, monkeypatch):
     monkeypatch.setattr(sys, "argv", [
         "studies", "fig3", "--calm", f"{trained}/run", "--samples", "8", "--seconds", "0.2",
-        "--temperatures", "0,1", "--kind", "music", "--manifest", f"{trained}/run/toy/train.jsonl",
-        "--json", f"{trained}/fig3.json"])
+        "--temperatures", "0,1", "--kind", "music", "--json", f"{trained}/fig3.json"])
     studies.main()
     with open(f"{trained}/fig3.json") as f:
         found = json.load(f)["fig3"]
