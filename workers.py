@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -81,11 +82,25 @@ def choose_device(name):
     return name
 
 
-def choose_dtype(name, device):
-    """--dtype: auto = bf16 on NVIDIA GPUs from Ampere on, else fp32 -> whether it is bf16."""
-    if name == "auto":
-        return device.startswith("cuda") and torch.cuda.get_device_capability()[0] >= 8
-    return name == "bf16"
+@dataclass(frozen=True)
+class Place:
+    """Where the models that are judged run, and whether in bf16. Figures and the models that judge
+    stay in fp32.
+    """
+    device: str = "cpu"
+    bf16: bool = False
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
+
+
+def choose_place(device, dtype):
+    """--device and --dtype -> Place. auto = bf16 on NVIDIA GPUs from Ampere on, else fp32."""
+    device = choose_device(device)
+    if dtype == "auto":
+        return Place(device, device.startswith("cuda")
+                     and torch.cuda.get_device_capability()[0] >= 8)
+    return Place(device, dtype == "bf16")
 
 
 @contextmanager

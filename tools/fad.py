@@ -1,5 +1,5 @@
-"""Does a distance order audio as an ear would? Real clips, and the same clips damaged, against other
-real clips of the same sources.
+"""Does a distance order audio as an ear would? Real clips, and the same clips damaged, against
+other real clips of the same sources.
 
     python -m tools.fad valid.jsonl --reference train.jsonl [--embedding mel,birdnet] [--dims 64]
                         [--run out/quickstart] [--kind speech] [--picture fad.png] [--json f.json]
