@@ -64,7 +64,7 @@ from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
 from intervals import Figure, Figures
-from judges import METRICS, Judges, read_sources, refuse_without_speech
+from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_speech
 from reconstruction import (clip_name, count_right_facts, evenly_spaced, judge_vae, load_clip,
                             with_interval)
 from report import draw_spectrograms
@@ -341,12 +341,15 @@ def open_judges(a, cfg, device="cpu"):
     """The Judges that the command line asks for; None without --metrics. cfg: Config."""
     if not a.metrics:
         return None
-    held_out = a.manifest or cfg.data.valid or cfg.data.manifest
-    sources = read_sources(held_out) | read_sources(a.reference)
+    reference = load_manifest(a.reference) if a.reference else None
+    sources = {}
+    if set(a.metrics) & set(DISTANCES):
+        sources = read_sources(a.manifest or cfg.data.valid or cfg.data.manifest)
+        sources |= read_sources(a.reference)
     return Judges(a.metrics, a.whisper, language=a.language, sim=a.sim, embedding=a.embedding,
                   fad_dims=a.fad_dims, text_model=a.text_model, tags=a.tags, clap=a.clap,
-                  utmos=a.utmos, reference=load_manifest(a.reference) if a.reference else None,
-                  sources=sources, device=device, seed=a.seed)
+                  utmos=a.utmos, reference=reference, sources=sources, device=device,
+                  seed=a.seed)
 
 
 def prepare(a):

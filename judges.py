@@ -64,13 +64,15 @@ def refuse_without_speech(metrics, clips):
 
 
 def read_sources(manifest):
-    """{path of the audio: its "source"} of the lines of a manifest that have one."""
+    """{path of the audio, as in its Clip: its "source"} of the lines of a manifest that have one.
+    """
     if not manifest or os.path.isdir(manifest):
         return {}
     folder = os.path.dirname(os.path.abspath(manifest))
     with open(manifest, encoding="utf8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
-    return {os.path.join(folder, row["audio"]): row["source"] for row in rows if "source" in row}
+    return {os.path.normpath(os.path.join(folder, row["audio"])): row["source"]
+            for row in rows if "source" in row}
 
 
 def match_sources(judged, reference, sources, most=1000, seed=0):

@@ -103,6 +103,7 @@ def draw(path, figures):
                 error_kw={"lw": 1})
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
+        ax.locator_params(axis="x", nbins=5)
     axes[0, 0].invert_yaxis()
     save_picture(fig, path)
 
