@@ -64,7 +64,7 @@ from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
 from intervals import Figure, Figures
-from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_speech
+from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_material
 from reconstruction import (clip_name, count_right_facts, evenly_spaced, judge_vae, load_clip,
                             with_interval)
 from report import draw_spectrograms
@@ -514,7 +514,7 @@ def judge_run(a, place):
     if a.what == "lm" and not stages:
         raise BadInput(f"{a.run}: has no language model to generate with")
     clips = held_out_clips(a.run, a.manifest, cfg)
-    refuse_without_speech(a.metrics, clips)
+    refuse_without_material(a.metrics, clips)
     judges = open_judges(a, cfg, place.device)
     figures = {"run": a.run, "clips": len(clips)}
     rows = []
@@ -554,7 +554,8 @@ def judge_run(a, place):
     if a.json:
         write_json(a.json, figures)
     if judges and judges.refused:                    # the other figures are there
-        raise BadInput("; ".join(judges.refused))
+        more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
+        raise BadInput(judges.refused[0] + more)
 
 
 def vae_figures(a, cfg, vae, clips, judges, place):

@@ -52,12 +52,16 @@ def spoken(clip):
     return clip.transcript or clip.text
 
 
-def refuse_without_speech(metrics, clips):
-    """BadInput where a metric of speech is asked for and no clip is speech."""
+def refuse_without_material(metrics, clips):
+    """BadInput where no clip is speech, or has a text, and a metric needs that."""
     asked = [metric for metric in metrics if metric in SPEECH]
     if asked and not any(clip.kind == "speech" for clip in clips):
         raise BadInput(f"--metrics {','.join(asked)}: no held-out clip is speech; give a "
                        "--manifest that has some, or other metrics")
+    for metric in ("wer", "clap"):
+        if metric in metrics and not any(clip.text or clip.transcript for clip in clips):
+            raise BadInput(f"--metrics {metric}: no held-out clip has a text; give a --manifest "
+                           "with texts, or other metrics")
 
 
 # ---------------------------------------------------------------------------- real clips
@@ -147,6 +151,7 @@ class Judges:
         self.windows = defaultdict(dict)             # (name, kind) -> {(path, repeat): (n, F)}
         self.items = []                              # of abx
         self.unaligned = 0                           # clips that gave it none
+        self.unheard = Counter()                     # metric -> clips that it refused
         self.rate = None
 
     def load(self, metric):
@@ -203,7 +208,7 @@ class Judges:
         try:
             return make()
         except ImportError as e:
-            package = e.name.partition(".")[0]
+            package = (e.name or str(e)).partition(".")[0]
             install = package if package == "speechbrain" else f"-e .[{extra}]"
             raise BadInput(f"{option}: {package} is not installed: pip install {install}") from None
         except (RuntimeError, OSError, ValueError, KeyError) as e:
@@ -224,8 +229,11 @@ class Judges:
             model = self.models[name]
             score = model.score(resample(original, rate, model.rate),
                                 resample(reconstruction, rate, model.rate))
-            if score is not None:
-                self.figures.add(name.split()[0], clip.kind, clip.audio, score, 1)
+            figure = name.split()[0]
+            if score is None:
+                self.unheard[figure] += 1
+            else:
+                self.figures.add(figure, clip.kind, clip.audio, score, 1)
 
         self.judge("original", original, rate, clip)
         self.judge("reconstruction", reconstruction, rate, clip, original=original)
@@ -300,6 +308,10 @@ class Judges:
         if "abx" in self.metrics:
             self.add_abx(merged)
         found = merged.read()
+        for metric, clips in sum(gather(self.unheard), Counter()).items():
+            if metric not in found:
+                self.refused.append(f"--metrics {metric}: heard nothing in any of {clips} clips; "
+                                    "give a --manifest with longer or louder ones")
 
         # distances come last
         for name, kind in sorted(set().union(*gather(set(self.windows)))):
