@@ -16,7 +16,7 @@ fad_inf: that bias removed (Chong & Forsyth 2020; Gui et al. 2024): the distance
   The bias of a small reference stays.
 mmd: squared maximum mean discrepancy, unbiased (Gretton et al. 2012, eq. 3), with a Gaussian kernel
   as wide as the median distance within the reference; as audio distance KAD (Chung et al. 2025). It
-  is near 0 for equal distributions at any n, also slightly negative, so prefer it below 500 windows.
+  is near 0 for equal distributions at any n, also slightly below: prefer it under 500 windows.
 kld: Σ p log(p / q) over the tags of a classifier, p of the real clip, q of the judged one (Kreuk et
   al. 2023, AudioGen); a mean over pairs of clips with the same text.
 
@@ -144,7 +144,7 @@ def fad_inf(judged, reference, dims=0, seed=0):
     refuse_too_few("fad_inf", {"judged": len(x)}, 3 * need, f"for subsets of at least {need}",
                    "give more clips, or fewer dimensions (--fad-dims)")
 
-    # sizes in clips, evenly spaced in 1/n, from half of the clips, or a quarter where that is enough
+    # sizes in clips, evenly spaced in 1/n, from a half of the clips, or a quarter if that is enough
     n = len(judged)
     share = 4 if len(x) >= 6 * need else 2
     sizes = sorted({max(2, round(1 / s)) for s in np.linspace(share / n, 1 / n, SIZES)})

@@ -2,12 +2,16 @@
 match their text.
 
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
-                       [--json figures.json] [--metrics pesq,stoi,visqol,dnsmos,wer,sim]
+                       [--metrics wer,sim,fad,...] [--reference real.jsonl] [--json figures.json]
+                       [--device auto] [--jobs 4]
+    torchrun --nproc_per_node=8 evaluate.py --run ...
 
     held-out clips ─► VAE ──► reconstructions ─┬─► log-mel, STFT, SI-SDR; information rate
                                                ├─► facts right (the toy corpus has an oracle)
-                                               ├─► --metrics (speech)
+                                               ├─► --metrics
     held-out texts ─► CALM ─► generations ─────┴─► length right
+
+Beside every figure stands its 95 % interval, a bootstrap over clips (intervals.py).
 
 Figures of the VAE
   log-mel distance: mean |log10 mel(x) - log10 mel(x̂)|, 80 bands, n_fft 1024, divided by the same
@@ -27,8 +31,16 @@ its speaker where the run was trained with voice prompts
   length right: share of generations that end within two latent frames of the held-out clip's end
     (two clips of one text differ too).
 
---metrics: published metrics of the speech clips; they need the eval extra (judges.py)
+--metrics: published metrics (judges.py); most need the extra eval or hf
+  speech: wer (--whisper, --language), sim (--sim), dnsmos, distillmos, utmos (--utmos), vert, ppx
+    (--text-model); of reconstructions pesq, stoi; of latents abx
+  every kind: fad, fad_inf, mmd (--embedding, --fad-dims, --reference), clap (--clap); kld (--tags)
+    against the held-out clip; of reconstructions visqol
+  Without --reference reconstructions are compared with their originals, generations with held-out
+  clips. What a metric refuses is the last line; the other figures are printed and written.
 
+Processes (--jobs, torchrun) share the clips and find the same figures as one; on CUDA the models
+run in bf16 (--dtype).
 Sweeps of a sampling setting, continuations of audio and the diversity of samples: tools/studies.py.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
@@ -52,12 +64,12 @@ from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
 from intervals import Figure, Figures
-from judges import METRICS, Judges, read_sources, refuse_without_speech
+from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_material
 from reconstruction import (clip_name, count_right_facts, evenly_spaced, judge_vae, load_clip,
                             with_interval)
 from report import draw_spectrograms
 from sample import encode_voice, render, sampling_options, what_was_seen
-from workers import choose_device, choose_dtype, gather, gather_dict, mine, rank, shared
+from workers import Place, choose_place, gather, gather_dict, mine, rank, shared
 
 BATCH = 32                          # texts generated at once
 LENGTH_TOLERANCE = 2                # latent frames
@@ -126,24 +138,26 @@ def batch_texts(texts, voices, kind, lm, cfg):
             for i in range(0, len(group), BATCH)]
 
 
-def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options, device="cpu"):
+def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options, place=Place()):
     """Generate one batch of texts -> list of waveforms (ch, S)."""
     # monologues differ in length: padding at the end adds no words
     ids = [encode_text(text, kind, cfg.data) for text in texts]
     longest = max(map(len, ids))
     pad = pad_id(cfg.data)
     tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], dtype=torch.long,
-                          device=device)
+                          device=place.device)
 
     prompt = None
     if voices[texts[0]] is not None:
         prompt = torch.cat([voices[text][0] for text in texts])                 # (B, P, D)
-    wavs = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                  prompt=prompt, generator=torch.Generator(device).manual_seed(seed), **options)
+    generator = torch.Generator(place.device).manual_seed(seed)
+    with place.autocast():
+        wavs = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                      prompt=prompt, generator=generator, **options)
     return [wav.float().cpu() for wav in wavs]
 
 
-def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, device="cpu"):
+def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, place=Place()):
     """Generate every text `repeats` times, this process its share; yields (text, repeat, waveform
     (ch, S)).
     """
@@ -152,7 +166,7 @@ def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, device="
                for repeat in range(repeats)]
     for repeat, i, batch in tqdm(mine(batches), desc=f"generate {kind}", leave=False,
                                  disable=rank() > 0):
-        wavs = generate_batch(lm, vae, cfg, kind, batch, voices, 1000 * repeat + i, options, device)
+        wavs = generate_batch(lm, vae, cfg, kind, batch, voices, 1000 * repeat + i, options, place)
         for text, wav in zip(batch, wavs):
             yield text, repeat, wav
 
@@ -165,7 +179,7 @@ def save_generation(folder, wav, clip, rate):
             "audio": f"{name}.wav", "speaker": clip.speaker}
 
 
-def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=None, device="cpu",
+def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=None, place=Place(),
              seed=0):
     """Generate at most `limit` held-out texts of each kind, `repeats` times each -> {"facts":
     {kind: share of facts right}, "chance": {kind: the same by guessing}, "length": {kind: share
@@ -184,7 +198,7 @@ def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=Non
 
         # judge wav by wav
         generated = generate_texts(lm, vae, cfg, kind, list(targets), voices, repeats, options,
-                                   device)
+                                   place)
         for text, repeat, wav in generated:
             clip = targets[text]
             add_generation(own, wav, clip, cfg.vae, repeat)
@@ -226,7 +240,7 @@ def split_figures(figures, names):
 
 
 @torch.no_grad()
-def draw_overview(path, vae, models, cfg, clips, device="cpu"):
+def draw_overview(path, vae, models, cfg, clips, place=Place()):
     """Spectrograms of one text per kind: the held-out clip, its reconstruction, and the generation
     of each model. models: {name: (model, its options)}.
     """
@@ -238,12 +252,12 @@ def draw_overview(path, vae, models, cfg, clips, device="cpu"):
 
     # one row of pictures after the other
     pictures = [(f"{clip.kind}: {clip.text}", wav) for clip, wav in zip(examples, wavs)]
-    pictures += [("reconstruction", vae.decode(vae.encode(wav[None].to(device))[0])[0])
+    pictures += [("reconstruction", vae.decode(vae.encode(wav[None].to(place.device))[0])[0])
                  for wav in wavs]
     for name, (lm, options) in models.items():
         for clip in examples:
             voices = {clip.text: voice_prompt(clip, clips, lm, vae, cfg)}
-            wav, = generate_batch(lm, vae, cfg, clip.kind, [clip.text], voices, 0, options, device)
+            wav, = generate_batch(lm, vae, cfg, clip.kind, [clip.text], voices, 0, options, place)
             pictures.append((f"generated from the text, {name}", wav))
     draw_spectrograms(path, pictures, cfg.vae.sample_rate, columns=len(examples))
 
@@ -327,12 +341,15 @@ def open_judges(a, cfg, device="cpu"):
     """The Judges that the command line asks for; None without --metrics. cfg: Config."""
     if not a.metrics:
         return None
-    held_out = a.manifest or cfg.data.valid or cfg.data.manifest
-    sources = read_sources(held_out) | read_sources(a.reference)
+    reference = load_manifest(a.reference) if a.reference else None
+    sources = {}
+    if set(a.metrics) & set(DISTANCES):
+        sources = read_sources(a.manifest or cfg.data.valid or cfg.data.manifest)
+        sources |= read_sources(a.reference)
     return Judges(a.metrics, a.whisper, language=a.language, sim=a.sim, embedding=a.embedding,
                   fad_dims=a.fad_dims, text_model=a.text_model, tags=a.tags, clap=a.clap,
-                  utmos=a.utmos, reference=load_manifest(a.reference) if a.reference else None,
-                  sources=sources, device=device, seed=a.seed)
+                  utmos=a.utmos, reference=reference, sources=sources, device=device,
+                  seed=a.seed)
 
 
 def prepare(a):
@@ -489,24 +506,22 @@ def parse():
     return p.parse_args()
 
 
-def judge_run(a, bf16):
+def judge_run(a, place):
     """All figures of a run, printed and written by process 0."""
     # the run, and clips that it was not trained on
-    cfg, vae, _, _ = open_run(a.run, device=a.device)
+    cfg, vae, _, _ = open_run(a.run, device=place.device)
     stages = [] if a.what == "vae" else find_stages(a.run, a.stage)
     if a.what == "lm" and not stages:
         raise BadInput(f"{a.run}: has no language model to generate with")
     clips = held_out_clips(a.run, a.manifest, cfg)
-    refuse_without_speech(a.metrics, clips)
-    judges = open_judges(a, cfg, a.device)
+    refuse_without_material(a.metrics, clips)
+    judges = open_judges(a, cfg, place.device)
     figures = {"run": a.run, "clips": len(clips)}
     rows = []
 
     # the VAE
-    precision = torch.autocast(a.device.split(":")[0], torch.bfloat16, enabled=bf16)
     if a.what != "lm":
-        with precision:
-            found, published = vae_figures(a, cfg, vae, clips, judges)
+        found, published = vae_figures(a, cfg, vae, clips, judges, place)
         figures["vae"] = found
         figures |= published_json(published, judges)
         rows += vae_rows(found, published, "nats" if vae.quantizer is None else "bits")
@@ -515,13 +530,12 @@ def judge_run(a, bf16):
     models = {}
     clips = of_trained_kinds(clips, a.run, stages, cfg) if stages else clips
     for stage in stages:
-        lm = open_stage(a.run, stage, a.device)
+        lm = open_stage(a.run, stage, place.device)
         options = chosen_sampling(a, cfg, lm)
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
-        with precision:
-            found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, folder, judges,
-                             a.device, a.seed)
-            published = judges.pop() if judges else {}
+        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, folder, judges, place,
+                         a.seed)
+        published = judges.pop() if judges else {}
 
         # what is written, what is printed
         figures[stage] = {"objective": lm.cfg.head.objective, **options, **found}
@@ -536,16 +550,17 @@ def judge_run(a, bf16):
         return
     print_table(rows)
     if a.wavs:
-        draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips, a.device)
+        draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips, place)
     if a.json:
         write_json(a.json, figures)
     if judges and judges.refused:                    # the other figures are there
-        raise BadInput("; ".join(judges.refused))
+        more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
+        raise BadInput(judges.refused[0] + more)
 
 
-def vae_figures(a, cfg, vae, clips, judges):
+def vae_figures(a, cfg, vae, clips, judges, place):
     """judge_vae's figures and the published ones; BadInput: too few clips, nothing else asked."""
-    found = judge_vae(vae, clips, a.limit, a.wavs, judges, cfg.gan.loss_floor, a.device, a.seed)
+    found = judge_vae(vae, clips, a.limit, a.wavs, judges, cfg.gan.loss_floor, place, a.seed)
     if not found and a.what == "vae":
         raise BadInput(f"{len(clips)} held-out clips: the log-mel distance needs two clips of "
                        "a kind, of 1024 samples; give --manifest with more")
@@ -567,12 +582,11 @@ def merge_intervals(figures, published):
 def main():
     a = parse()
     prepare(a)
-    a.device = choose_device(a.device)
-    bf16 = choose_dtype(a.dtype, a.device)
+    place = choose_place(a.device, a.dtype)
     if a.jobs > 1 and not a.threads:
         torch.set_num_threads(max(1, os.cpu_count() // a.jobs))
     with shared(a.jobs):
-        judge_run(a, bf16)
+        judge_run(a, place)
 
 
 if __name__ == "__main__":

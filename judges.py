@@ -39,6 +39,10 @@ METRICS = ("pesq", "stoi", "visqol", "dnsmos", "distillmos", "utmos", "wer", "si
            "ppx", *DISTANCES, "kld", "clap")
 # metrics that need a model to be named, and the option that names it
 NEED = {"utmos": "utmos", "ppx": "text-model", "kld": "tags", "clap": "clap"}
+# the models of a metric, where they have other names
+MODELS = {"visqol": ("visqol speech", "visqol audio"), "wer": ("words", "whisper"),
+          "vert": ("words", "whisper"), "ppx": ("whisper", "ppx"), "abx": (),
+          **{metric: ("embedding",) for metric in DISTANCES}}
 # seconds of a real clip that are compared, as of those that are reconstructed
 SECONDS = 20.0
 
@@ -48,25 +52,31 @@ def spoken(clip):
     return clip.transcript or clip.text
 
 
-def refuse_without_speech(metrics, clips):
-    """BadInput where a metric of speech is asked for and no clip is speech."""
+def refuse_without_material(metrics, clips):
+    """BadInput where no clip is speech, or has a text, and a metric needs that."""
     asked = [metric for metric in metrics if metric in SPEECH]
     if asked and not any(clip.kind == "speech" for clip in clips):
-        raise BadInput(f"--metrics {','.join(asked)}: no held-out clip is speech; give a --manifest "
-                       "that has some, or other metrics")
+        raise BadInput(f"--metrics {','.join(asked)}: no held-out clip is speech; give a "
+                       "--manifest that has some, or other metrics")
+    for metric in ("wer", "clap"):
+        if metric in metrics and not any(clip.text or clip.transcript for clip in clips):
+            raise BadInput(f"--metrics {metric}: no held-out clip has a text; give a --manifest "
+                           "with texts, or other metrics")
 
 
 # ---------------------------------------------------------------------------- real clips
 
 
 def read_sources(manifest):
-    """{path of the audio: its "source"} of the lines of a manifest that have one."""
+    """{path of the audio, as in its Clip: its "source"} of the lines of a manifest that have one.
+    """
     if not manifest or os.path.isdir(manifest):
         return {}
     folder = os.path.dirname(os.path.abspath(manifest))
     with open(manifest, encoding="utf8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
-    return {os.path.join(folder, row["audio"]): row["source"] for row in rows if "source" in row}
+    return {os.path.normpath(os.path.join(folder, row["audio"])): row["source"]
+            for row in rows if "source" in row}
 
 
 def match_sources(judged, reference, sources, most=1000, seed=0):
@@ -107,25 +117,30 @@ class Judges:
     def __init__(self, metrics, whisper="base", *, language="en", sim="resemblyzer",
                  embedding="mel", fad_dims=0, text_model="", tags="", clap="", utmos="",
                  reference=None, sources=None, device="cpu", seed=0, models=True):
-        """metrics: some of METRICS. models: load what they need. whisper: name or folder of a faster-whisper model. sim,
-        embedding, text_model, tags, clap, utmos: names of models. reference: Clips that the
-        distances compare with; None = the originals of the clips that are judged. sources: {audio
-        path: source} of all clips.
+        """metrics: some of METRICS; models: load what they need. whisper: name or folder of a
+        faster-whisper model. sim, embedding, text_model, tags, clap, utmos: names of models.
+        reference: Clips that the distances compare with; None = the originals of the clips that
+        are judged, else held-out clips. sources: {audio path: source} of all clips.
         """
         self.metrics = metrics
-        self.models = {}
         self.device = device
         self.seed = seed
+
+        # models and their names
+        self.models = {}
+        self.names = {"utmos": utmos, "ppx": text_model, "kld": tags, "clap": clap, "sim": sim,
+                      "whisper": whisper}
         self.embedding = embedding
         self.fad_dims = fad_dims
         self.language = language
-        self.names = {"utmos": utmos, "ppx": text_model, "kld": tags, "clap": clap, "sim": sim,
-                      "whisper": whisper}
+
+        # real clips
         self.reference = reference
         self.held_out = None                         # real clips, where nothing else is compared
         self.sources = sources or {}
-        self.refused = []                            # lines about what a metric could not do
         self.real = {}                               # (audio path, rate) -> windows of a real clip
+
+        self.refused = []                            # lines about what a metric could not do
         self.clear()
         for metric in metrics if models else ():
             self.load(metric)
@@ -136,6 +151,7 @@ class Judges:
         self.windows = defaultdict(dict)             # (name, kind) -> {(path, repeat): (n, F)}
         self.items = []                              # of abx
         self.unaligned = 0                           # clips that gave it none
+        self.unheard = Counter()                     # metric -> clips that it refused
         self.rate = None
 
     def load(self, metric):
@@ -143,33 +159,38 @@ class Judges:
         option = NEED.get(metric)
         if option and not self.names[metric]:
             raise BadInput(f"--metrics {metric}: needs a model; name one with --{option}")
-        makers = {
-            "pesq": {"pesq": Pesq},
-            "stoi": {"stoi": Stoi},
-            "visqol": {"visqol speech": lambda: Visqol("speech"),
-                       "visqol audio": lambda: Visqol("audio")},
-            "dnsmos": {"dnsmos": Dnsmos},
-            "distillmos": {"distillmos": lambda: DistillMos(self.device)},
-            "utmos": {"utmos": lambda: Utmos(self.names["utmos"], self.device)},
-            "sim": {"sim": lambda: open_speaker(self.names["sim"], self.device)},
-            "wer": {"words": lambda: Words(self.language), "whisper": self.open_whisper},
-            "vert": {"words": lambda: Words(self.language), "whisper": self.open_whisper},
-            "ppx": {"whisper": self.open_whisper,
-                    "ppx": lambda: TextModel(self.names["ppx"], self.device)},
-            "clap": {"clap": lambda: Clap(self.names["clap"], self.device)},
-            "kld": {"kld": lambda: Tagger(self.names["kld"], self.device)},
-            "abx": {},
-        } | {name: {"embedding": lambda: open_embedding(self.embedding, self.device)}
-             for name in DISTANCES}
-        for name, make in makers[metric].items():
+        makers = self.makers()
+        for name in MODELS.get(metric, (metric,)):
             if name not in self.models:
-                self.models[name] = self.open(metric, name, make)
+                self.models[name] = self.open(metric, name, makers[name])
 
-    def open_whisper(self):
-        return Recogniser(self.names["whisper"], self.language, self.device)
+    def makers(self):
+        """{model: the function that makes it}."""
+        names = self.names
+        device = self.device
+
+        # of one or two clips
+        clips = {"pesq": Pesq, "stoi": Stoi, "dnsmos": Dnsmos,
+                 "visqol speech": lambda: Visqol("speech"),
+                 "visqol audio": lambda: Visqol("audio"),
+                 "distillmos": lambda: DistillMos(device),
+                 "utmos": lambda: Utmos(names["utmos"], device)}
+
+        # of what was said, and of who said it
+        speech = {"whisper": lambda: Recogniser(names["whisper"], self.language, device),
+                  "words": lambda: Words(self.language),
+                  "ppx": lambda: TextModel(names["ppx"], device),
+                  "sim": lambda: open_speaker(names["sim"], device)}
+
+        # of any audio
+        audio = {"embedding": lambda: open_embedding(self.embedding, device),
+                 "clap": lambda: Clap(names["clap"], device),
+                 "kld": lambda: Tagger(names["kld"], device)}
+        return clips | speech | audio
 
     def open(self, metric, name, make):
         """make(), or one line about what kept it from being made."""
+        # which option is to blame, and which extra has the package
         option = f"--metrics {metric}"
         extra = "mos" if name == "distillmos" else "eval"
         if name == "whisper":
@@ -183,10 +204,11 @@ class Judges:
         elif name == "sim":
             option = f"--sim {self.names[name]}"
             extra = "eval" if self.names[name] == "resemblyzer" else "hf"
+
         try:
             return make()
         except ImportError as e:
-            package = e.name.partition(".")[0]
+            package = (e.name or str(e)).partition(".")[0]
             install = package if package == "speechbrain" else f"-e .[{extra}]"
             raise BadInput(f"{option}: {package} is not installed: pip install {install}") from None
         except (RuntimeError, OSError, ValueError, KeyError) as e:
@@ -207,8 +229,11 @@ class Judges:
             model = self.models[name]
             score = model.score(resample(original, rate, model.rate),
                                 resample(reconstruction, rate, model.rate))
-            if score is not None:
-                self.figures.add(name.split()[0], clip.kind, clip.audio, score, 1)
+            figure = name.split()[0]
+            if score is None:
+                self.unheard[figure] += 1
+            else:
+                self.figures.add(figure, clip.kind, clip.audio, score, 1)
 
         self.judge("original", original, rate, clip)
         self.judge("reconstruction", reconstruction, rate, clip, original=original)
@@ -283,6 +308,10 @@ class Judges:
         if "abx" in self.metrics:
             self.add_abx(merged)
         found = merged.read()
+        for metric, clips in sum(gather(self.unheard), Counter()).items():
+            if metric not in found:
+                self.refused.append(f"--metrics {metric}: heard nothing in any of {clips} clips; "
+                                    "give a --manifest with longer or louder ones")
 
         # distances come last
         for name, kind in sorted(set().union(*gather(set(self.windows)))):
@@ -331,16 +360,18 @@ class Judges:
                            repeat=repeat, formula=geometric_mean)
 
     def add_abx(self, merged):
-        """The errors within and across speakers, where latents were added."""
+        """The errors within and across speakers, whichever there are, of the latents added."""
         items = sum(gather(self.items), [])
-        for name, across in (("within", False), ("across", True)):
-            errors = abx_errors(items, across, self.seed)
+        within = abx_errors(items, False, self.seed)
+        across = abx_errors(items, True, self.seed)
+        for name, errors in (("within", within), ("across", across)):
             for clip, columns in errors.items():
                 merged.add(f"abx {name}", "speech", clip, *columns)
-            if items and not errors:
-                who = "two speakers" if across else "one speaker twice"
-                self.refused.append(f"--metrics abx: no two words are said by {who}; give a "
-                                    "--manifest with more speech of them")
+
+        # generations have no latents here, and no items
+        if items and not within and not across:
+            self.refused.append("--metrics abx: no word is said twice beside another word; give a "
+                                "--manifest with more speech")
         if self.unaligned and not items:
             self.refused.append("--metrics abx: no held-out clip has `words` with times; add them "
                                 "with python -m corpora.align")

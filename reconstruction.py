@@ -5,7 +5,7 @@ defines them.
         │                         └─► information rate, ABX            │
         └──────────────► log-mel, STFT, SI-SDR, facts, judges ◄────────┘
 
-Precision: the caller's autocast; figures in float32, SI-SDR in float64.
+Precision: the models in fp32 or bf16 (workers.Place); figures in fp32, SI-SDR in fp64.
 """
 import math
 import os
@@ -21,7 +21,7 @@ from embeddings import log_mel
 from gan import spectral_losses
 from intervals import Figure, Figures, ratio_of_means
 from vae import kl_loss
-from workers import gather, my_block, rank
+from workers import Place, gather, my_block, rank
 
 
 # ---------------------------------------------------------------------------- one clip
@@ -75,7 +75,7 @@ def evenly_spaced(items, limit):
 # ---------------------------------------------------------------------------- all clips
 
 
-def judge_vae(vae, clips, limit, folder="", judges=None, floor=1e-5, device="cpu", seed=0):
+def judge_vae(vae, clips, limit, folder="", judges=None, floor=1e-5, place=Place(), seed=0):
     """Reconstruct the first `limit` clips of each kind -> {kind: {"clips", "log_mel", "stft",
     "si_sdr", "rate", "original", "reconstruction", "intervals": {name: [low, high]}}}; the last two
     figures are shares of facts right.
@@ -88,7 +88,7 @@ def judge_vae(vae, clips, limit, folder="", judges=None, floor=1e-5, device="cpu
     for kind in KINDS:
         chosen = [clip for clip in clips if clip.kind == kind][:limit]
         own = Figures(seed)
-        judge_reconstructions(vae, kind, chosen, own, folder, judges, floor, device)
+        judge_reconstructions(vae, kind, chosen, own, folder, judges, floor, place)
         figures = Figures(seed)
         figures.merge(gather(own))
         figures = {name: by_kind[kind] for name, by_kind in figures.read().items()}
@@ -112,7 +112,7 @@ def with_interval(figures, name, clips):
 
 
 @torch.no_grad()
-def judge_reconstructions(vae, kind, clips, figures, folder, judges, floor, device):
+def judge_reconstructions(vae, kind, clips, figures, folder, judges, floor, place):
     """Add the clips of one kind to Figures, those of this process."""
     rate = vae.cfg.sample_rate
     block = my_block(len(clips))
@@ -122,8 +122,9 @@ def judge_reconstructions(vae, kind, clips, figures, folder, judges, floor, devi
                      disable=rank() > 0):
         # original and reconstruction
         wav = load_clip(clip, vae.cfg, seconds=20.0)
-        mean, logvar = vae.encode(wav[None].to(device))
-        rec = vae.decode(mean)[0, :, :wav.shape[-1]].float().cpu()              # (ch, S)
+        with place.autocast():
+            mean, logvar = vae.encode(wav[None].to(place.device))
+            rec = vae.decode(mean)[0, :, :wav.shape[-1]].float().cpu()          # (ch, S)
         refuse_poison(rec, rate, f"reconstruction of {clip.audio}")
         if folder:
             save_audio(f"{folder}/reconstruction/{clip_name(clip)}.wav", rec.numpy(), rate)

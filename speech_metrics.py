@@ -1,8 +1,8 @@
 """Published metrics of single clips of audio, none of them ours: one class each, at its own rate.
 
-    original, reconstruction ─► pesq, stoi, visqol        score(x, y) -> a number, or None: no speech
-    any wav ──────────────────► dnsmos, distillmos, utmos score(x)    -> a number
-    generation, voice clip ───► sim                       embed(x)    -> a unit vector
+    original, reconstruction ─► pesq, stoi, visqol          score(x, y) -> number or None
+    any wav ──────────────────► dnsmos, distillmos, utmos   score(x)    -> a number
+    generation, voice clip ───► sim                         embed(x)    -> a unit vector
 
 pesq: ITU-T P.862.2, wide band, 1 .. 4.64 (package pesq); None where it finds no speech.
 stoi: short-time objective intelligibility, 0 .. 1 (Taal et al. 2011; pystoi).
@@ -115,7 +115,7 @@ class DistillMos:
 
 
 class Utmos:
-    """folder: a checkout of SpeechMOS; its hubconf.py is run, and finds or downloads the weights."""
+    """folder: a checkout of SpeechMOS; its hubconf.py is run, and gets the weights."""
     rate = SPEECH_RATE
 
     def __init__(self, folder, device="cpu"):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -81,11 +82,25 @@ def choose_device(name):
     return name
 
 
-def choose_dtype(name, device):
-    """--dtype: auto = bf16 on NVIDIA GPUs from Ampere on, else fp32 -> whether it is bf16."""
-    if name == "auto":
-        return device.startswith("cuda") and torch.cuda.get_device_capability()[0] >= 8
-    return name == "bf16"
+@dataclass(frozen=True)
+class Place:
+    """Where the models that are judged run, and whether in bf16. Figures and the models that judge
+    stay in fp32.
+    """
+    device: str = "cpu"
+    bf16: bool = False
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
+
+
+def choose_place(device, dtype):
+    """--device and --dtype -> Place. auto = bf16 on NVIDIA GPUs from Ampere on, else fp32."""
+    device = choose_device(device)
+    if dtype == "auto":
+        return Place(device, device.startswith("cuda")
+                     and torch.cuda.get_device_capability()[0] >= 8)
+    return Place(device, dtype == "bf16")
 
 
 @contextmanager
@@ -95,7 +110,7 @@ def shared(jobs):
     """
     if "RANK" in os.environ:                         # of torchrun, or started below
         with member(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]),
-                    os.environ.get("CALM_MEETING", "env://")):
+                    os.environ.get("CALM_MEETING")):
             yield
     elif jobs == 1:
         yield
@@ -106,7 +121,7 @@ def shared(jobs):
 
 def with_children(jobs, folder):
     """Start the same command jobs - 1 times more, and be process 0 of all."""
-    meeting = f"file://{folder}/meeting"
+    meeting = f"{folder}/meeting"
     children = []
     for i in range(1, jobs):
         env = {**os.environ, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(jobs),
@@ -117,16 +132,25 @@ def with_children(jobs, folder):
         with member(0, jobs, meeting):
             yield
     except RuntimeError as e:
-        # a process that ended closed its connection
+        # a process that ends closes its connections; the first to end has another reason than that
+        if not lost_connection(f"{type(e).__name__}: {e}"):
+            raise
         for i, child in enumerate(children, 1):
-            if child.wait() and (last := last_line(f"{folder}/{i}")):
+            child.wait()
+            last = last_line(f"{folder}/{i}")
+            if last and not lost_connection(last):
                 raise Failure(f"process {i} of {jobs} ended: {last}") from e
-        raise
+        raise Failure(f"one of {jobs} processes ended without a word; use fewer --jobs") from e
     finally:
         for child in children:
             if sys.exc_info()[0] is not None:
                 child.terminate()
             child.wait()
+
+
+def lost_connection(message):
+    """Whether an error is about another process, in gloo or at the meeting."""
+    return "gloo" in message or "DistStoreError" in message
 
 
 def last_line(path):
@@ -138,8 +162,11 @@ def last_line(path):
 
 @contextmanager
 def member(number, processes, meeting):
-    """One process of several."""
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=processes,
+    """One process of several. meeting: the file where they find each other (five minutes), None:
+    torchrun's way.
+    """
+    store = dist.FileStore(meeting, processes) if meeting else None
+    dist.init_process_group("gloo", store=store, rank=number, world_size=processes,
                             timeout=PATIENCE)
     screen = sys.stdout
     if number:

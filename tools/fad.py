@@ -1,5 +1,5 @@
-"""Does a distance order audio as an ear would? Real clips, and the same clips damaged, against other
-real clips of the same sources.
+"""Does a distance order audio as an ear would? Real clips, and the same clips damaged, against
+other real clips of the same sources.
 
     python -m tools.fad valid.jsonl --reference train.jsonl [--embedding mel,birdnet] [--dims 64]
                         [--run out/quickstart] [--kind speech] [--picture fad.png] [--json f.json]
@@ -103,6 +103,7 @@ def draw(path, figures):
                 error_kw={"lw": 1})
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
+        ax.locator_params(axis="x", nbins=5)
     axes[0, 0].invert_yaxis()
     save_picture(fig, path)
 

@@ -11,7 +11,7 @@ import torch
 from cli import BadInput
 from data import Clip
 from intervals import Figure
-from judges import Judges, match_sources, read_sources, refuse_without_speech
+from judges import Judges, match_sources, read_sources, refuse_without_material
 from speech_metrics import Ecapa, Pesq, Resemblyzer, Utmos, Visqol
 
 SPEECH = Clip("a.wav", "one two three")
@@ -35,6 +35,14 @@ def test_clips_that_a_metric_refuses_are_not_counted():
     assert found["pesq"]["speech"] == Figure(3.0, clips=1)
     assert found["stoi"]["speech"] == Figure(0.5, 0.5, 0.5, 2)
     assert judges.pop() == {}                                               # starts anew
+
+
+def test_a_metric_that_hears_nothing_at_all_says_so():
+    judges = judges_of(["pesq"], pesq=lambda x, y: None)
+    judges.compare(WAV, WAV, 24000, SPEECH)
+    judges.compare(WAV, WAV, 24000, Clip("b.wav", "one"))
+    assert judges.pop() == {}
+    assert judges.refused[0].startswith("--metrics pesq: heard nothing in any of 2 clips")
 
 
 def test_word_errors_are_counted_over_all_words():
@@ -223,9 +231,11 @@ def test_abx_takes_the_latents_of_aligned_clips():
     for i in range(2):
         clip = Clip(f"{i}.wav", "bat bit", speaker="s", words=[["bat", 0, 0.2], ["bit", 0.2, 0.4]])
         judges.add_latents(np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]]), 10, clip)
-    assert judges.pop_figures.__self__.pop()["abx within"]["speech"].value == 0
-    assert judges.refused == ["--metrics abx: no two words are said by two speakers; give a "
-                              "--manifest with more speech of them"]
+    assert judges.pop_figures() == {"abx within": 0.0}
+    judges.add_latents(np.ones((2, 2)), 10, Clip("a.wav", "bat", words=[["bat", 0, 0.2]]))
+    assert judges.pop() == {}
+    assert judges.refused == ["--metrics abx: no word is said twice beside another word; give a "
+                              "--manifest with more speech"]
 
     judges = Judges(["abx"])
     judges.add_latents(np.ones((4, 2)), 10, Clip("a.wav", "bat bit"))
@@ -256,8 +266,10 @@ def test_vert_is_over_all_transcripts_and_one_alone_is_refused():
 
 def test_metrics_of_speech_need_speech():
     with pytest.raises(BadInput, match="--metrics wer,sim: no held-out clip is speech"):
-        refuse_without_speech(["wer", "fad", "sim"], [Clip("a.wav", "a bell", "sound")])
-    refuse_without_speech(["fad", "clap"], [Clip("a.wav", "a bell", "sound")])
+        refuse_without_material(["wer", "fad", "sim"], [Clip("a.wav", "a bell", "sound")])
+    refuse_without_material(["fad", "clap"], [Clip("a.wav", "a bell", "sound")])
+    with pytest.raises(BadInput, match="--metrics wer: no held-out clip has a text"):
+        refuse_without_material(["wer"], [Clip("a.wav")])
 
 
 def test_a_metric_that_cannot_be_loaded_is_the_one_that_is_named(monkeypatch):

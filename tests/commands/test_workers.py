@@ -7,6 +7,7 @@ import torch
 import workers
 from cli import BadInput
 from conftest import ROOT, run
+from workers import Place
 
 PROGRAM = """
 import sys
@@ -57,7 +58,15 @@ def test_a_device_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match="--device cuda: not available here .*use auto or cpu"):
             workers.choose_device("cuda")
-    assert workers.choose_dtype("bf16", "cpu") and not workers.choose_dtype("auto", "cpu")
+
+
+def test_on_a_cpu_bf16_is_for_who_asks():
+    assert workers.choose_place("cpu", "auto") == Place("cpu", False)
+    x = torch.ones(2, 2)
+    with workers.choose_place("cpu", "bf16").autocast():
+        assert (x @ x).dtype == torch.bfloat16
+    with Place().autocast():
+        assert (x @ x).dtype == torch.float32
 
 
 def test_on_gpus_each_process_has_its_own(monkeypatch):

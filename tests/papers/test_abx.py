@@ -49,8 +49,8 @@ def test_one_wrong_triple_is_counted_by_hand():
 def test_across_speakers_x_is_of_another_one():
     """Latents that know the speaker and not the word: right within, wrong across."""
     items = [Item(word, speaker, f"{word}{speaker}{i}", unit(voice + sound))
-             for word, sound in (("bat", 0), ("bit", 20)) for speaker, voice in (("s", 0), ("t", 20))
-             for i in range(2)]
+             for word, sound in (("bat", 0), ("bit", 20))
+             for speaker, voice in (("s", 0), ("t", 20)) for i in range(2)]
     assert total(abx_errors(items, across=False)) == 0
     # bat of t at 20: A bat of s at 0, B bit of s at 20 is nearer; bit of t at 40: A bit of s at 20
     assert total(abx_errors(items, across=True)) == pytest.approx(0.5)
