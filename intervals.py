@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cli  # so that -h says what this file is
+
 DRAWS = 1000
 # of sets: each draw decomposes matrices
 DISTANCE_DRAWS = 200

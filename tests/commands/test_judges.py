@@ -13,6 +13,7 @@ from data import Clip
 from intervals import Figure
 from judges import Judges, match_sources, read_sources, refuse_without_material
 from speech_metrics import Ecapa, Pesq, Resemblyzer, Utmos, Visqol
+from transcripts import Recogniser
 
 SPEECH = Clip("a.wav", "one two three")
 WAV = torch.full((1, 24000), 0.1)
@@ -139,6 +140,18 @@ def test_ecapa_and_utmos_are_asked_as_their_packages_want(tmp_path, monkeypatch)
         "def utmos22_strong():\n"
         "    return Level()\n")
     assert Utmos(str(tmp_path)).score(np.full(10, 0.5, np.float32)) == 8000
+    with pytest.raises(BadInput, match="--utmos nowhere: has no hubconf.py"):
+        Judges(["utmos"], utmos="nowhere")
+
+
+def test_a_language_that_whisper_does_not_know_is_refused_at_the_start(monkeypatch):
+    package = types.ModuleType("faster_whisper")
+    package.WhisperModel = lambda *arguments, **options: types.SimpleNamespace(
+        supported_languages=["en", "fr"])
+    monkeypatch.setitem(sys.modules, "faster_whisper", package)
+    assert Recogniser("tiny", "fr").language == "fr"
+    with pytest.raises(BadInput, match="--language xx: tiny knows en, fr"):
+        Recogniser("tiny", "xx")
 
 
 # ---------------------------------------------------------------------------- distances
