@@ -304,7 +304,7 @@ def test_a_metric_that_cannot_be_loaded_is_the_one_that_is_named(monkeypatch):
     ("distillmos", "distillmos", {}, r"distillmos is not installed: pip install -e .\[mos\]"),
     ("fad", "ai_edge_litert", {"embedding": "birdnet"}, r"--embedding birdnet: .*\[eval\]"),
     ("fad", "transformers", {"embedding": "laion/clap"}, r"--embedding laion/clap: .*\[hf\]"),
-    ("ppx", "transformers", {"text_model": "gpt2"}, r"\[hf\]|eval"),
+    ("ppx", "transformers", {"text_model": "gpt2"}, r"--text-model gpt2: transf.*\[hf\]"),
     ("clap", "transformers", {"clap": "laion/clap"}, r"--clap laion/clap: transformers .*\[hf\]"),
     ("sim", "speechbrain", {"sim": "speechbrain/x"}, "speechbrain .*pip install speechbrain")])
 def test_a_judge_that_is_not_installed_names_the_extra(monkeypatch, metric, package, options, line):
