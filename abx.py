@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cli  # so that -h says what this file is
+
 TOKENS = 10
 CELLS = 2000
 

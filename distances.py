@@ -143,6 +143,9 @@ def fad_inf(judged, reference, dims=0, seed=0):
     need = x.shape[1] + 1
     refuse_too_few("fad_inf", {"judged": len(x)}, 3 * need, f"for subsets of at least {need}",
                    "give more clips, or fewer dimensions (--fad-dims)")
+    if len(judged) < SIZES:
+        raise BadInput(f"--metrics fad_inf: needs {SIZES} clips for subsets of several sizes, has "
+                       f"{len(judged)}; give more clips (--limit, --manifest)")
 
     # sizes in clips, evenly spaced in 1/n, from a half of the clips, or a quarter if that is enough
     n = len(judged)
@@ -160,6 +163,10 @@ def fad_inf(judged, reference, dims=0, seed=0):
                 if chosen.sum() >= need:
                     windows.append(chosen.sum())
                     values.append(frechet_to(*gaussian(x, chosen), mean, root))
+
+        # a draw of few different clips may have no second size
+        if len(set(windows)) < 2:
+            return np.nan
         return extrapolate(windows, values)
 
     whole = end(np.ones(n, int))

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cli  # so that -h says what this file is
+
 DRAWS = 1000
 # of sets: each draw decomposes matrices
 DISTANCE_DRAWS = 200
@@ -99,7 +101,11 @@ def bootstrap_distance(value, distance, n, draws=DISTANCE_DRAWS, seed=0, least=-
     """
     if n < 2:
         return Figure(float(value), clips=n)
-    drawn = np.array([distance(counts) for counts in draw_counts(n, draws, seed)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn = np.array([distance(counts) for counts in draw_counts(n, draws, seed)])
+
+    # a draw of one window alone has no distance
+    drawn = drawn[np.isfinite(drawn)]
     low, high = np.percentile(drawn - drawn.mean(), PERCENTILES)
     return Figure(float(value), float(max(least, value + low)), float(value + high), n)
 

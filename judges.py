@@ -41,7 +41,7 @@ METRICS = ("pesq", "stoi", "visqol", "dnsmos", "distillmos", "utmos", "wer", "si
 NEED = {"utmos": "utmos", "ppx": "text-model", "kld": "tags", "clap": "clap"}
 # the models of a metric, where they have other names
 MODELS = {"visqol": ("visqol speech", "visqol audio"), "wer": ("words", "whisper"),
-          "vert": ("words", "whisper"), "ppx": ("whisper", "ppx"), "abx": (),
+          "vert": ("words", "whisper"), "ppx": ("ppx", "whisper"), "abx": (),
           **{metric: ("embedding",) for metric in DISTANCES}}
 # seconds of a real clip that are compared, as of those that are reconstructed
 SECONDS = 20.0

@@ -22,11 +22,14 @@ sim: cosine of speaker embeddings of a generation and of the clip that gave its 
 All on the first channel, of wavs in +-1. A package is imported when its metric is asked for.
 """
 import math
+import os
 import sys
 from types import ModuleType
 
 import numpy as np
 import torch
+
+from cli import BadInput
 
 SPEECH_RATE = 16000                 # Hz
 AUDIO_RATE = 48000                  # Hz, ViSQOL's audio mode
@@ -119,6 +122,8 @@ class Utmos:
     rate = SPEECH_RATE
 
     def __init__(self, folder, device="cpu"):
+        if not os.path.isfile(f"{folder}/hubconf.py"):
+            raise BadInput(f"--utmos {folder}: has no hubconf.py; give a checkout of SpeechMOS")
         self.model = torch.hub.load(folder, "utmos22_strong", source="local").to(device).eval()
         self.device = device
 

@@ -27,6 +27,8 @@ from collections import Counter, defaultdict
 
 import torch
 
+from cli import BadInput
+
 # written without spaces (Radford et al. 2022, appendix C)
 LETTERS = ("zh", "ja", "th", "lo", "my", "yue")
 
@@ -73,6 +75,9 @@ class Recogniser:
         self.model = WhisperModel(model, device=name if on_gpu else "cpu",
                                   device_index=int(index or 0),
                                   compute_type="float16" if on_gpu else "int8")
+        if language not in self.model.supported_languages:
+            raise BadInput(f"--language {language}: {model} knows "
+                           f"{', '.join(self.model.supported_languages)}")
         self.language = language
 
     def transcribe(self, wav):

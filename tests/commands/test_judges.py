@@ -13,6 +13,7 @@ from data import Clip
 from intervals import Figure
 from judges import Judges, match_sources, read_sources, refuse_without_material
 from speech_metrics import Ecapa, Pesq, Resemblyzer, Utmos, Visqol
+from transcripts import Recogniser
 
 SPEECH = Clip("a.wav", "one two three")
 WAV = torch.full((1, 24000), 0.1)
@@ -139,6 +140,18 @@ def test_ecapa_and_utmos_are_asked_as_their_packages_want(tmp_path, monkeypatch)
         "def utmos22_strong():\n"
         "    return Level()\n")
     assert Utmos(str(tmp_path)).score(np.full(10, 0.5, np.float32)) == 8000
+    with pytest.raises(BadInput, match="--utmos nowhere: has no hubconf.py"):
+        Judges(["utmos"], utmos="nowhere")
+
+
+def test_a_language_that_whisper_does_not_know_is_refused_at_the_start(monkeypatch):
+    package = types.ModuleType("faster_whisper")
+    package.WhisperModel = lambda *arguments, **options: types.SimpleNamespace(
+        supported_languages=["en", "fr"])
+    monkeypatch.setitem(sys.modules, "faster_whisper", package)
+    assert Recogniser("tiny", "fr").language == "fr"
+    with pytest.raises(BadInput, match="--language xx: tiny knows en, fr"):
+        Recogniser("tiny", "xx")
 
 
 # ---------------------------------------------------------------------------- distances
@@ -291,7 +304,7 @@ def test_a_metric_that_cannot_be_loaded_is_the_one_that_is_named(monkeypatch):
     ("distillmos", "distillmos", {}, r"distillmos is not installed: pip install -e .\[mos\]"),
     ("fad", "ai_edge_litert", {"embedding": "birdnet"}, r"--embedding birdnet: .*\[eval\]"),
     ("fad", "transformers", {"embedding": "laion/clap"}, r"--embedding laion/clap: .*\[hf\]"),
-    ("ppx", "transformers", {"text_model": "gpt2"}, r"\[hf\]|eval"),
+    ("ppx", "transformers", {"text_model": "gpt2"}, r"--text-model gpt2: transf.*\[hf\]"),
     ("clap", "transformers", {"clap": "laion/clap"}, r"--clap laion/clap: transformers .*\[hf\]"),
     ("sim", "speechbrain", {"sim": "speechbrain/x"}, "speechbrain .*pip install speechbrain")])
 def test_a_judge_that_is_not_installed_names_the_extra(monkeypatch, metric, package, options, line):

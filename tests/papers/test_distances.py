@@ -112,6 +112,8 @@ def test_too_few_windows_are_refused_with_the_number_that_is_needed():
     assert fad(few, many, dims=3).value >= 0
     with pytest.raises(BadInput, match="fad_inf: needs 27 windows"):
         fad_inf(clips(rng, 12, 8), many)
+    with pytest.raises(BadInput, match="fad_inf: needs 8 clips for subsets of several sizes, has 2"):
+        fad_inf(clips(rng, 2, 8, per_clip=50), many)
     with pytest.raises(BadInput, match="mmd: needs 4 windows"):
         mmd(few[:1], many)
     with pytest.raises(BadInput, match="--fad-dims 9: the embedding has 8"):

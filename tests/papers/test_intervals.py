@@ -89,6 +89,15 @@ def test_the_interval_of_a_distance_stands_around_it():
     assert found.high == pytest.approx(plain.high, abs=0.05)
 
 
+def test_draws_without_a_distance_are_left_out():
+    """Fault: of four clips some draws hold one clip only, and the interval of an MMD was NaN."""
+    def distance(counts):
+        return np.float64(1.0) if (counts > 0).sum() > 1 else np.float64(0) / np.float64(0)
+
+    found = bootstrap_distance(1.0, distance, 4, draws=2000)
+    assert (found.low, found.high) == (1.0, 1.0)
+
+
 def test_a_figure_is_printed_with_its_interval():
     assert str(Figure(0.1614, 0.118, 0.2071, 40)) == "0.161 [0.118, 0.207]"
     assert str(Figure(0.5, clips=1)) == "0.500"
