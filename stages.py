@@ -62,15 +62,24 @@ def recompute_activations(model):
 
 def open_held_out(clips, cfg):
     """Read the beginning of every held-out clip: one that cannot be read would fail the first
-    validation, hours later. Errors: BadInput naming the file.
+    validation, hours later. Errors: BadInput naming the file, also where the first clips are all
+    silent, as those of a broken export are.
     """
-    def read(clip):
-        load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=0.1,
-                   allow_silence=True)
+    def peak(clip, seconds=0.1):
+        wav = load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=seconds,
+                         allow_silence=True)
+        return abs(wav).max()
 
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(read, clips):
+        for _ in pool.map(peak, clips):
             continue
+
+    # ten seconds of the first ones
+    first = clips[:8]
+    if max(peak(clip, 10.0) for clip in first) < 1e-4:
+        raise BadInput(f"{first[0].audio}: silent (peak below 0.0001), as all of the first "
+                       f"{len(first)} held-out clips are; python -m corpora.scan check drops such "
+                       "files from a manifest")
 
 
 class VAEStage:

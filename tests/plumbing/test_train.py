@@ -17,6 +17,7 @@ import types
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 
 import checks
@@ -739,3 +740,16 @@ def test_a_held_out_figure_is_the_mean_over_rows_and_one_named_max_the_largest()
     found = stages.LMStage.validate(stage, types.SimpleNamespace(loss=loss))
     assert rows_of == [3, 1]
     assert found == {"valid_head": 1.75, "valid_tangent_max": 4.0}
+
+
+def test_a_corpus_of_silence_is_refused_before_it_is_trained_on(tmp_path):
+    """Fault: a broken export trained for hours, on nothing and without a word."""
+    clips = []
+    for i in range(3):
+        path = f"{tmp_path}/{i}.wav"
+        sf.write(path, np.zeros(16000, np.float32), 16000)
+        clips.append(Clip(path, "", "music", "", None, 1.0, str(i)))
+    with pytest.raises(BadInput, match="0.wav: silent .* all of the first 3 held-out clips"):
+        stages.open_held_out(clips, resolve({}))
+    sf.write(f"{tmp_path}/1.wav", 0.1 * np.ones(16000, np.float32), 16000)
+    stages.open_held_out(clips, resolve({}))
