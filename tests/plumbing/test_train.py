@@ -293,19 +293,16 @@ def test_training_keeps_its_compiled_graphs_through_a_validation(finished, tmp_p
     cfg = load(f"{finished[0]}/tiny.toml", ["--out", f"{tmp_path}/run", "--compile", "yes"])
     clips, valid = train.corpus(cfg, runtime := train.Runtime(cfg))
     stage = stages.LMStage(cfg, runtime, clips, valid, "lm")
-    stage.model.train()
-    stage.compile()
-    losses = Losses(stage)
+    run = runs.Run(stage, "lm", cfg, runtime)                # compiles
     rows = range(cfg.train.lm.batch)
 
     def graphs():
         counters.clear()
-        train.gradients(losses, [(rows, stage.batch(0, rows))], 0, runtime, 0, len(rows))
+        train.gradients(run.losses, [(rows, stage.batch(0, rows))], 0, runtime, 0, len(rows))
         return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
-    torch._dynamo.reset()
     assert graphs()[1] == {} and graphs() == (0, {})
     counters.clear()
-    runs.Run(stage, "lm", cfg, runtime).show(1)
+    run.show(1)
     assert counters["stats"]["unique_graphs"] == 0 and not counters["graph_break"]
     assert graphs() == (0, {})
     torch._dynamo.reset()
