@@ -2,12 +2,16 @@
 match their text.
 
     python evaluate.py --run out/quickstart [--manifest heldout.jsonl] [--what all|vae|lm]
-                       [--json figures.json] [--metrics pesq,stoi,visqol,dnsmos,wer,sim]
+                       [--metrics wer,sim,fad,...] [--reference real.jsonl] [--json figures.json]
+                       [--device auto] [--jobs 4]
+    torchrun --nproc_per_node=8 evaluate.py --run ...
 
     held-out clips ─► VAE ──► reconstructions ─┬─► log-mel, STFT, SI-SDR; information rate
                                                ├─► facts right (the toy corpus has an oracle)
-                                               ├─► --metrics (speech)
+                                               ├─► --metrics
     held-out texts ─► CALM ─► generations ─────┴─► length right
+
+Beside every figure stands its 95 % interval, a bootstrap over clips (intervals.py).
 
 Figures of the VAE
   log-mel distance: mean |log10 mel(x) - log10 mel(x̂)|, 80 bands, n_fft 1024, divided by the same
@@ -27,8 +31,16 @@ its speaker where the run was trained with voice prompts
   length right: share of generations that end within two latent frames of the held-out clip's end
     (two clips of one text differ too).
 
---metrics: published metrics of the speech clips; they need the eval extra (judges.py)
+--metrics: published metrics (judges.py); most need the extra eval or hf
+  speech: wer (--whisper, --language), sim (--sim), dnsmos, distillmos, utmos (--utmos), vert, ppx
+    (--text-model); of reconstructions pesq, stoi; of latents abx
+  every kind: fad, fad_inf, mmd (--embedding, --fad-dims, --reference), clap (--clap); kld (--tags)
+    against the held-out clip; of reconstructions visqol
+  Without --reference reconstructions are compared with their originals, generations with held-out
+  clips. What a metric refuses is the last line; the other figures are printed and written.
 
+Processes (--jobs, torchrun) share the clips and find the same figures as one; on CUDA the models
+run in bf16 (--dtype).
 Sweeps of a sampling setting, continuations of audio and the diversity of samples: tools/studies.py.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
@@ -37,7 +49,7 @@ import json
 import math
 import os
 
-from audio import load_audio, refuse_poison, save_audio
+from audio import load_audio, save_audio
 from cli import check_packages
 
 if __name__ == "__main__":
@@ -51,63 +63,20 @@ from config import load_checkpoint, open_run, trained_stages
 from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
-from gan import mel_filters, spectral_losses, stft
 from generate import render, sampling_options, what_was_seen
-from judges import METRICS, Judges
+from intervals import Figure, Figures
+from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_material
 from prompts import encode_voice
+from reconstruction import (clip_name, count_right_facts, evenly_spaced, judge_vae, load_clip,
+                            with_interval)
 from report import draw_spectrograms
-from vae import kl_loss
+from workers import Place, choose_place, gather, gather_dict, mine, rank, shared
 
 BATCH = 32                          # texts generated at once
 LENGTH_TOLERANCE = 2                # latent frames
 
 
 # ---------------------------------------------------------------------------- one clip
-
-
-def clip_name(clip):
-    """A clip's id, else its file name without extension: the name of the wavs made from it."""
-    return clip.id or os.path.splitext(os.path.basename(clip.audio))[0]
-
-
-def load_clip(clip, cfg, seconds):
-    """The first `seconds` of a Clip at the VAE's sample rate (cfg: VAEConfig) -> tensor (ch, S)."""
-    return torch.tensor(load_audio(clip.audio, cfg.sample_rate, cfg.channels, seconds=seconds,
-                                   allow_silence=True))
-
-
-def log_mel(wav, rate):
-    """(ch, S) -> log10 of the 80-band mel spectrum (80, frames), floor 1e-5."""
-    magnitudes = stft(wav[:1], 1024)[0].abs() / 32
-    return (mel_filters(rate, 1024, 80) @ magnitudes).clamp(min=1e-5).log10()
-
-
-def si_sdr(original, estimate):
-    """Scale-invariant signal-to-distortion ratio in dB of two waveforms (ch, S)."""
-    x = original.double() - original.double().mean()
-    y = estimate.double() - estimate.double().mean()
-    target = (x * y).sum() / x.pow(2).sum() * x
-    return (10 * torch.log10(target.pow(2).sum() / (target - y).pow(2).sum())).item()
-
-
-def information_rate(vae, mean, logvar):
-    """Information in the latents of one clip: KL to N(0, 1) in nats per second, or bits of codes
-    per second.
-    """
-    if vae.quantizer is not None:
-        return vae.cfg.frame_rate * vae.cfg.codebooks * math.log2(vae.cfg.codebook_size)
-    return kl_loss(mean, logvar).item() * vae.cfg.latent_dim * vae.cfg.frame_rate
-
-
-def count_right_facts(wav, clip, rate):
-    """Measure the facts stated by the clip's text in wav (ch, S) -> (right, total), or None where
-    the text is not from the toy corpus.
-    """
-    try:
-        found = oracle.judge(wav[0].numpy(), clip.text, clip.kind, rate)
-    except BadInput:
-        return None
-    return found["right"], found["total"]
 
 
 def length_is_right(wav, clip, cfg):
@@ -117,109 +86,12 @@ def length_is_right(wav, clip, cfg):
     return abs(frames - target) <= LENGTH_TOLERANCE
 
 
-def share_right(counts):
-    """Share of all facts that are right, from (right, total) per wav; None where there are
-    no facts.
-    """
-    counts = [count for count in counts if count]
-    if not counts:
-        return None
-    right = sum(r for r, _ in counts)
-    total = sum(t for _, t in counts)
-    return round(right / max(1, total), 4)
-
-
 def rounded_mean(values):
     """Mean to four decimals; None for an empty list."""
     return round(sum(values) / len(values), 4) if values else None
 
 
-# ---------------------------------------------------------------------------- the VAE
-
-
-@torch.no_grad()
-def judge_vae(vae, clips, limit, folder="", judges=None, floor=1e-5):
-    """Reconstruct the first `limit` clips of each kind -> {kind: {"clips", "log_mel", "stft",
-    "si_sdr", "rate", "original", "reconstruction"}}; the last two are shares of facts right.
-
-    Kinds with fewer than two clips of 1024 samples are left out: log_mel is relative to another
-    clip. folder: for the wavs, "" = none. judges: Judges that score the speech too, or None.
-    floor: of the STFT distance.
-    """
-    found = {}
-    for kind in KINDS:
-        chosen = [clip for clip in clips if clip.kind == kind][:limit]
-        figures = judge_reconstructions(vae, kind, chosen, folder, judges, floor)
-        if figures is not None:
-            found[kind] = figures
-    return found
-
-
-def judge_reconstructions(vae, kind, clips, folder, judges, floor):
-    """The figures of judge_vae for the clips of one kind; None where there are too few."""
-    rate = vae.cfg.sample_rate
-    errors = {"mel": [], "stft": [], "si_sdr": []}   # original against reconstruction
-    distances = []                                   # log-mel, a clip against the one before it
-    information = []
-    facts = {"original": [], "reconstruction": []}
-    previous = None                                  # log-mel of the clip before
-
-    for clip in tqdm(clips, desc=f"reconstruct {kind}", leave=False):
-        # original and reconstruction
-        wav = load_clip(clip, vae.cfg, seconds=20.0)
-        mean, logvar = vae.encode(wav[None])
-        rec = vae.decode(mean)[0, :, :wav.shape[-1]]                            # (ch, S)
-        refuse_poison(rec, rate, f"reconstruction of {clip.audio}")
-        if folder:
-            save_audio(f"{folder}/reconstruction/{clip_name(clip)}.wav", rec.numpy(), rate)
-
-        # facts that the oracle measures in either
-        facts["original"].append(count_right_facts(wav, clip, rate))
-        facts["reconstruction"].append(count_right_facts(rec, clip, rate))
-
-        # spectral figures need one window
-        if wav.shape[-1] < 1024:
-            continue
-        information.append(information_rate(vae, mean, logvar))
-        mel = log_mel(wav, rate)                                                # (80, frames)
-        errors["mel"].append((mel - log_mel(rec, rate)).abs().mean().item())
-        if previous is not None:
-            frames = min(previous.shape[1], mel.shape[1])
-            distances.append((mel[:, :frames] - previous[:, :frames]).abs().mean().item())
-        previous = mel
-
-        # waveform and STFT errors are relative: not for silence
-        if wav.shape[-1] >= 2048 and wav.abs().max() > 1e-3:
-            losses = spectral_losses(wav[None], rec[None], rate, [2048, 1024, 512, 256], ["stft"],
-                                     floor)
-            errors["stft"].append(losses["stft"].item())
-            errors["si_sdr"].append(si_sdr(wav, rec))
-
-        # published metrics
-        if judges is not None and kind == "speech":
-            judges.compare(wav, rec, rate, clip.transcript or clip.text)
-
-    # the mean distance of two clips is the unit of log_mel
-    if not distances:
-        return None
-    mel_error = sum(errors["mel"]) / len(errors["mel"])
-    mel_distance = sum(distances) / len(distances)
-    return {"clips": len(clips),
-            "log_mel": round(mel_error / mel_distance, 4),
-            "stft": rounded_mean(errors["stft"]),
-            "si_sdr": rounded_mean(errors["si_sdr"]),
-            "rate": rounded_mean(information),
-            "original": share_right(facts["original"]),
-            "reconstruction": share_right(facts["reconstruction"])}
-
-
 # ---------------------------------------------------------------------------- the language models
-
-
-def evenly_spaced(items, limit):
-    """At most `limit` items, evenly spaced in the list."""
-    n = min(limit, len(items))
-    return [items[i * len(items) // n] for i in range(n)]
 
 
 @torch.no_grad()
@@ -267,29 +139,37 @@ def batch_texts(texts, voices, kind, lm, cfg):
             for i in range(0, len(group), BATCH)]
 
 
-def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options):
+def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options, place=Place()):
     """Generate one batch of texts -> list of waveforms (ch, S)."""
     # monologues differ in length: padding at the end adds no words
     ids = [encode_text(text, kind, cfg.data) for text in texts]
     longest = max(map(len, ids))
     pad = pad_id(cfg.data)
-    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], dtype=torch.long)
+    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], dtype=torch.long,
+                          device=place.device)
 
     prompt = None
     if voices[texts[0]] is not None:
         prompt = torch.cat([voices[text][0] for text in texts])                 # (B, P, D)
-    return render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                  prompt=prompt, generator=torch.Generator().manual_seed(seed), **options)
+    generator = torch.Generator(place.device).manual_seed(seed)
+    with place.autocast():
+        wavs = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
+                      prompt=prompt, generator=generator, **options)
+    return [wav.float().cpu() for wav in wavs]
 
 
-def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options):
-    """Generate every text `repeats` times; yields (text, repeat, waveform (ch, S))."""
-    batches = batch_texts(texts, voices, kind, lm, cfg.data)
-    for i, batch in enumerate(tqdm(batches, desc=f"generate {kind}", leave=False)):
-        for repeat in range(repeats):
-            wavs = generate_batch(lm, vae, cfg, kind, batch, voices, 1000 * repeat + i, options)
-            for text, wav in zip(batch, wavs):
-                yield text, repeat, wav
+def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, place=Place()):
+    """Generate every text `repeats` times, this process its share; yields (text, repeat, waveform
+    (ch, S)).
+    """
+    batches = [(repeat, i, batch) for i, batch in enumerate(batch_texts(texts, voices, kind, lm,
+                                                                        cfg.data))
+               for repeat in range(repeats)]
+    for repeat, i, batch in tqdm(mine(batches), desc=f"generate {kind}", leave=False,
+                                 disable=rank() > 0):
+        wavs = generate_batch(lm, vae, cfg, kind, batch, voices, 1000 * repeat + i, options, place)
+        for text, wav in zip(batch, wavs):
+            yield text, repeat, wav
 
 
 def save_generation(folder, wav, clip, rate):
@@ -300,49 +180,68 @@ def save_generation(folder, wav, clip, rate):
             "audio": f"{name}.wav", "speaker": clip.speaker}
 
 
-def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=None):
+def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=None, place=Place(),
+             seed=0):
     """Generate at most `limit` held-out texts of each kind, `repeats` times each -> {"facts":
     {kind: share of facts right}, "chance": {kind: the same by guessing}, "length": {kind: share
-    that ends on time}}.
+    that ends on time}, "intervals": {"facts": {kind: [low, high]}, ...}}.
 
     options: steps, temperature, guidance, noise. folder: for the first wav of each text and a
-    manifest per kind, "" = none. judges: Judges that score the speech too, or None.
+    manifest per kind, "" = none. judges: Judges that score the audio too, or None.
     """
-    found = {"facts": {}, "chance": {}, "length": {}}
-    rate = cfg.vae.sample_rate
+    own = Figures(seed)
+    if judges is not None:
+        judges.held_out = clips
     for kind in KINDS:
         targets = choose_targets(clips, kind, cfg.data, limit)
         voices = {text: voice_prompt(clip, clips, lm, vae, cfg) for text, clip in targets.items()}
-        facts = []
-        on_time = []
-        manifest = []
+        saved = {}                                   # id -> row of the manifest
 
         # judge wav by wav
-        generated = generate_texts(lm, vae, cfg, kind, list(targets), voices, repeats, options)
+        generated = generate_texts(lm, vae, cfg, kind, list(targets), voices, repeats, options,
+                                   place)
         for text, repeat, wav in generated:
             clip = targets[text]
-            facts.append(count_right_facts(wav, clip, rate))
-            on_time.append(length_is_right(wav, clip, cfg.vae))
-            if judges is not None and kind == "speech":
+            add_generation(own, wav, clip, cfg.vae, repeat)
+            if judges is not None:
                 _, voice = voices[text] or (None, None)
-                judges.judge("generation", wav, rate, clip.transcript or clip.text, voice)
+                real = load_clip(clip, cfg.vae, seconds=20.0) if "kld" in judges.metrics else None
+                judges.judge("generation", wav, cfg.vae.sample_rate, clip, voice, real, repeat)
             if folder and repeat == 0:
-                manifest.append(save_generation(folder, wav, clip, rate))
+                saved[text] = save_generation(folder, wav, clip, cfg.vae.sample_rate)
 
-        # the figures of this kind
-        if manifest:
-            write_file(f"{folder}/{kind}.jsonl",
-                       "".join(json.dumps(row) + "\n" for row in manifest))
-        if share_right(facts) is not None:
-            found["facts"][kind] = share_right(facts)
-            found["chance"][kind] = rounded_mean([oracle.chance(text, kind) for text in targets])
-        if on_time:
-            found["length"][kind] = rounded_mean(on_time)
-    return found
+        # the manifest of this kind
+        rows = gather_dict(saved).values()
+        if rows and rank() == 0:
+            write_file(f"{folder}/{kind}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    figures = Figures(seed)
+    figures.merge(gather(own))
+    return split_figures(figures.read(), ("facts", "chance", "length"))
+
+
+def add_generation(figures, wav, clip, cfg, repeat):
+    """Add one generation (ch, S) of a Clip's text to Figures. cfg: VAEConfig."""
+    facts = count_right_facts(wav, clip, cfg.sample_rate)
+    if facts is not None:
+        figures.add("facts", clip.kind, clip.text, *facts, repeat=repeat)
+        figures.add("chance", clip.kind, clip.text, oracle.chance(clip.text, clip.kind), 1,
+                    repeat=repeat)
+    figures.add("length", clip.kind, clip.text, length_is_right(wav, clip, cfg), 1, repeat=repeat)
+
+
+def split_figures(figures, names):
+    """{name: {kind: Figure}} -> {name: {kind: number}, "intervals": {name: {kind: [low, high]}}}.
+    """
+    values = {name: {kind: round(found.value, 4) for kind, found in figures.get(name, {}).items()}
+              for name in names}
+    ends = {name: {kind: found.ends() for kind, found in figures[name].items()}
+            for name in names if name in figures}
+    return values | {"intervals": ends}
 
 
 @torch.no_grad()
-def draw_overview(path, vae, models, cfg, clips):
+def draw_overview(path, vae, models, cfg, clips, place=Place()):
     """Spectrograms of one text per kind: the held-out clip, its reconstruction, and the generation
     of each model. models: {name: (model, its options)}.
     """
@@ -354,11 +253,12 @@ def draw_overview(path, vae, models, cfg, clips):
 
     # one row of pictures after the other
     pictures = [(f"{clip.kind}: {clip.text}", wav) for clip, wav in zip(examples, wavs)]
-    pictures += [("reconstruction", vae.decode(vae.encode(wav[None])[0])[0]) for wav in wavs]
+    pictures += [("reconstruction", vae.decode(vae.encode(wav[None].to(place.device))[0])[0])
+                 for wav in wavs]
     for name, (lm, options) in models.items():
         for clip in examples:
             voices = {clip.text: voice_prompt(clip, clips, lm, vae, cfg)}
-            wav, = generate_batch(lm, vae, cfg, clip.kind, [clip.text], voices, 0, options)
+            wav, = generate_batch(lm, vae, cfg, clip.kind, [clip.text], voices, 0, options, place)
             pictures.append((f"generated from the text, {name}", wav))
     draw_spectrograms(path, pictures, cfg.vae.sample_rate, columns=len(examples))
 
@@ -411,10 +311,46 @@ def judging_arguments():
     p = Parser(add_help=False)
     p.add_argument("--repeats", type=number(int, 1), default=6,
                    help="generations per text (default 6)")
-    p.add_argument("--metrics", type=metric_names, default=[],
-                   help=f"any of {','.join(METRICS)}: needs the eval extra")
-    p.add_argument("--whisper", default="base", help="faster-whisper model for wer (default base)")
+    p.add_argument("--seed", type=number(int, 0), default=0,
+                   help="of the draws for the intervals (default 0)")
+
+    # published metrics and their models
+    m = p.add_argument_group("published metrics (judges.py)")
+    m.add_argument("--metrics", type=metric_names, default=[],
+                   help=f"any of {','.join(METRICS)}; most need the extra eval or hf")
+    m.add_argument("--whisper", default="base",
+                   help="faster-whisper model for wer, vert and ppx (default base)")
+    m.add_argument("--language", default="en", help="of the speech, as Whisper names it")
+    m.add_argument("--sim", default="resemblyzer",
+                   help="resemblyzer (default), a transformers model with an x-vector head, or "
+                        "speechbrain/...")
+    m.add_argument("--embedding", default="mel",
+                   help="for fad, fad_inf and mmd: mel (default), birdnet, or an audio model of "
+                        "transformers")
+    m.add_argument("--fad-dims", type=number(int, 0), default=0,
+                   help="principal axes for fad and fad_inf; 0 = all dimensions (default)")
+    m.add_argument("--reference", help="manifest of real clips for the distances, matched by "
+                                       "source; default: originals, held-out clips")
+    m.add_argument("--text-model", default="", help="causal text model for ppx")
+    m.add_argument("--tags", default="", help="audio classifier for kld")
+    m.add_argument("--clap", default="", help="CLAP model for clap")
+    m.add_argument("--utmos", default="", help="checkout of SpeechMOS for utmos")
     return p
+
+
+def open_judges(a, cfg, device="cpu"):
+    """The Judges that the command line asks for; None without --metrics. cfg: Config."""
+    if not a.metrics:
+        return None
+    reference = load_manifest(a.reference) if a.reference else None
+    sources = {}
+    if set(a.metrics) & set(DISTANCES):
+        sources = read_sources(a.manifest or cfg.data.valid or cfg.data.manifest)
+        sources |= read_sources(a.reference)
+    return Judges(a.metrics, a.whisper, language=a.language, sim=a.sim, embedding=a.embedding,
+                  fad_dims=a.fad_dims, text_model=a.text_model, tags=a.tags, clap=a.clap,
+                  utmos=a.utmos, reference=reference, sources=sources, device=device,
+                  seed=a.seed)
 
 
 def prepare(a):
@@ -438,12 +374,12 @@ def find_stages(run, stage=""):
     return [stage]
 
 
-def open_stage(run, stage):
+def open_stage(run, stage, device="cpu"):
     """The language model of a stage whose training is finished."""
     if not load_checkpoint(f"{run}/{stage}.pt")["done"]:
         raise BadInput(f"{run}/{stage}.pt: its training is not finished; "
                        "run train.py again to resume it")
-    _, _, lm, _ = open_run(run, stage)
+    _, _, lm, _ = open_run(run, stage, device)
     return lm
 
 
@@ -475,25 +411,45 @@ def chosen_sampling(a, cfg, lm):
     return options | {"steps": a.steps or lm.cfg.head.sample_steps}
 
 
-def vae_rows(figures, speech, unit):
-    """Rows of print_table: judge_vae's figures and the metrics of speech. unit: nats or bits."""
+def vae_rows(figures, published, unit):
+    """Rows of print_table: judge_vae's figures and the published metrics. unit: nats or bits."""
     def row(name, key):
-        return name, {kind: values[key] for kind, values in figures.items()}
+        return name, {kind: with_interval(values, key, values["clips"])
+                      for kind, values in figures.items()}
 
     return [row("log-mel distance (0 perfect, 1 another clip)", "log_mel"),
             row("STFT distance", "stft"),
             row("SI-SDR, dB", "si_sdr"),
             row(f"rate, {unit} per second", "rate"),
-            *[(name, {"speech": value}) for name, value in speech.items()],
+            *published.items(),
             row("original: facts right", "original"),
             row("reconstruction: facts right", "reconstruction")]
 
 
-def lm_rows(name, figures, speech):
-    """Rows of print_table: judge_lm's figures of one model and its metrics of speech."""
-    return [(f"generation, {name}: facts right", figures["facts"]),
-            (f"generation, {name}: length right", figures["length"]),
-            *[(f"{key}, {name}", {"speech": value}) for key, value in speech.items()]]
+def lm_rows(name, figures, published):
+    """Rows of print_table: judge_lm's figures of one model and the published metrics."""
+    return [(f"generation, {name}: facts right", joined(figures, "facts")),
+            (f"generation, {name}: length right", joined(figures, "length")),
+            *[(f"{key}, {name}", row) for key, row in published.items()]]
+
+
+def joined(figures, name):
+    """{kind: Figure} of judge_lm's figures."""
+    ends = figures["intervals"].get(name, {})
+    return {kind: Figure(value, *(ends[kind] or (None, None)))
+            for kind, value in figures[name].items()}
+
+
+def by_kind(published):
+    """{figure: {kind: Figure}} -> {"speech": {figure: number}, ..., "intervals": {kind: {figure:
+    [low, high]}}}, for --json; kinds without figures are left out.
+    """
+    found = {}
+    for name, row in published.items():
+        for kind, figure in row.items():
+            found.setdefault(kind, {})[name] = round(figure.value, 4)
+            found.setdefault("intervals", {}).setdefault(kind, {})[name] = figure.ends()
+    return found
 
 
 def count_steps(steps):
@@ -508,16 +464,28 @@ def model_name(stage, figures):
 
 
 def print_table(rows):
-    """Print [(name, {kind: number or None})], a column per kind; rows without numbers are left
-    out.
+    """Print [(name, {kind: number, Figure or None})], a column per kind that has any; rows without
+    numbers are left out.
     """
+    rows = [(name, row) for name, row in rows if any(v is not None for v in row.values())]
+    kinds = [kind for kind in KINDS if any(row.get(kind) is not None for _, row in rows)]
+    cells = [[shown(row.get(kind)) for kind in kinds] for _, row in rows]
+    left = max((len(name) for name, _ in rows), default=0)
+    width = 2 + max((len(cell) for line in cells for cell in line), default=0)
+    width = max(width, 9)
     if rows:
-        print(f"{'':52s}" + "".join(f"{kind:>9s}" for kind in KINDS))
-    for name, row in rows:
-        cells = [row.get(kind) for kind in KINDS]
-        if any(value is not None for value in cells):
-            print(f"{name:52s}" + "".join(
-                f"{'-':>9s}" if value is None else f"{value:9.3f}" for value in cells))
+        print(" " * left + "".join(f"{kind:>{width}s}" for kind in kinds))
+    for (name, _), line in zip(rows, cells):
+        print(f"{name:{left}s}" + "".join(f"{cell:>{width}s}" for cell in line))
+    if any("[" in cell for line in cells for cell in line):
+        print("[low, high]: 95 % bootstrap interval over clips")
+
+
+def shown(value):
+    """A cell of the table."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, Figure) else f"{value:.3f}"
 
 
 def write_json(path, figures):
@@ -530,60 +498,96 @@ def parse():
                parents=[run_arguments(), sampling_arguments(), judging_arguments()])
     p.add_argument("--what", default="all", choices=["all", "vae", "lm"],
                    help="judge the VAE, the language models, or all (default)")
+    p.add_argument("--device", default="auto",
+                   help="auto (cuda, else mps, else cpu), or one of them (default auto)")
+    p.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"],
+                   help="of the models; auto = bf16 on NVIDIA GPUs from Ampere on (default)")
+    p.add_argument("--jobs", type=number(int, 1, 1024), default=1,
+                   help="processes that share the clips; with torchrun its processes (default 1)")
     return p.parse_args()
 
 
-def main():
-    a = parse()
-    prepare(a)
-    judges = Judges(a.metrics, a.whisper) if a.metrics else None
-
+def judge_run(a, place):
+    """All figures of a run, printed and written by process 0."""
     # the run, and clips that it was not trained on
-    cfg, vae, _, _ = open_run(a.run)
+    cfg, vae, _, _ = open_run(a.run, device=place.device)
     stages = [] if a.what == "vae" else find_stages(a.run, a.stage)
     if a.what == "lm" and not stages:
         raise BadInput(f"{a.run}: has no language model to generate with")
     clips = held_out_clips(a.run, a.manifest, cfg)
+    refuse_without_material(a.metrics, clips)
+    judges = open_judges(a, cfg, place.device)
     figures = {"run": a.run, "clips": len(clips)}
     rows = []
 
     # the VAE
     if a.what != "lm":
-        found = judge_vae(vae, clips, a.limit, a.wavs, judges, cfg.gan.loss_floor)
-        if not found and a.what == "vae":
-            raise BadInput(f"{len(clips)} held-out clips: the log-mel distance needs two clips of "
-                           "a kind, of 1024 samples; give --manifest with more")
-        speech = judges.pop_figures() if judges else {}
+        found, published = vae_figures(a, cfg, vae, clips, judges, place)
         figures["vae"] = found
-        if judges:
-            figures["speech"] = speech
-        rows += vae_rows(found, speech, "nats" if vae.quantizer is None else "bits")
+        figures |= published_json(published, judges)
+        rows += vae_rows(found, published, "nats" if vae.quantizer is None else "bits")
 
     # the language models
     models = {}
     clips = of_trained_kinds(clips, a.run, stages, cfg) if stages else clips
     for stage in stages:
-        lm = open_stage(a.run, stage)
+        lm = open_stage(a.run, stage, place.device)
         options = chosen_sampling(a, cfg, lm)
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
-        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, folder, judges)
-        speech = judges.pop_figures() if judges else {}
+        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, folder, judges, place,
+                         a.seed)
+        published = judges.pop() if judges else {}
 
         # what is written, what is printed
         figures[stage] = {"objective": lm.cfg.head.objective, **options, **found}
-        if judges:
-            figures[stage]["speech"] = speech
+        merge_intervals(figures[stage], published_json(published, judges))
         name = model_name(stage, figures[stage])
         models[name] = lm, options
-        rows += lm_rows(name, found, speech)
+        rows += lm_rows(name, found, published)
     if stages:                                       # the same for every stage
-        rows.append(("chance", found["chance"]))
+        rows.append(("chance", joined(found, "chance")))
 
+    if rank() > 0:
+        return
     print_table(rows)
     if a.wavs:
-        draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
+        draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips, place)
     if a.json:
         write_json(a.json, figures)
+    if judges and judges.refused:                    # the other figures are there
+        more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
+        raise BadInput(judges.refused[0] + more)
+
+
+def vae_figures(a, cfg, vae, clips, judges, place):
+    """judge_vae's figures and the published ones; BadInput: too few clips, nothing else asked."""
+    found = judge_vae(vae, clips, a.limit, a.wavs, judges, cfg.gan.loss_floor, place, a.seed)
+    if not found and a.what == "vae":
+        raise BadInput(f"{len(clips)} held-out clips: the log-mel distance needs two clips of "
+                       "a kind, of 1024 samples; give --manifest with more")
+    return found, judges.pop() if judges else {}
+
+
+def published_json(published, judges):
+    """The published figures for --json: "speech" is there wherever judges were asked."""
+    return {"speech": {}} | by_kind(published) if judges else {}
+
+
+def merge_intervals(figures, published):
+    """Add published figures, their intervals to those that are there."""
+    ends = published.pop("intervals", {})
+    figures |= published
+    figures["intervals"] |= ends
+
+
+def main():
+    a = parse()
+    prepare(a)
+    place = choose_place(a.device, a.dtype)
+    if a.jobs > 1 and not a.threads:
+        torch.set_num_threads(max(1, os.cpu_count() // a.jobs))
+    with shared(a.jobs):
+        judge_run(a, place)
 
 
 if __name__ == "__main__":

@@ -1,163 +1,416 @@
-"""Published metrics of speech, none of them ours; each needs a package of the eval extra.
+"""Published metrics of audio, none of them ours: which clip goes to which metric.
 
-    original ───────┬────────────────► dnsmos, wer
-                    ├─► pesq, stoi, visqol
-    reconstruction ─┴────────────────► dnsmos, wer
-    generation ──────────────────────► dnsmos, wer
-                 clip of the voice ──► sim
+    original ───────┬──────────► one clip      dnsmos distillmos utmos wer ppx clap
+                    ├──────────► two clips     pesq stoi visqol kld
+    reconstruction ─┴──────────► one clip      ...
+    generation ────────────────► one clip      ...     ◄── clip of the voice: sim
+    all of either ─────────────► a set         fad fad_inf mmd (against real clips), vert, abx
 
     judges = Judges(["pesq", "wer"])
-    for ...: judges.compare(original, reconstruction, rate, text)
-    judges.pop_figures()               {"pesq": 3.1, "wer original": 0.02, ...}
+    for ...: judges.compare(original, reconstruction, rate, clip)
+    judges.pop()        {"pesq": {"speech": Figure(3.1, 2.9, 3.3, 40)}, "wer original": ...}
 
-pesq: wide band. stoi. visqol: speech mode, lattice; only for originals from 0.75 s that are not
-silent. dnsmos: overall. wer: word errors of Whisper's transcript / words of the text.
-sim: cosine of the d-vectors (Resemblyzer, with its preprocessing) of a generation and of the clip
-that gave its voice.
-All of them at 16 kHz, on the first channel. A package is imported when its metric is asked for.
+Formulas and sources: speech_metrics.py (one or two clips, sim), transcripts.py (wer, vert, ppx),
+embeddings.py (clap), distances.py (fad, fad_inf, mmd, kld), abx.py; intervals: intervals.py.
+All but visqol, clap and the distances are of speech only. Every process judges its own clips;
+pop() gathers them (workers.py).
 """
-import math
+import json
+import os
+from collections import Counter, defaultdict
 
 import numpy as np
-import soxr
+import torch
 
+from abx import abx_errors, items_of
+from audio import load_audio
 from cli import BadInput
+from distances import fad, fad_inf, kl_divergence, mmd
+from embeddings import BUILT_IN, Clap, Tagger, embed_clip, open_embedding, resample
+from intervals import Figures, exp_ratio, geometric_mean
+from speech_metrics import (SPEECH_RATE, DistillMos, Dnsmos, Pesq, Stoi, Utmos, Visqol,
+                            open_speaker)
+from transcripts import Recogniser, TextModel, Words, auto_bleu, self_bleu
+from workers import gather, gather_dict, mine
 
-METRICS = ("pesq", "stoi", "visqol", "dnsmos", "wer", "sim")
-RATE = 16000                        # Hz, of every metric
+SPEECH = ("pesq", "stoi", "dnsmos", "distillmos", "utmos", "wer", "sim", "abx", "vert", "ppx")
+DISTANCES = {"fad": fad, "fad_inf": fad_inf, "mmd": mmd}
+METRICS = ("pesq", "stoi", "visqol", "dnsmos", "distillmos", "utmos", "wer", "sim", "abx", "vert",
+           "ppx", *DISTANCES, "kld", "clap")
+# metrics that need a model to be named, and the option that names it
+NEED = {"utmos": "utmos", "ppx": "text-model", "kld": "tags", "clap": "clap"}
+# the models of a metric, where they have other names
+MODELS = {"visqol": ("visqol speech", "visqol audio"), "wer": ("words", "whisper"),
+          "vert": ("words", "whisper"), "ppx": ("ppx", "whisper"), "abx": (),
+          **{metric: ("embedding",) for metric in DISTANCES}}
+# seconds of a real clip that are compared, as of those that are reconstructed
+SECONDS = 20.0
 
 
-def resample(wav, rate):
-    """The first channel of a tensor (ch, S) at `rate` Hz -> numpy (S',) at 16 kHz."""
-    return soxr.resample(wav[0].numpy(), rate, RATE)
+def spoken(clip):
+    """The words of a Clip of speech, without the description around them."""
+    return clip.transcript or clip.text
 
 
-def split_words(text):
-    """Lower-case words without punctuation; "don't" -> "dont"."""
-    return "".join(c if c.isalnum() else " " for c in text.lower().replace("'", "")).split()
+def refuse_without_material(metrics, clips):
+    """BadInput where no clip is speech, or has a text, and a metric needs that."""
+    asked = [metric for metric in metrics if metric in SPEECH]
+    if asked and not any(clip.kind == "speech" for clip in clips):
+        raise BadInput(f"--metrics {','.join(asked)}: no held-out clip is speech; give a "
+                       "--manifest that has some, or other metrics")
+    for metric in ("wer", "clap"):
+        if metric in metrics and not any(clip.text or clip.transcript for clip in clips):
+            raise BadInput(f"--metrics {metric}: no held-out clip has a text; give a --manifest "
+                           "with texts, or other metrics")
 
 
-def word_errors(reference, hypothesis):
-    """Insertions + deletions + substitutions between two lists of words (Levenshtein)."""
-    row = list(range(len(hypothesis) + 1))           # row[j]: errors against hypothesis[:j]
-    for i, expected in enumerate(reference, 1):
-        diagonal = row[0]
-        row[0] = i
-        for j, word in enumerate(hypothesis, 1):
-            errors = min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != word))
-            diagonal = row[j]
-            row[j] = errors
-    return row[-1]
+# ---------------------------------------------------------------------------- real clips
+
+
+def read_sources(manifest):
+    """{path of the audio, as in its Clip: its "source"} of the lines of a manifest that have one.
+    """
+    if not manifest or os.path.isdir(manifest):
+        return {}
+    folder = os.path.dirname(os.path.abspath(manifest))
+    with open(manifest, encoding="utf8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    return {os.path.normpath(os.path.join(folder, row["audio"])): row["source"]
+            for row in rows if "source" in row}
+
+
+def match_sources(judged, reference, sources, most=1000, seed=0):
+    """Choose clips with the same shares of each source -> (names of judged clips, Clips of the
+    reference): for every judged clip the same number of its source, as many as there are.
+
+    judged: audio paths; reference: Clips; sources: {audio path: source}. Judged clips of a source
+    of which the reference has fewer are left out, which a line says. BadInput: nothing is left.
+    """
+    wanted = Counter(sources.get(name, "") for name in judged)
+    there = defaultdict(list)
+    for clip in reference:
+        there[sources.get(clip.audio, "")].append(clip)
+    for source in [s for s in wanted if len(there[s]) < wanted[s]]:
+        print(f"reference: has {len(there[source])} clips of source '{source}', "
+              f"{wanted[source]} were judged; these are left out")
+        del wanted[source]
+    if not wanted:
+        raise BadInput("--reference: has too few clips of every source that was judged; give one "
+                       "with as many")
+
+    # the same number of real clips for each judged one
+    times = min(most, *(len(there[source]) // count for source, count in wanted.items()))
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for source in sorted(wanted):
+        order = rng.permutation(len(there[source]))[:times * wanted[source]]
+        chosen += [there[source][i] for i in sorted(order)]
+    return [name for name in judged if sources.get(name, "") in wanted], chosen
+
+
+# ---------------------------------------------------------------------------- the judges
 
 
 class Judges:
-    """Published metrics of speech: compare() and judge() add one clip, pop_figures() averages."""
+    """compare() and judge() add one clip; pop() gives the figures, each with its interval."""
 
-    def __init__(self, metrics, whisper="base"):
-        """metrics: some of METRICS. whisper: name or folder of a faster-whisper model."""
+    def __init__(self, metrics, whisper="base", *, language="en", sim="resemblyzer",
+                 embedding="mel", fad_dims=0, text_model="", tags="", clap="", utmos="",
+                 reference=None, sources=None, device="cpu", seed=0, models=True):
+        """metrics: some of METRICS; models: load what they need. whisper: name or folder of a
+        faster-whisper model. sim, embedding, text_model, tags, clap, utmos: names of models.
+        reference: Clips that the distances compare with; None = the originals of the clips that
+        are judged, else held-out clips. sources: {audio path: source} of all clips.
+        """
         self.metrics = metrics
-        self.sums = {}                               # figure -> (sum, weight)
-        for metric in metrics:
-            try:
-                self.load(metric, whisper)
-            except ImportError as e:
-                raise BadInput(f"--metrics {metric}: {e.name} is not installed: "
-                               "pip install -e .[eval]") from None
-            except (RuntimeError, OSError, ValueError) as e:
-                model = f"--whisper {whisper}" if metric == "wer" else f"--metrics {metric}"
-                reason = (str(e).splitlines() or [type(e).__name__])[0]
-                raise BadInput(f"{model}: cannot be loaded ({reason})") from None
+        self.device = device
+        self.seed = seed
 
-    def load(self, metric, whisper):
-        """Import the package of one metric, and load its model."""
-        # reconstruction against original
-        if metric == "pesq":
-            import pesq
-            self.pesq = pesq.pesq
-            self.no_speech = (pesq.NoUtterancesError, pesq.BufferTooShortError)
-        if metric == "stoi":
-            from pystoi import stoi
-            self.stoi = stoi
-        if metric == "visqol":
-            import ai_edge_litert.interpreter        # without it visqol uses a laxer mapping
-            from visqol import VisqolApi
-            self.visqol = VisqolApi()
-            self.visqol.create(mode="speech")
+        # models and their names
+        self.models = {}
+        self.names = {"utmos": utmos, "ppx": text_model, "kld": tags, "clap": clap, "sim": sim,
+                      "whisper": whisper}
+        self.embedding = embedding
+        self.fad_dims = fad_dims
+        self.language = language
 
-        # one clip by itself
-        if metric == "dnsmos":
-            from speechmos import dnsmos
-            self.dnsmos = dnsmos
-        if metric == "wer":
-            from faster_whisper import WhisperModel
-            self.whisper = WhisperModel(whisper, device="cpu", compute_type="int8")
+        # real clips
+        self.reference = reference
+        self.held_out = None                         # real clips, where nothing else is compared
+        self.sources = sources or {}
+        self.real = {}                               # (audio path, rate) -> windows of a real clip
 
-        # one clip and its voice prompt
-        if metric == "sim":
-            from resemblyzer import VoiceEncoder, preprocess_wav
-            self.voice_encoder = VoiceEncoder("cpu", verbose=False)
-            self.preprocess_voice = preprocess_wav
+        self.refused = []                            # lines about what a metric could not do
+        self.clear()
+        for metric in metrics if models else ():
+            self.load(metric)
+
+    def clear(self):
+        self.figures = Figures(self.seed)
+        self.transcripts = defaultdict(dict)         # name -> {(audio path, repeat): transcript}
+        self.windows = defaultdict(dict)             # (name, kind) -> {(path, repeat): (n, F)}
+        self.items = []                              # of abx
+        self.unaligned = 0                           # clips that gave it none
+        self.unheard = Counter()                     # metric -> clips that it refused
+        self.rate = None
+
+    def load(self, metric):
+        """Load the models of one metric; BadInput names what is missing."""
+        option = NEED.get(metric)
+        if option and not self.names[metric]:
+            raise BadInput(f"--metrics {metric}: needs a model; name one with --{option}")
+        makers = self.makers()
+        for name in MODELS.get(metric, (metric,)):
+            if name not in self.models:
+                self.models[name] = self.open(metric, name, makers[name])
+
+    def makers(self):
+        """{model: the function that makes it}."""
+        names = self.names
+        device = self.device
+
+        # of one or two clips
+        clips = {"pesq": Pesq, "stoi": Stoi, "dnsmos": Dnsmos,
+                 "visqol speech": lambda: Visqol("speech"),
+                 "visqol audio": lambda: Visqol("audio"),
+                 "distillmos": lambda: DistillMos(device),
+                 "utmos": lambda: Utmos(names["utmos"], device)}
+
+        # of what was said, and of who said it
+        speech = {"whisper": lambda: Recogniser(names["whisper"], self.language, device),
+                  "words": lambda: Words(self.language),
+                  "ppx": lambda: TextModel(names["ppx"], device),
+                  "sim": lambda: open_speaker(names["sim"], device)}
+
+        # of any audio
+        audio = {"embedding": lambda: open_embedding(self.embedding, device),
+                 "clap": lambda: Clap(names["clap"], device),
+                 "kld": lambda: Tagger(names["kld"], device)}
+        return clips | speech | audio
+
+    def open(self, metric, name, make):
+        """make(), or one line about what kept it from being made."""
+        # which option is to blame, and which extra has the package
+        option = f"--metrics {metric}"
+        extra = "mos" if name == "distillmos" else "eval"
+        if name == "whisper":
+            option = f"--whisper {self.names[name]}"
+        elif name == "embedding":
+            option = f"--embedding {self.embedding}"
+            extra = "eval" if self.embedding in BUILT_IN else "hf"
+        elif name in NEED:
+            option = f"--{NEED[name]} {self.names[name]}"
+            extra = "hf"
+        elif name == "sim":
+            option = f"--sim {self.names[name]}"
+            extra = "eval" if self.names[name] == "resemblyzer" else "hf"
+
+        try:
+            return make()
+        except ImportError as e:
+            package = (e.name or str(e)).partition(".")[0]
+            install = package if package == "speechbrain" else f"-e .[{extra}]"
+            raise BadInput(f"{option}: {package} is not installed: pip install {install}") from None
+        except (RuntimeError, OSError, ValueError, KeyError) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise BadInput(f"{option}: cannot be loaded ({reason})") from None
+
+    # ------------------------------------------------------------------------ one clip
+
+    def compare(self, original, reconstruction, rate, clip):
+        """Add an original and its reconstruction, tensors (ch, S) at `rate` Hz, of a Clip."""
+        names = [name for name in ("pesq", "stoi") if name in self.metrics
+                 and clip.kind == "speech"]
+        if "visqol" in self.metrics:
+            names.append("visqol speech" if clip.kind == "speech" else "visqol audio")
+
+        # clips that a metric refuses are not counted
+        for name in names:
+            model = self.models[name]
+            score = model.score(resample(original, rate, model.rate),
+                                resample(reconstruction, rate, model.rate))
+            figure = name.split()[0]
+            if score is None:
+                self.unheard[figure] += 1
+            else:
+                self.figures.add(figure, clip.kind, clip.audio, score, 1)
+
+        self.judge("original", original, rate, clip)
+        self.judge("reconstruction", reconstruction, rate, clip, original=original)
+
+    def judge(self, name, wav, rate, clip, voice=None, original=None, repeat=0):
+        """Add one wav (ch, S) that was made for a Clip, the repeat-th one. voice: the clip
+        (ch, S') that gave its voice, original: the real clip.
+        """
+        if clip.kind == "speech":
+            self.judge_speech(name, resample(wav, rate, SPEECH_RATE), clip, repeat)
+        if "sim" in self.metrics and voice is not None:
+            similarity = (self.embed_voice(resample(wav, rate, SPEECH_RATE))
+                          @ self.embed_voice(resample(voice, rate, SPEECH_RATE)))
+            self.figures.add(f"sim {name}", clip.kind, clip.audio, similarity, 1, repeat=repeat)
+
+        # against its caption, against the real clip
+        if "clap" in self.metrics and clip.text:
+            score = self.models["clap"].score(wav, rate, clip.text)
+            self.figures.add(f"clap {name}", clip.kind, clip.audio, score, 1, repeat=repeat)
+        if "kld" in self.metrics and original is not None:
+            tagger = self.models["kld"]
+            distance = kl_divergence(tagger.tag(original, rate), tagger.tag(wav, rate))
+            self.figures.add(f"kld {name}", clip.kind, clip.audio, distance, 1, repeat=repeat)
+
+        # as one of a set
+        if "embedding" in self.models:
+            self.rate = rate
+            vectors = embed_clip(self.models["embedding"], wav, rate)               # (n, F)
+            self.windows[name, clip.kind][clip.audio, repeat] = vectors
+
+    def judge_speech(self, name, wav, clip, repeat):
+        """Add opinion scores and the transcript of one wav (S,) at 16 kHz."""
+        for metric in ("dnsmos", "distillmos", "utmos"):
+            if metric in self.metrics:
+                score = self.models[metric].score(wav)
+                self.figures.add(f"{metric} {name}", "speech", clip.audio, score, 1, repeat=repeat)
+        if "whisper" not in self.models:
+            return
+
+        transcript = self.models["whisper"].transcribe(wav)
+        if "wer" in self.metrics and spoken(clip):
+            errors, words = self.models["words"].errors(spoken(clip), transcript)
+            self.figures.add(f"wer {name}", "speech", clip.audio, errors, words,
+                             repeat=repeat)
+        if "ppx" in self.metrics:
+            nats, tokens = self.models["ppx"].surprise(transcript)
+            self.figures.add(f"ppx {name}", "speech", clip.audio, nats, tokens, repeat=repeat,
+                             formula=exp_ratio)
+        self.transcripts[name][clip.audio, repeat] = transcript
 
     def embed_voice(self, wav):
-        """The unit d-vector of the speech in wav (S,) at 16 kHz; zeros where there is none.
+        """The unit speaker embedding of wav (S,) at 16 kHz; zeros where there is no speech."""
+        return self.models["sim"].embed(wav)
 
-        Resemblyzer's preprocessing comes first, as its encoder was trained: quiet wavs are raised
-        to -30 dB of full scale, long silences cut out.
+    def add_latents(self, latents, frame_rate, clip):
+        """Add a clip's latents (T, D) for abx."""
+        if "abx" in self.metrics:
+            items = items_of(clip, clip.audio, latents, frame_rate)
+            self.items += items
+            self.unaligned += not items
+
+    # ------------------------------------------------------------------------ sets of clips
+
+    def pop(self):
+        """{figure: {kind: Figure}} of the clips added since the last call, of all processes. What a
+        metric refuses is left out, and stands in `refused`, one line each.
         """
-        if abs(wav).max() > 1e-3:
-            wav = self.preprocess_voice(wav)
-            if len(wav):
-                return self.voice_encoder.embed_utterance(wav)
-        return np.zeros(256)
+        merged = Figures(self.seed)
+        merged.merge(gather(self.figures))
+        if "vert" in self.metrics:
+            self.add_diversity(merged)
+        if "abx" in self.metrics:
+            self.add_abx(merged)
+        found = merged.read()
+        for metric, clips in sum(gather(self.unheard), Counter()).items():
+            if metric not in found:
+                self.refused.append(f"--metrics {metric}: heard nothing in any of {clips} clips; "
+                                    "give a --manifest with longer or louder ones")
 
-    def add(self, figure, value, weight=1):
-        """Add `weight` observations to a figure, `value` their sum."""
-        total, weights = self.sums.get(figure, (0.0, 0))
-        self.sums[figure] = (total + value, weights + weight)
-
-    def compare(self, original, reconstruction, rate, text):
-        """Add an original and its reconstruction, tensors (ch, S) at `rate` Hz."""
-        x = resample(original, rate).clip(-1, 1)
-        y = resample(reconstruction, rate).clip(-1, 1)
-
-        # clips in which PESQ finds no speech are not counted
-        if "pesq" in self.metrics:
-            try:
-                self.add("pesq", self.pesq(RATE, x, y, "wb"))
-            except self.no_speech:
-                pass
-        if "stoi" in self.metrics:
-            self.add("stoi", self.stoi(x, y, RATE))
-
-        # ViSQOL needs 0.75 s that are not silent, and gives NaN for a silent reconstruction
-        if "visqol" in self.metrics and len(x) >= 12000 and abs(x).max() > 1e-3:
-            score = self.visqol.measure_from_arrays(x, y, sample_rate=RATE).moslqo
-            self.add("visqol", score if math.isfinite(score) else 1.0)
-
-        self.judge("original", original, rate, text)
-        self.judge("reconstruction", reconstruction, rate, text)
-
-    def judge(self, name, wav, rate, text, voice=None):
-        """Add dnsmos and wer of one wav (ch, S), and its sim to the clip `voice` (ch, S')."""
-        wav = resample(wav, rate).clip(-1, 1)        # DNSMOS refuses samples above 1
-        if "dnsmos" in self.metrics:
-            self.add(f"dnsmos {name}", self.dnsmos.run(wav, RATE)["ovrl_mos"])
-
-        if "wer" in self.metrics and text:
-            segments, _ = self.whisper.transcribe(wav, language="en", beam_size=1,
-                                                  condition_on_previous_text=False)
-            transcript = split_words(" ".join(segment.text for segment in segments))
-            reference = split_words(text)
-            self.add(f"wer {name}", word_errors(reference, transcript), len(reference))
-
-        # the embeddings are unit vectors, of a silent wav 0
-        if "sim" in self.metrics and voice is not None:
-            similarity = self.embed_voice(wav) @ self.embed_voice(resample(voice, rate))
-            self.add(f"sim {name}", float(similarity))
+        # distances come last
+        for name, kind in sorted(set().union(*gather(set(self.windows)))):
+            judged = self.windows_of(name, kind)
+            for metric in self.metrics:
+                try:
+                    if metric in DISTANCES and self.is_compared(name):
+                        figure, value = self.distance(metric, name, kind, judged)
+                        found.setdefault(figure, {})[kind] = value
+                except BadInput as e:
+                    self.refused.append(f"{e} ({name}, {kind})")
+        self.clear()
+        return found
 
     def pop_figures(self):
-        """{figure: mean over the clips added since the last call}."""
-        means = {figure: round(float(total / weight), 4)
-                 for figure, (total, weight) in self.sums.items() if weight}
-        self.sums = {}
-        return means
+        """pop() as {figure: number}: metrics of speech by their name, others with the kind.
+        BadInput: a metric refuses.
+        """
+        numbers = {}
+        for figure, kinds in self.pop().items():
+            for kind, found in kinds.items():
+                name = figure if figure.split()[0] in SPEECH else f"{figure} {kind}"
+                numbers[name] = round(found.value, 4)
+        if self.refused:
+            raise BadInput(self.refused[0])
+        return numbers
+
+    def windows_of(self, name, kind):
+        """{audio path: windows (n, F) of all its wavs}, of all processes."""
+        clips = defaultdict(list)
+        for (clip, _), vectors in gather_dict(self.windows.get((name, kind), {})).items():
+            clips[clip].append(vectors)
+        return {clip: np.concatenate(vectors) for clip, vectors in clips.items()}
+
+    def add_diversity(self, merged):
+        """VERT of the transcripts of every set."""
+        for name in sorted(set().union(*gather(set(self.transcripts)))):
+            texts = gather_dict(self.transcripts.get(name, {}))
+            words = [self.models["words"].normalize(text).split() for text in texts.values()]
+            if len(words) < 2:
+                self.refused.append(f"--metrics vert: needs 2 clips of speech, the {name} ones are "
+                                    f"{len(words)}; raise --limit")
+                continue
+            for (clip, repeat), own, against in zip(texts, words, self_bleu(words)):
+                merged.add(f"vert {name}", "speech", clip, 100 * against, 100 * auto_bleu(own), 1,
+                           repeat=repeat, formula=geometric_mean)
+
+    def add_abx(self, merged):
+        """The errors within and across speakers, whichever there are, of the latents added."""
+        items = sum(gather(self.items), [])
+        within = abx_errors(items, False, self.seed)
+        across = abx_errors(items, True, self.seed)
+        for name, errors in (("within", within), ("across", across)):
+            for clip, columns in errors.items():
+                merged.add(f"abx {name}", "speech", clip, *columns)
+
+        # generations have no latents here, and no items
+        if items and not within and not across:
+            self.refused.append("--metrics abx: no word is said twice beside another word; give a "
+                                "--manifest with more speech")
+        if self.unaligned and not items:
+            self.refused.append("--metrics abx: no held-out clip has `words` with times; add them "
+                                "with python -m corpora.align")
+
+    def is_compared(self, name):
+        """Whether a set is compared with real clips: originals only with others."""
+        return name != "original" or self.reference is not None
+
+    def distance(self, metric, name, kind, judged):
+        """("fad mel generation", Figure) of judged clips {audio path: windows}."""
+        original = self.windows_of("original", kind)
+        options = {"seed": self.seed}
+        if self.reference is None and original:
+            reference = list(original.values())
+            options["paired"] = True
+        else:
+            judged, reference = self.against_manifest(kind, judged)
+
+        # the embedding and its axes are part of a figure's name
+        label = os.path.basename(self.embedding.rstrip("/"))
+        if metric != "mmd":
+            options.pop("paired", None)
+            options["dims"] = self.fad_dims
+            label += f" {self.fad_dims}d" if self.fad_dims else ""
+        return (f"{metric} {label} {name}",
+                DISTANCES[metric](list(judged.values()), reference, **options))
+
+    def against_manifest(self, kind, judged):
+        """Judged clips {audio path: windows} and windows of real clips, matched by source. Real
+        clips are heard at the rate of the judged ones: what lies above no model could give.
+        """
+        clips = self.held_out if self.reference is None else self.reference
+        rate = max(gather(self.rate or 0))
+        names, chosen = match_sources(list(judged), [clip for clip in clips if clip.kind == kind],
+                                      self.sources, seed=self.seed)
+        for clip in mine([clip for clip in chosen if (clip.audio, rate) not in self.real]):
+            wav = torch.tensor(load_audio(clip.audio, rate, seconds=SECONDS, allow_silence=True))
+            self.real[clip.audio, rate] = embed_clip(self.models["embedding"], wav, rate)
+        self.real = gather_dict(self.real)
+        return ({name: judged[name] for name in names},
+                [self.real[clip.audio, rate] for clip in chosen])
+

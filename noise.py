@@ -18,6 +18,8 @@ def normal(shape, source, device, dtype=None):
     """N(0, 1), as torch.randn."""
     if isinstance(source, (Rows, Tape)):
         return source.take(torch.Tensor.normal_, shape, device, dtype)
+    if source is None:                          # dynamo traces no argument `generator`
+        return torch.randn(shape, device=device, dtype=dtype)
     return torch.randn(shape, generator=source, device=device, dtype=dtype)
 
 
@@ -25,6 +27,8 @@ def uniform(shape, source, device, dtype=None):
     """U(0, 1), as torch.rand."""
     if isinstance(source, (Rows, Tape)):
         return source.take(torch.Tensor.uniform_, shape, device, dtype)
+    if source is None:
+        return torch.rand(shape, device=device, dtype=dtype)
     return torch.rand(shape, generator=source, device=device, dtype=dtype)
 
 

@@ -4,7 +4,7 @@
 #   bash speedrun.sh RECORDINGS out/mine [--train.lm.steps 3000 ...]
 #
 # RECORDINGS: one to ten hours of one speaker, any tree of audio files with the words of NAME.wav in
-# NAME.txt. What follows the run folder goes to train.py. PYTHON, ALIGN=no: see below.
+# NAME.txt. What follows the run folder goes to train.py. PYTHON, CONFIG, ALIGN=no: see below.
 set -euo pipefail
 recordings=$1
 run=$2
@@ -26,7 +26,7 @@ if [ "${ALIGN:-yes}" = yes ]; then
 fi
 
 # what it will need, then the training; the same command again goes on after an interruption
-options=(--config configs/h100.toml --data.manifest "$manifest" --data.valid "" --out "$run" "$@")
+options=(--config "${CONFIG:-configs/h100.toml}" --data.manifest "$manifest" --data.valid "" --out "$run" "$@")
 $PYTHON train.py "${options[@]}" --plan
 $PYTHON train.py "${options[@]}"
 

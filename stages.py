@@ -62,15 +62,24 @@ def recompute_activations(model):
 
 def open_held_out(clips, cfg):
     """Read the beginning of every held-out clip: one that cannot be read would fail the first
-    validation, hours later. Errors: BadInput naming the file.
+    validation, hours later. Errors: BadInput naming the file, also where the first clips are all
+    silent, as those of a broken export are.
     """
-    def read(clip):
-        load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=0.1,
-                   allow_silence=True)
+    def peak(clip, seconds=0.1):
+        wav = load_audio(clip.audio, cfg.vae.sample_rate, cfg.vae.channels, seconds=seconds,
+                         allow_silence=True)
+        return abs(wav).max()
 
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(read, clips):
+        for _ in pool.map(peak, clips):
             continue
+
+    # ten seconds of the first ones
+    first = clips[:8]
+    if max(peak(clip, 10.0) for clip in first) < 1e-4:
+        raise BadInput(f"{first[0].audio}: silent (peak below 0.0001), as all of the first "
+                       f"{len(first)} held-out clips are; python -m corpora.scan check drops such "
+                       "files from a manifest")
 
 
 class VAEStage:
@@ -131,7 +140,7 @@ class VAEStage:
         """
         distances = []
         for kind in KINDS:
-            for clip in [c for c in self.valid if c.kind == kind][:16]:
+            for clip in columns(self.valid).of_kind(kind)[:16]:
                 wav, rec = self.reconstruct(vae, clip)
                 if wav.shape[-1] >= 2048:
                     distance = spectral_losses(wav, rec, self.cfg.vae.sample_rate, [1024], ["mel"],
@@ -148,7 +157,7 @@ class VAEStage:
         """Two held-out clips of each kind beside their reconstructions."""
         sample_rate = self.cfg.vae.sample_rate
         for kind in KINDS:
-            for i, clip in enumerate([c for c in self.valid if c.kind == kind][:2]):
+            for i, clip in enumerate(columns(self.valid).of_kind(kind)[:2]):
                 (wav,), (rec,) = self.reconstruct(vae, clip)                        # (ch, S)
                 path = f"{self.cfg.out}/samples/step{step:08d}_vae_{kind}{i + 1}"
                 save_audio(f"{path}_original.wav", wav.cpu().numpy(), sample_rate)
@@ -358,7 +367,7 @@ class LMStage:
     def render(self, model, step):
         """Clips of each kind from text, and held-out clips continued."""
         for kind in KINDS:
-            clips = [c for c in self.valid if c.kind == kind]
+            clips = columns(self.valid).of_kind(kind)
             yield from self.render_texts(model, step, kind, clips)
             yield from self.render_continuations(model, step, kind, clips)
 

@@ -117,7 +117,7 @@ class Runtime:
 
     def join_processes(self, device):
         """One process group; each process has a GPU of its own."""
-        # a day: the others wait while the first process encodes the corpus
+        # a day: the others wait for the one that has the longest clips to encode
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))
         if device == "cuda":

@@ -20,9 +20,11 @@ A row of the table is a row of the family, a column one figure: share of facts r
 share of clips that end on time, held-out loss, energy score of samples of the next latent (one unit
 for all continuous heads, heads.py), and what --evaluate "--metrics wer,dnsmos" adds. --study
 continue adds, for the first and the last three seconds of continuations, the level relative to the
-prompt (dB) and the distance to real seconds (MMD²): their difference is drift.
+prompt (dB) and the distance to real seconds (MMD²): their difference is drift. --study distance
+adds the distance of generations to real clips (FAD, MMD²).
 The error is half of the 95 % confidence interval of the mean over seeds (Student's t). With two
-seeds it is 12.7 standard errors, so two seeds establish few differences.
+seeds it is 12.7 standard errors, so two seeds establish few differences. A second table has the
+differences to the first row, seed by seed.
 
 Runs with the same manifest and equal [vae], [gan], [toy] and [train.vae] tables share one VAE and
 its latents: the first trains it, the others link to it. Seeds and rows then differ in the language
@@ -56,7 +58,7 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
            2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 # of the studies in tools/studies.py, those that give the table a column
-STUDIES = ("continue",)
+STUDIES = ("continue", "distance")
 
 
 # ---------------------------------------------------------------- families and rows
@@ -246,6 +248,32 @@ def evaluate(run, evaluate_options, study):
                     *study_options)
 
 
+def train_all(runs, vae=None, own_vae=False):
+    """Train the runs that are not finished; yields each when it is.
+
+    The first run with some VAE settings trains it for all others; vae: a run that has it already.
+    """
+    trained = {}
+    for run in tqdm(runs, unit="run"):
+        settings = vae_settings(run.resolved)
+        if vae:
+            trained[settings] = vae
+        if settings in trained and not own_vae:
+            link_vae(trained[settings], run.folder, run.resolved)
+        train(run)
+        trained.setdefault(settings, run.folder)
+        yield run
+
+
+def measure(runs, evaluate_options, study, vae=None, own_vae=False):
+    """Train and evaluate runs that are not finished -> {row: [{column: number} per seed]}."""
+    figures = {}
+    for run in train_all(runs, vae, own_vae):
+        evaluate(run, evaluate_options, study)
+        figures.setdefault(run.row, []).append(read(run.folder))
+    return figures
+
+
 # ---------------------------------------------------------------- figures of one run
 
 def read(folder):
@@ -257,7 +285,8 @@ def read(folder):
                 figures |= json.load(f)
 
     # the last language-model stage that was evaluated
-    stages = [s for s in LM_STAGES if s in figures or f"continue {s}" in figures]
+    stages = [s for s in LM_STAGES if s in figures
+              or any(f"{study} {s}" in figures for study in STUDIES)]
     if not stages:
         raise BadInput(f"{folder}: no figures of a language model; the config needs such a stage, "
                        "and --evaluate must not contain --what vae")
@@ -265,6 +294,7 @@ def read(folder):
 
     return (generation_figures(figures.get(stage, {}))
             | continuation_figures(figures.get(f"continue {stage}", {}))
+            | distance_figures(figures.get(f"distance {stage}", {}))
             | held_out_losses(f"{folder}/log.jsonl", stage))
 
 
@@ -288,6 +318,12 @@ def continuation_figures(figures):
                 found[f"{name} {kind} first"] = statistics.fmean(seconds[:3])
                 found[f"{name} {kind} last"] = statistics.fmean(seconds[-3:])
     return found
+
+
+def distance_figures(figures):
+    """{kind: {"fad": [value, low, high], ...}} -> {"fad music": value, ...}."""
+    return {f"{name} {kind}": interval[0] for kind, row in figures.items()
+            for name, interval in row.items()}
 
 
 def held_out_losses(log, stage):
@@ -330,6 +366,18 @@ def summarize(figures):
             mean, error = mean_and_error(seeds)
             result[row][column] = {"mean": mean, "error": error, "seeds": seeds}
     return result
+
+
+def differences(figures, base):
+    """{row: [{column: number} per seed]} -> summarize() of every row less the row `base`, seed by
+    seed: an interval that holds 0 says how large an effect can be at most.
+    """
+    less = {}
+    for row, by_seed in figures.items():
+        if row != base:
+            less[row] = [{column: found[column] - of_base[column] for column in found
+                          if column in of_base} for found, of_base in zip(by_seed, figures[base])]
+    return summarize(less)
 
 
 def columns_of(result):
@@ -425,24 +473,14 @@ def main():
     runs = plan(arguments.family, family, rows, parse_seeds(arguments.seeds),
                 os.path.abspath(arguments.out), overrides, arguments.vae)
 
-    # train and evaluate; the first run with some VAE settings trains it for all others
-    figures = {row: [] for row in rows}
-    trained = {}
-    for run in tqdm(runs, unit="run"):
-        settings = vae_settings(run.resolved)
-        if arguments.vae:
-            trained[settings] = arguments.vae
-        if settings in trained and not arguments.own_vae:
-            link_vae(trained[settings], run.folder, run.resolved)
-        train(run)
-        trained.setdefault(settings, run.folder)
-
-        evaluate(run, evaluate_options, study)
-        figures[run.row].append(read(run.folder))
+    figures = measure(runs, evaluate_options, study, arguments.vae, arguments.own_vae)
 
     # the table: printed, and as json and picture where asked
     result = summarize(figures)
     print_table(result)
+    if len(rows) > 1:
+        print(f"\nless {rows[0]}, seed by seed")
+        print_table(differences(figures, rows[0]))
     if arguments.json:
         write_file(arguments.json, json.dumps(result, indent=1))
     if arguments.picture:

@@ -1,12 +1,17 @@
-"""Three studies of a trained language model, each on held-out clips.
+"""Studies of trained models on held-out clips, and the papers' tables and figures.
 
     python -m tools.studies sweep --run out/quickstart --setting steps [--values 1,2,4,10]
     python -m tools.studies continue --run out/real_small [--wavs DIR]
     python -m tools.studies draws --run out/quickstart [--repeats 24]
+    python -m tools.studies distance --run out/quickstart [--reference train]
+    python -m tools.studies table2|table3|table4|table6|table8|fig3|audiocalm ...     (tables.py)
+    python -m tools.studies table5|table7|fig2 ...                           (ablation_tables.py)
 
     sweep     held-out texts ─► generations at every value of one setting ─► evaluate.py's figures
     continue  first seconds ──► continuations ──► level, distance to real audio, for each second
     draws     held-out texts ─► samples of the first latents ◄─ energy distance ─► the flow's
+    distance  held-out texts ─► generations ─► FAD, MMD² to other real clips, facts right
+    table4 .. every row's generations ─► its figures, beside those that the paper prints
 
 sweep: generates with the last stage (or --stage) at several values of one setting: steps of the
 head (CALM Table 6), temperature (CALM Fig. 3), cfg, noise. Prints a table; --wavs gets a picture of
@@ -29,6 +34,11 @@ the flow in 32 steps:
   energy distance: 0 = the same distribution; unbiased, so sometimes a little below 0.
   spread: standard deviation over the samples, relative to the flow's.
 
+distance: generations from held-out texts (of clips without text: continuations) against other real
+clips of their kind, which is what tools/ablate.py asks of the rows of Tables 5 and 7.
+
+AudioCALM's sweeps (its Tables 5 to 7 and Fig. 2, whose numbers are not public): steps and guidance
+with `sweep`, block size and the two noises with tools.ablate, families audiocalm and prompt.
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
@@ -41,14 +51,15 @@ from cli import BadInput, Parser, cli, number
 from config import STAGES, open_run
 from data import KINDS, encode_text, seconds_of
 from discrete import DISCRETE
-from evaluate import (chosen_sampling, clip_name, count_steps, evenly_spaced, find_stages,
-                      held_out_clips, judge_lm, judging_arguments, load_clip, log_mel,
-                      of_trained_kinds, open_stage, prepare, print_table, rounded_mean,
-                      run_arguments, sampling_arguments, write_json)
-from generate import render
-from judges import Judges
-from prompts import encode_prompt
+from embeddings import log_mel
+from evaluate import (chosen_sampling, count_steps, find_stages, held_out_clips, judge_lm,
+                      judging_arguments, of_trained_kinds, open_judges, open_stage, prepare,
+                      print_table, rounded_mean, run_arguments, sampling_arguments, write_json)
+from reconstruction import clip_name, evenly_spaced, load_clip
 from report import draw_continuation, draw_sweep
+from tools import tables
+from tools.systems import Contestant, System, generate
+from tools.table_options import add_ablations, add_tables, reference_arguments
 
 # setting -> (type of its values, the values of a sweep by default)
 SETTINGS = {"steps": (number(int, 1), (1, 2, 4, 10, 20)),
@@ -65,7 +76,7 @@ MIN_CLIPS = 4
 def sweep(a, cfg, vae, clips, stages):
     """Judge generations at several values of a setting -> {"sweep steps": {value: figures}}."""
     values = sweep_values(a.setting, a.values)
-    judges = Judges(a.metrics, a.whisper) if a.metrics else None
+    judges = open_judges(a, cfg)
     lm = open_stage(a.run, stages[-1])
     option = "guidance" if a.setting == "cfg" else a.setting
 
@@ -136,29 +147,23 @@ def mmd(x, y):
     return (within - 2 * kernel(x, y).mean()).item()
 
 
-def continue_clips(lm, vae, cfg, clips, kind, options):
-    """Continue the first seconds of clips of one kind -> (list of waveforms (ch, S) that start with
-    the prompt's reconstruction, samples of it).
-    """
-    wavs = [load_clip(clip, vae.cfg, cfg.sample.prompt_seconds)[None] for clip in clips]
-    history = torch.cat([encode_prompt(lm, vae, wav) for wav in wavs])          # (B, P, D)
-    tokens = torch.tensor([encode_text("", kind, cfg.data)] * len(clips), dtype=torch.long)
-    continued = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                       history=history, generator=torch.Generator().manual_seed(0), **options)
-    return continued, history.shape[1] * vae.cfg.hop
+def prompt_samples(cfg):
+    """Samples of a continuation that are its prompt: whole latents."""
+    samples = round(cfg.sample.prompt_seconds * cfg.vae.sample_rate)
+    return -(-samples // cfg.vae.hop) * cfg.vae.hop
 
 
-def curves_by_second(wavs, prompt_samples, real, seconds, rate):
-    """{"alive", "level", "mmd"} of continuations (ch, S) of prompts of `prompt_samples`, each a
+def curves_by_second(wavs, prompt, real, seconds, rate):
+    """{"alive", "level", "mmd"} of continuations (ch, S) of prompts of so many samples, each a
     list: the prompts' figure, then one per second of new audio, None where fewer than 4 clips go
     on. real: list of (160,), features of real seconds; mmd is None without 4 of them on each side.
     """
     # columns of (wav, level of its prompt): the prompts, then what has not ended, by second
-    prompts = [wav[:, :prompt_samples] for wav in wavs]
+    prompts = [wav[:, :prompt] for wav in wavs]
     levels = [decibels(prompt) for prompt in prompts]
     columns = [list(zip(prompts, levels))]
     for second in range(seconds):
-        begin = prompt_samples + second * rate
+        begin = prompt + second * rate
         end = begin + rate
         columns.append([(wav[:, begin:end], level) for wav, level in zip(wavs, levels)
                         if wav.shape[1] >= end])
@@ -183,12 +188,14 @@ def curves_by_second(wavs, prompt_samples, real, seconds, rate):
 
 
 @torch.no_grad()
-def judge_continuation(lm, vae, cfg, clips, options, limit, folder=""):
+def judge_continuation(contestant, clips, limit, folder=""):
     """Continue at most `limit` clips of each kind -> {kind: {"clips", "alive", "level", "mmd"}},
     see curves_by_second; kinds with fewer than 4 clips of sample.prompt_seconds are left out.
 
-    options: steps, temperature, guidance, noise. folder: for the wavs, "" = none.
+    folder: for the wavs, "" = none.
     """
+    cfg = contestant.cfg
+    vae = contestant.vae
     rate = cfg.vae.sample_rate
     found = {}
     for kind in KINDS:
@@ -205,11 +212,11 @@ def judge_continuation(lm, vae, cfg, clips, options, limit, folder=""):
             real += features_by_second(load_clip(clip, vae.cfg, seconds=20.0), rate)
 
         # their continuations
-        wavs, prompt_samples = continue_clips(lm, vae, cfg, prompts, kind, options)
+        wavs = generate(contestant, prompts, kind, "continue")
         if folder:
             for clip, wav in zip(prompts, wavs):
                 save_audio(f"{folder}/{clip_name(clip)}.wav", wav.numpy(), rate)
-        curves = curves_by_second(wavs, prompt_samples, real, int(cfg.sample.seconds), rate)
+        curves = curves_by_second(wavs, prompt_samples(cfg), real, int(cfg.sample.seconds), rate)
         found[kind] = {"clips": len(prompts), **curves}
     return found
 
@@ -221,10 +228,8 @@ def continue_(a, cfg, vae, clips, stages):
                        f"sample.seconds is {cfg.sample.seconds:g}; use a run with 1 or more")
     figures = {}
     for stage in stages:
-        lm = open_stage(a.run, stage)
-        options = chosen_sampling(a, cfg, lm)
         folder = f"{a.wavs}/continue_{stage}" if a.wavs else ""
-        found = judge_continuation(lm, vae, cfg, clips, options, a.limit, folder)
+        found = judge_continuation(open_contestant(a, cfg, vae, stage), clips, a.limit, folder)
         if not found:
             raise BadInput(f"continue: needs {MIN_CLIPS} held-out clips of a kind of at least "
                            f"{cfg.sample.prompt_seconds:g} s (sample.prompt_seconds)")
@@ -317,12 +322,43 @@ def draws(a, cfg, vae, clips, stages):
     return figures
 
 
+# ---------------------------------------------------------------------------- distance
+
+
+def open_contestant(a, cfg, vae, stage):
+    """A stage of the run with the sampling options of the command line."""
+    lm = open_stage(a.run, stage)
+    return Contestant(System(stage, a.run, stage), cfg, vae, lm, chosen_sampling(a, cfg, lm))
+
+
+def distance(a, cfg, vae, clips, stages):
+    """The last stage's generations against other real clips -> {"distance lm": {kind: {"fad",
+    "mmd", "facts": [value, low, high]}}}.
+    """
+    contestant = open_contestant(a, cfg, vae, stages[-1])
+    found = {}
+    for kind in KINDS:
+        # a kind without texts is continued
+        of_kind = [clip for clip in clips if clip.kind == kind]
+        a.task = "text" if any(clip.text for clip in of_kind) else "continue"
+        if not of_kind:
+            continue
+        a.samples = a.limit
+        chosen, yardstick = tables.choose({stages[-1]: contestant}, kind, a)
+        figures = tables.judge(contestant, chosen, yardstick, kind, a)
+        found[kind] = {name: tables.value_of(figure) for name, figure in figures.items()}
+        cells = "   ".join(f"{name} {figure}" for name, figure in figures.items())
+        print(f"{stages[-1]:12s} {kind:7s} {cells}")
+    return {f"distance {stages[-1]}": found}
+
+
 # ---------------------------------------------------------------------------- command line
 
 
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    studies = p.add_subparsers(required=True, metavar="sweep|continue|draws")
+    names = "sweep|continue|draws|distance|table2 .. table8|fig2|fig3|audiocalm"
+    studies = p.add_subparsers(required=True, metavar=names)
     shared = run_arguments()
 
     s = studies.add_parser("sweep", help="generate with one setting at several values",
@@ -339,11 +375,19 @@ def parse():
                            parents=[run_arguments("0 = each of 1, 2, 4 and 16")])
     s.add_argument("--repeats", type=number(int, 2), default=6, help="samples per text (default 6)")
     s.set_defaults(study=draws, wavs=None)
+
+    s = studies.add_parser("distance", help="distance of generations to real clips",
+                           parents=[shared, sampling_arguments(), reference_arguments()])
+    s.set_defaults(study=distance)
+
+    add_tables(studies)
+    add_ablations(studies)
+    p.set_defaults(run_command=run_study)
     return p.parse_args()
 
 
-def main():
-    a = parse()
+def run_study(a):
+    """One of the studies of a run."""
     prepare(a)
 
     # the run, and clips that it was not trained on
@@ -357,6 +401,11 @@ def main():
     figures = a.study(a, cfg, vae, clips, stages)
     if a.json:
         write_json(a.json, {"run": a.run, "clips": len(clips), **figures})
+
+
+def main():
+    a = parse()
+    a.run_command(a)
 
 
 if __name__ == "__main__":

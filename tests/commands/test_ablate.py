@@ -104,7 +104,7 @@ def test_a_rows_options_follow_the_common_ones_and_the_command_line_comes_last(t
     (["{file}", "tiny", "--seeds", "one"], "--seeds one: must be whole numbers"),
     (["{file}", "tiny", "--lm.noise", "2"], "tiny, row a: lm.noise: must lie in"),
     (["{file}", "tiny", "--lm.noise"], "--lm.noise: needs a value"),
-    (["{file}", "tiny", "--study", "sweep --limit 2"], "--study sweep: unknown; valid: continue"),
+    (["{file}", "tiny", "--study", "sweep --limit 2"], "--study sweep: unknown; valid: continue, distance"),
     (["{file}", "tiny", "--evaluate", "--metrics 'wer"], "--evaluate: No closing quotation"),
     (["{none}", "tiny"], "no such file")])
 def test_a_mistake_is_found_before_anything_trains(arguments, says, tmp_path, monkeypatch):
@@ -284,3 +284,29 @@ def test_a_figure_that_only_some_rows_have_is_a_dash_in_the_others(capsys):
     header, a, b = capsys.readouterr().out.splitlines()
     assert header.split() == ["x", "y"]
     assert a.split() == ["a", "2.000", "±", "12.706", "-"] and b.split() == ["b", "-", "2.000"]
+
+
+# ---------------------------------------------------------------- differences
+
+def test_differences_are_taken_seed_by_seed():
+    """Seeds that differ by 10 hide an effect of 1 in the means, and not in the differences."""
+    figures = {"full": [{"fad": 1.0}, {"fad": 11.0}, {"fad": 21.0}],
+               "none": [{"fad": 2.0}, {"fad": 12.0}, {"fad": 22.0}]}
+    less = ablate.differences(figures, "full")
+    assert list(less) == ["none"]
+    assert less["none"]["fad"] == {"mean": 1.0, "error": 0.0, "seeds": [1.0, 1.0, 1.0]}
+    assert ablate.summarize(figures)["none"]["fad"]["error"] > 20
+
+
+def test_a_difference_has_the_interval_of_students_t():
+    figures = {"full": [{"a": 0.0}, {"a": 0.0}], "row": [{"a": 1.0}, {"a": 3.0, "b": 5.0}]}
+    cell = ablate.differences(figures, "full")["row"]
+    assert cell["a"]["mean"] == 2 and cell["a"]["error"] == pytest.approx(12.706 * 1.0)
+    assert "b" not in cell                                   # the base row has no such figure
+
+
+def test_figures_of_a_distance_become_columns(tmp_path):
+    study = {"distance lm": {"music": {"fad": [2.0, 1.0, 3.0], "facts": [0.5, 0.4, 0.6]}}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    (tmp_path / "log.jsonl").write_text("")
+    assert ablate.read(str(tmp_path)) == {"fad music": 2.0, "facts music": 0.5}

@@ -103,14 +103,27 @@ def test_figures_are_ratios_of_the_same_repeats_and_only_calm_pays_for_the_short
                                                                                       abs=1e-3)
 
 
+def test_the_delay_pattern_pays_for_its_frame_rate_with_the_backbone():
+    """50 frames per second beside 25: a second of audio has twice the backbone, no short context."""
+    times = {"backbone": [0.004], "short context": [0.001], "consistency 1 step": [0.002],
+             "rq 32 levels": [0.012], bench.DELAY: [0.001]}
+    figures = bench.head_figures(times, "rq 32 levels", 25.0, {bench.DELAY: 50.0})
+    delay = figures[bench.DELAY]
+    assert delay["head_ms"] == pytest.approx(50) and delay["whole_ms"] == pytest.approx(50 * 5)
+    assert delay["overall_speedup"] == pytest.approx(16 / 10)
+    assert delay["sampler_speedup"] == pytest.approx(6)
+    assert delay["sampler_share"] == pytest.approx(0.2)
+    assert figures["consistency 1 step"]["overall_speedup"] == pytest.approx(16 / 7, abs=1e-3)
+
+
 def test_the_table_of_each_domain_is_printed_and_returned(monkeypatch, capsys):
     monkeypatch.setattr(bench, "load", lambda path: load(f"{ROOT}/{path}", TINY))
     figures = bench.run(types.SimpleNamespace(domain=["speech", "music"], repeats=1, fast=None,
                                               threads=0, device="cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert list(figures) == ["speech", "music"] and len(lines) == 1 + 2 * (2 + 7)
+    assert list(figures) == ["speech", "music"] and len(lines) == 1 + 2 * (2 + 7) + 1
+    assert list(figures["music"]) == [*figures["speech"], bench.DELAY]
     for domain, baseline in bench.BASELINE.items():
-        assert len(figures[domain]) == 7
         assert figures[domain][baseline]["overall_speedup"] == 1
 
 

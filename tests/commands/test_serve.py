@@ -351,8 +351,14 @@ class Browser:
         urllib.request.urlopen(request, timeout=60).close()
 
     def close(self):
-        self.process.terminate()
-        self.process.wait()
+        """End the session first: chromedriver alone leaves its browser running."""
+        address = f"http://127.0.0.1:{self.port}{self.session}"
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="DELETE"),
+                                   timeout=30).close()
+        finally:
+            self.process.terminate()
+            self.process.wait()
 
 
 @pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")),

@@ -4,6 +4,7 @@ shell.
 import json
 import math
 import os
+import sys
 import types
 
 import numpy as np
@@ -16,7 +17,7 @@ from config import Config, build
 from conftest import run, write
 from data import Clip
 from report import draw_continuation
-from tools import studies
+from tools import studies, systems
 from vae import VAE
 
 
@@ -24,7 +25,7 @@ from vae import VAE
 def trained(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("studies"))
     done = run("train.py", "--config", write(folder), "--stages", '["vae", "lm"]',
-               "--train.vae.steps", "2", "--train.lm.steps", "2", "--toy.valid_clips", "18",
+               "--train.vae.steps", "2", "--train.lm.steps", "2", "--toy.valid_clips", "36",
                "--toy.digits_max", "4", "--sample.prompt_seconds", "1", "--sample.seconds", "1")
     assert done.returncode == 0, done.stderr
     return folder
@@ -60,6 +61,49 @@ def test_samples_of_few_steps_are_compared_with_those_of_many(trained):
     assert "lm, 2 steps: energy distance" in printed
     found = figures["draws lm"]
     assert set(found) == {"1", "2", "4", "16"} and found["1"]["speech"][1] > 0
+
+
+def table(folder, monkeypatch, name, *arguments):
+    """One table of the trained run, in this process -> its figures."""
+    monkeypatch.setattr(sys, "argv", ["studies", name, *arguments, "--threads", "1", "--fad-dims",
+                                      "1", "--json", f"{folder}/{name}.json"])
+    studies.main()
+    with open(f"{folder}/{name}.json") as f:
+        return json.load(f)
+
+
+def test_generations_are_compared_with_other_real_clips_of_their_kind(trained, monkeypatch):
+    found = table(trained, monkeypatch, "distance", "--run", f"{trained}/run", "--limit", "4",
+                  "--reference", "train")["distance lm"]
+    assert set(found) == {"speech", "sound", "music"}
+    for row in found.values():
+        assert set(row) == {"fad", "mmd", "facts"} and len(row["fad"]) == 3
+
+
+def test_the_steps_of_table_6_have_a_row_each_beside_the_papers(trained, monkeypatch, capsys):
+    found = table(trained, monkeypatch, "table6", "--calm", f"{trained}/run", "--task", "text",
+                  "--steps", "1,3", "--samples", "4", "--seconds", "0.2", "--repeats", "1",
+                  "--reference", "train")["table6"]
+    assert list(found) == ["1", "3"] and found["1"]["rtf"] > found["3"]["rtf"] > 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1", "paper", "16.7", "1.80"] in [line[:4] for line in lines]
+
+
+def test_figure_3_has_a_similarity_per_temperature_and_that_of_recordings(trained, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [
+        "studies", "fig3", "--calm", f"{trained}/run", "--samples", "8", "--seconds", "0.2",
+        "--temperatures", "0,1", "--kind", "music", "--json", f"{trained}/fig3.json"])
+    studies.main()
+    with open(f"{trained}/fig3.json") as f:
+        found = json.load(f)["fig3"]
+    assert set(found["CALM"]) == {"0", "1"} and found["recordings"]["-"][0] < 1
+    assert found["CALM"]["0"][0] == pytest.approx(1)            # no noise: all alike
+
+
+def test_too_few_real_clips_are_refused_with_what_to_do(trained, monkeypatch):
+    with pytest.raises(BadInput, match="left to compare with; lower --samples or give --reference"):
+        table(trained, monkeypatch, "table6", "--calm", f"{trained}/run", "--task", "text",
+              "--samples", "40")
 
 
 def test_mmd_is_its_formula_and_near_zero_for_equal_distributions():
@@ -114,9 +158,10 @@ def test_a_continuation_that_fades_or_ends_shows_in_its_curves(tmp_path, monkeyp
     def render(lm, vae, tokens, history, **options):
         noise = torch.randn(6, 1, 64000, generator=torch.Generator().manual_seed(0))
         return [0.1 * w[:, :n] * gain[:n] for w, n in zip(noise, length)]
-    monkeypatch.setattr(studies, "encode_prompt", lambda lm, vae, w: torch.zeros(1, 25, 32))
-    monkeypatch.setattr(studies, "render", render)
-    found = studies.judge_continuation(None, VAE(cfg.vae), cfg, clips, {}, 6, str(tmp_path / "out"))
+    monkeypatch.setattr(systems, "encode_prompt", lambda lm, vae, w: torch.zeros(1, 25, 32))
+    monkeypatch.setattr(systems, "render", render)
+    model = systems.Contestant(systems.System("lm"), cfg, VAE(cfg.vae), "a model", {})
+    found = studies.judge_continuation(model, clips, 6, str(tmp_path / "out"))
     rows = found["music"]
     assert rows["alive"] == [1.0, 1.0, 0.833, 0.833]
     assert rows["level"] == pytest.approx([0, 0, -20, -20], abs=0.3)

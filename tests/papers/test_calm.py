@@ -245,7 +245,7 @@ def test_streamed_pieces_joined_are_the_decoded_latents(parallel):
 
 @torch.no_grad()
 def test_int8_keeps_latents_close_and_touches_only_the_big_matrices(monkeypatch):
-    monkeypatch.setattr("sample.INT8_WEIGHTS", 1)                          # this model is tiny
+    monkeypatch.setattr("generate.INT8_WEIGHTS", 1)                         # this model is tiny
     net, text = model(objective="lsd"), torch.randint(0, VOCAB, (1, 4))
     net.eos.bias.data.fill_(-100.0)
     run = lambda: torch.stack([x for x, _ in net.generate(

@@ -1,4 +1,5 @@
 """The language models of configs/paper have the sizes of Table 9 (meta device: no memory)."""
+import dataclasses
 import os
 
 import pytest
@@ -62,3 +63,23 @@ def test_the_rival_of_a_model_has_the_same_backbone_and_training(name):
 def test_music_is_trained_with_noise_on_the_past_and_speech_without(name, noise):
     """Fault: pocket_tts.toml had noise 1.0; CALM's speech models have none."""
     assert load(f"{ROOT}/configs/paper/{name}.toml").lm.noise == noise
+
+
+def test_the_3b_models_of_table_8_differ_from_their_rivals_in_the_backbone_alone():
+    for small, large in (("calm_music", "calm_3b"), ("rq_music", "rq_3b")):
+        cfg, _ = build(small)
+        other, model = build(large)
+        backbone = other.lm.backbone
+        assert (backbone.layers, backbone.dim, backbone.heads) == (48, 2048, 32)
+        assert millions(model.backbone) == pytest.approx(48 * 12 * 2.048 ** 2, rel=1e-3)
+        assert 3000 < millions(model) < 3500
+        assert dataclasses.replace(other.lm, backbone=cfg.lm.backbone) == cfg.lm
+        assert (other.vae, other.gan, other.train, other.data) == (cfg.vae, cfg.gan, cfg.train,
+                                                                   cfg.data)
+
+
+def test_musicgen_has_4_codebooks_at_50_hertz_and_the_backbone_of_its_rivals():
+    cfg, model = build("delay_music")
+    assert cfg.lm.backbone == build("calm_music")[0].lm.backbone
+    assert (cfg.vae.codes, cfg.vae.frame_rate, cfg.vae.sample_rate) == ((4, 2048), 50, 32000)
+    assert cfg.data.frames == 30 * 50 and model.head.code_delay == 3

@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from cli import BadInput
-from config import Config, dump, load, resolve
+from config import STAGES, Config, dump, load, resolve
 from schema import build
 
 
@@ -76,7 +76,8 @@ def old_layout(cfg):
     """A config as a (nested) dict of before 2026-11-27: [gan] inside [vae], `clip` of a stage."""
     table = dataclasses.asdict(cfg)
     table["vae"] |= table.pop("gan")
-    for stage in table["train"].values():
+    for stage in STAGES:
+        stage = table["train"][stage]
         stage["clip"] = stage.pop("grad_clip")
     return table
 

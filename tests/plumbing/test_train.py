@@ -17,6 +17,7 @@ import types
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 
 import checks
@@ -73,8 +74,7 @@ def test_a_run_folder_of_before_gan_had_its_table_is_read_and_skipped(finished, 
         state = load_checkpoint(f"{out}/{stage}.pt")
         config = state["config"]
         config["vae"] |= config.pop("gan")
-        del config["train"]["shard"]
-        for table in config["train"].values():
+        for table in (config["train"][name] for name in STAGES):
             table["clip"] = table.pop("grad_clip")
         save_checkpoint(f"{out}/{stage}.pt", state)
     again = run("train.py", "--config", f"{finished[0]}/tiny.toml", "--out", out)
@@ -293,19 +293,16 @@ def test_training_keeps_its_compiled_graphs_through_a_validation(finished, tmp_p
     cfg = load(f"{finished[0]}/tiny.toml", ["--out", f"{tmp_path}/run", "--compile", "yes"])
     clips, valid = train.corpus(cfg, runtime := train.Runtime(cfg))
     stage = stages.LMStage(cfg, runtime, clips, valid, "lm")
-    stage.model.train()
-    stage.compile()
-    losses = Losses(stage)
+    run = runs.Run(stage, "lm", cfg, runtime)                # compiles
     rows = range(cfg.train.lm.batch)
 
     def graphs():
         counters.clear()
-        train.gradients(losses, [(rows, stage.batch(0, rows))], 0, runtime, 0, len(rows))
+        train.gradients(run.losses, [(rows, stage.batch(0, rows))], 0, runtime, 0, len(rows))
         return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
-    torch._dynamo.reset()
     assert graphs()[1] == {} and graphs() == (0, {})
     counters.clear()
-    runs.Run(stage, "lm", cfg, runtime).show(1)
+    run.show(1)
     assert counters["stats"]["unique_graphs"] == 0 and not counters["graph_break"]
     assert graphs() == (0, {})
     torch._dynamo.reset()
@@ -740,3 +737,16 @@ def test_a_held_out_figure_is_the_mean_over_rows_and_one_named_max_the_largest()
     found = stages.LMStage.validate(stage, types.SimpleNamespace(loss=loss))
     assert rows_of == [3, 1]
     assert found == {"valid_head": 1.75, "valid_tangent_max": 4.0}
+
+
+def test_a_corpus_of_silence_is_refused_before_it_is_trained_on(tmp_path):
+    """Fault: a broken export trained for hours, on nothing and without a word."""
+    clips = []
+    for i in range(3):
+        path = f"{tmp_path}/{i}.wav"
+        sf.write(path, np.zeros(16000, np.float32), 16000)
+        clips.append(Clip(path, "", "music", "", None, 1.0, str(i)))
+    with pytest.raises(BadInput, match="0.wav: silent .* all of the first 3 held-out clips"):
+        stages.open_held_out(clips, resolve({}))
+    sf.write(f"{tmp_path}/1.wav", 0.1 * np.ones(16000, np.float32), 16000)
+    stages.open_held_out(clips, resolve({}))

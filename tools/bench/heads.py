@@ -1,4 +1,5 @@
-"""Speed of the heads: one latent of CALM and of the RQ-Transformer, at the papers' sizes.
+"""Speed of the heads: one latent of CALM, of the RQ-Transformer and of the delay pattern, at the
+papers' sizes.
 
     python -m tools.bench heads [--domain speech music] [--fast graph] [--repeats 3] [--threads 1]
                                 [--json ...]
@@ -11,8 +12,9 @@ three. Embeddings of the latent and the VAE are left out. Sizes are those of con
 (arXiv 2509.06926); speed-ups are relative to the paper's baseline, RQ with 8 levels for speech and
 32 for music. The RQ-Transformers share 8 sets of weights, whatever their number of levels: a set is
 75M parameters, more than any cache holds, so that each level reads its weights from memory either
-way. Without --fast a GPU mostly waits for the host to start kernels; with it (replay.py) the table
-compares what the heads compute.
+way. The delay pattern (MusicGen, music only) has a linear head for 4 codebooks and 50 frames per
+second, so twice the backbone. Without --fast a GPU mostly waits for the host to start kernels; with
+it (replay.py) the table compares what the heads compute.
 
 Precision: fp32 on a CPU, bf16 weights, caches and autocast on CUDA.
 """
@@ -25,7 +27,7 @@ import torch
 from backbone import BackboneConfig, KVCache, StaticCache, Transformer
 from cli import BadInput
 from config import load
-from discrete import RQ, sample_codes
+from discrete import RQ, Delay, sample_codes
 from heads import HEADS, TrigFlow
 from replay import HOW, WARM_UP, Replay, rounded
 from tools.bench.timing import inference, median_ratio, processor, race, set_threads
@@ -35,6 +37,7 @@ RQ_LEVELS = (8, 16, 32)
 RQ_SETS = 8
 BASELINE = {"speech": "rq 8 levels", "music": "rq 32 levels"}       # of Tables 2 and 4
 HISTORY = 15                                                        # seconds in the KV cache
+DELAY = "delay 4 levels"                                            # MusicGen, in Table 4
 
 
 def add_options(parser):
@@ -61,8 +64,13 @@ def run(args):
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
 
         parts = frame_parts(calm, rq, args.device, dtype, args.fast)
+        rates = {}
+        if domain == "music":
+            delay = load("configs/paper/delay_music.toml")
+            parts[DELAY] = delay_part(delay, args.device, dtype, args.fast)
+            rates[DELAY] = delay.vae.frame_rate
         times = race(parts, args.repeats, args.device)
-        figures[domain] = head_figures(times, BASELINE[domain], frame_rate)
+        figures[domain] = head_figures(times, BASELINE[domain], frame_rate, rates)
 
         backbone_ms = 1000 * statistics.median(times["backbone"]) * frame_rate
         print(f"{domain}: {frame_rate:g} latents and {backbone_ms:.0f} ms of backbone per second")
@@ -81,31 +89,34 @@ def print_table(figures):
               f"{row['real_time']:10.2f}x", flush=True)
 
 
-def head_figures(times, baseline, frame_rate):
+def head_figures(times, baseline, frame_rate, rates=None):
     """The table's figures {head: row} from times {part: [seconds per latent, of each repeat]}.
 
-    baseline: the head that speed-ups are relative to; frame_rate: latents per second.
+    baseline: the head that speed-ups are relative to; frame_rate: latents per second; rates: {head:
+    latents per second} of those that have others.
     """
     heads = [part for part in times if part not in ("backbone", "short context")]
+    pace = {name: (rates or {}).get(name, frame_rate) / frame_rate for name in heads}
+    spent = {name: [pace[name] * seconds for seconds in times[name]] for name in heads}
 
     # what runs before the head; only CALM has the short context
     before = {}
     for name in heads:
-        before[name] = times["backbone"]
-        if "short context" in times and "rq" not in name:
+        before[name] = [pace[name] * seconds for seconds in times["backbone"]]
+        if "short context" in times and not name.startswith(("rq", "delay")):
             before[name] = [sum(pair) for pair in zip(times["backbone"], times["short context"])]
-    whole = {name: [b + h for b, h in zip(before[name], times[name])] for name in heads}
+    whole = {name: [b + h for b, h in zip(before[name], spent[name])] for name in heads}
 
     figures = {}
     for name in heads:
-        head_seconds = statistics.median(times[name])
+        head_seconds = statistics.median(spent[name])
         whole_seconds = statistics.median(whole[name])
         row = {
             "head_ms": 1000 * head_seconds * frame_rate,
             "whole_ms": 1000 * whole_seconds * frame_rate,
-            "sampler_speedup": median_ratio(times[baseline], times[name]),
+            "sampler_speedup": median_ratio(spent[baseline], spent[name]),
             "overall_speedup": median_ratio(whole[baseline], whole[name]),
-            "sampler_share": median_ratio(times[name], whole[name]),
+            "sampler_share": median_ratio(spent[name], whole[name]),
             "seconds_for_30": 30 * whole_seconds * frame_rate,
             "real_time": 1 / (whole_seconds * frame_rate),
         }
@@ -156,6 +167,16 @@ def frame_parts(calm, rq, device, dtype, how=None):
         parts[f"rq {levels} levels"] = part(lambda z, generator, net=net: net.sample(
             z, lambda logits: sample_codes(logits, 1.0, 0, generator)))
     return parts
+
+
+def delay_part(delay, device, dtype, how=None):
+    """MusicGen's linear heads on z (1, C), a contestant like those of frame_parts."""
+    width = delay.lm.backbone.dim
+    z = torch.randn(1, width, device=device, dtype=dtype)                      # (1, C)
+    autocast = lambda: torch.autocast(device, dtype, dtype == torch.bfloat16)
+    codes = delay.vae.codebooks, delay.vae.codebook_size
+    head = filled(lambda: Delay(*codes, width, delay.lm.head), device, dtype)
+    return make_part(lambda z, generator: head.sample(z, generator=generator), z, autocast, how)
 
 
 def make_part(function, z, autocast, how):

@@ -16,7 +16,7 @@ import os
 import torch
 
 from cli import BadInput, atomic
-from config import dump, load_checkpoint, resolve, trained_stages, vae_weights
+from config import STAGES, dump, load_checkpoint, resolve, trained_stages, vae_weights
 from weights import save_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +84,8 @@ def without_paths(config):
     config["out"] = os.path.basename(os.path.normpath(config["out"]))
     for key in ("manifest", "valid"):
         config["data"][key] = os.path.basename(config["data"].get(key, ""))
-    for stage in config["train"].values():
+    for stage in STAGES:
+        stage = config["train"].get(stage, {})
         for key in ("init", "teacher"):
             if isinstance(stage.get(key), str):
                 stage[key] = os.path.basename(stage[key])
