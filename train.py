@@ -58,7 +58,7 @@ import torch.distributed as dist
 
 import checks
 import stages
-from checkpoint import exported_file, shards_folder
+from checkpoint import exported_file, shards_folder, stage_file
 from cli import BadInput, Parser, clean_temps, cli, number, write_file
 from config import STAGES, dump, load, read_log, stage_seed
 from corpora import toy
@@ -369,33 +369,45 @@ def parse():
     return p.parse_known_args()
 
 
-def start_from(cfg, run):
+def start_from(cfg, run, fresh=False):
     """The config with train.STAGE.init = the checkpoint of `run`, for every stage that has one.
 
     Not for what goes on from a stage of this run, as consistency does from lm: what lm learned
     would be lost. A run without lm.pt gives consistency.pt in its place.
-    Errors: BadInput where `run` has none of them, is this run, or has a model of other sizes.
+    Errors: BadInput where `run` has none of them, is this run, or has a model of other sizes than
+    a stage that begins now.
     """
     if not os.path.isdir(run):
         raise BadInput(f"--from {run}: no such folder; give the run folder of a trained model")
     if os.path.realpath(run) == os.path.realpath(cfg.out):
         raise BadInput(f"--from {run}: is the run itself; name another folder, --out DIR")
-    train = cfg.train
-    found = False
+
+    stages_of_run = {}
     for name in cfg.stages:
-        if STAGES[name].after in cfg.stages:
+        path = checkpoint_to_begin(run, name)
+        if not path or STAGES[name].after in cfg.stages:
             continue
-        stages_that_fit = (name, *(after for after in STAGES if STAGES[after].after == name))
-        path = next((path for path in (f"{run}/{stage}.pt" for stage in stages_that_fit)
-                     if os.path.exists(path) or exported_file(path)), None)
-        found = found or path is not None
-        if path and not getattr(train, name).init:
+        stage_cfg = getattr(cfg.train, name)
+        stages_of_run[name] = replace(stage_cfg, init=stage_cfg.init or path)
+        begins = fresh or not os.path.exists(stage_file(cfg.out, name))
+        if begins and not stage_cfg.init:
             checks.refuse_other_sizes(cfg, name, path)
-            train = replace(train, **{name: replace(getattr(train, name), init=path)})
-    if not found:
+
+    if not stages_of_run:
         raise BadInput(f"--from {run}: has no checkpoint of {', '.join(cfg.stages)}; give the run "
                        "folder of a trained model")
-    return replace(cfg, train=train)
+    return replace(cfg, train=replace(cfg.train, **stages_of_run))
+
+
+def checkpoint_to_begin(run, name):
+    """The checkpoint of a run that has weights for a stage: its own, or that of a stage that went
+    on from it; None without. It may be an exported one.
+    """
+    for stage in (name, *(after for after in STAGES if STAGES[after].after == name)):
+        path = f"{run}/{stage}.pt"
+        if os.path.exists(path) or exported_file(path):
+            return path
+    return None
 
 
 def run_stages(cfg, runtime, fresh):
@@ -429,7 +441,7 @@ def main():
     arguments, overrides = parse()
     cfg = load(arguments.config, overrides)
     if arguments.source:
-        cfg = start_from(cfg, arguments.source)
+        cfg = start_from(cfg, arguments.source, arguments.fresh)
     if arguments.print:
         print(dump(cfg), end="")
         return

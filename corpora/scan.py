@@ -57,6 +57,8 @@ def find_clips(folder, layout="folder", kind="speech", speaker=None, *, columns=
     root = Path(os.path.abspath(folder))
     if not root.exists():
         raise BadInput(f"{folder}: no such folder; correct the path")
+    if cut:
+        check_writable(os.path.join(cut, "clip.flac"))
     top = Path(os.path.abspath(audio)) if audio else root if root.is_dir() else root.parent
 
     # files of pieces, as they come: their bytes need not lie in memory together

@@ -137,13 +137,13 @@ def item_of(row, columns, names, kind, where):
     if end is None and values["start"] not in (None, "") and times["duration"]:
         end = start + times["duration"]
 
-    clip = make_clip(path, text_of(values, path), kind) if path else Clip(
-        audio, " ".join(text_of(values, path).split()), kind)
-    clip.speaker = str(values["speaker"] or "").strip() if kind == "speech" else ""
+    text = text_of(values, path)
+    clip = make_clip(path, text, kind) if path else Clip(audio, " ".join(text.split()), kind)
+    clip.speaker = text_in(values["speaker"]).strip() if kind == "speech" else ""
     clip.words = words_of(values["words"])
     own_name = values["id"] not in (None, "")
     if own_name:
-        clip.id = str(values["id"])
+        clip.id = text_in(values["id"])
     return Piece(clip, data=data) if data else part_of(clip, start, end, own_name)
 
 
@@ -174,7 +174,7 @@ def value_of(row, field, columns):
 def text_of(values, path):
     """The text of a row; without one that of the audio's .json, as audiocraft has it."""
     if values["text"] is not None:
-        return str(values["text"])
+        return text_in(values["text"])
     described = path.with_suffix(".json") if path else None
     if described is None or not described.is_file():
         return ""
@@ -182,15 +182,21 @@ def text_of(values, path):
         info = json.loads(read_text(described))
     except json.JSONDecodeError as e:
         raise BadInput(f"{described}: not JSON ({e.msg}); correct it or remove it") from e
-    return str(info.get("description") or "") if isinstance(info, dict) else ""
+    return text_in(info.get("description")) if isinstance(info, dict) else ""
+
+
+def text_in(value):
+    """A cell as text, "" where it is empty; halves of characters (JSON's \\ud800) become "?"."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 def words_of(words):
     """[{"word", "start", "end"}, ...] -> [[word, start, end], ...]; None where one is missing."""
     if not isinstance(words, list) or not all(isinstance(word, dict) for word in words):
         return None
-    times = [[word.get("word"), word.get("start"), word.get("end")] for word in words]
-    return None if any(None in word for word in times) else times
+    times = [[text_in(word.get("word")), word.get("start"), word.get("end")] for word in words]
+    known = all(isinstance(time, (int, float)) for word in times for time in word[1:])
+    return times if known else None
 
 
 def seconds_of(value):
@@ -207,10 +213,11 @@ def seconds_of(value):
 def row_of_cut(cut):
     """A lhotse cut -> a row; without audio where it has no file of one recording."""
     recording = cut.get("recording") or {}
-    sources = [source for source in recording.get("sources", []) if source.get("type") == "file"]
+    sources = [source.get("source") for source in recording.get("sources") or []
+               if source.get("type") == "file"]
     spoken = cut.get("supervisions") or []
     speakers = {said.get("speaker") for said in spoken} - {None}
-    return {"audio": sources[0]["source"] if len(sources) == 1 else None, "id": cut.get("id"),
+    return {"audio": sources[0] if len(sources) == 1 else None, "id": cut.get("id"),
             "text": " ".join(said.get("text") or "" for said in spoken),
             "speaker": speakers.pop() if len(speakers) == 1 else "",
             "start": cut.get("start"), "duration": cut.get("duration")}

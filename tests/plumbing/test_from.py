@@ -81,8 +81,8 @@ def test_a_run_to_begin_with_is_refused_where_it_is_none(wrong, message, tmp_pat
 
 
 def test_the_first_step_goes_on_from_the_other_runs_weights(source, tmp_path):
-    """One step of a tiny learning rate leaves the weights where they were, and a second start of
-    the same command goes on, however the source looks by then.
+    """One step of a tiny learning rate leaves the weights where they were; the same command again
+    finds its own.
     """
     options = ("--config", write(str(tmp_path), out="mine"), "--from", source,
                "--stages", "vae", "--train.vae.steps", "1", "--train.vae.lr", "1e-9",
@@ -94,3 +94,6 @@ def test_the_first_step_goes_on_from_the_other_runs_weights(source, tmp_path):
     new = load_checkpoint(f"{tmp_path}/mine/vae.pt")["ema"]
     for key in new.keys() - {"latent_mean", "latent_std"}:
         torch.testing.assert_close(new[key], old[key], atol=1e-6, rtol=0)
+
+    again = run("train.py", *options, "--train.vae.steps", "2")
+    assert again.returncode == 0 and "starts from" not in again.stdout, again.stderr

@@ -207,6 +207,23 @@ def test_what_ends_behind_its_file_is_left_out_and_named(tmp_path, capsys):
     assert "2 rows whose audio cannot be read: " in capsys.readouterr().err
 
 
+def test_a_place_that_takes_no_files_is_said_once_and_not_per_row(tmp_path):
+    ramp(tmp_path / "long.wav")
+    table = write(tmp_path / "t.csv", "path,start,end\nlong.wav,0.5,0.9\nlong.wav,1,2\n")
+    with pytest.raises(BadInput, match="t.csv.*(cannot be written|Not a directory)"):
+        scan.find_clips(table, "table", cut=table / "cut")
+
+
+def test_half_a_character_of_json_does_not_reach_the_manifest(corpus):
+    """UTF-8 cannot hold it: the manifest could not be written."""
+    table = corpus / "t.jsonl"
+    table.write_text('{"audio": "audio/a.wav", "text": "a\\ud800b", "id": "\\udc00", '
+                     '"speaker": "x\\ud800"}\n')
+    scan.main([str(table), "--layout", "table", "--out", str(corpus / "m.jsonl")])
+    (clip,) = load_manifest(corpus / "m.jsonl")
+    assert (clip.text, clip.id, clip.speaker) == ("a?b", "?", "x?")
+
+
 def test_segments_are_refused_where_there_is_no_place_for_them(tmp_path):
     ramp(tmp_path / "long.wav")
     table = write(tmp_path / "t.csv", "path,start,end\nlong.wav,0.5,0.9\n")
