@@ -180,8 +180,8 @@ def text_of(values, path):
         return ""
     try:
         info = json.loads(read_text(described))
-    except json.JSONDecodeError as e:
-        raise BadInput(f"{described}: not JSON ({e.msg}); correct it or remove it") from e
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{described}: not JSON ({e}); correct it or remove it") from e
     return text_in(info.get("description")) if isinstance(info, dict) else ""
 
 
@@ -212,15 +212,20 @@ def seconds_of(value):
 
 def row_of_cut(cut):
     """A lhotse cut -> a row; without audio where it has no file of one recording."""
-    recording = cut.get("recording") or {}
-    sources = [source.get("source") for source in recording.get("sources") or []
-               if source.get("type") == "file"]
-    spoken = cut.get("supervisions") or []
-    speakers = {said.get("speaker") for said in spoken} - {None}
-    return {"audio": sources[0] if len(sources) == 1 else None, "id": cut.get("id"),
-            "text": " ".join(said.get("text") or "" for said in spoken),
+    recording = cut.get("recording")
+    sources = dicts_of(recording.get("sources")) if isinstance(recording, dict) else []
+    files = [source.get("source") for source in sources if source.get("type") == "file"]
+    spoken = dicts_of(cut.get("supervisions"))
+    speakers = {text_in(said.get("speaker")) for said in spoken} - {""}
+    return {"audio": files[0] if len(files) == 1 else None, "id": cut.get("id"),
+            "text": " ".join(text_in(said.get("text")) for said in spoken),
             "speaker": speakers.pop() if len(speakers) == 1 else "",
             "start": cut.get("start"), "duration": cut.get("duration")}
+
+
+def dicts_of(value):
+    """The dicts of a list; none of anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 # ---------------------------------------------------------------------------- rows of a table
@@ -257,7 +262,7 @@ def rows_of_json(path):
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             rows = None                                             # lines
     if isinstance(rows, dict):
         rows = rows.get("data", [rows])
@@ -300,29 +305,30 @@ def rows_of_text(path, columns, names):
     """The rows of a .csv, .tsv or other text, with header or without."""
     text = text_of_file(path)
     separator, keys, header = form_of(path, text, columns, names)
-    reader = cells_of(text, separator)
+    for number, (line, row) in enumerate(cells_of(path, text, separator)):
+        where = f"{path}, line {line}"
+        if not row or header and number == 0:
+            continue
+        if len(row) != len(keys):
+            yield where, Left("rows with another number of columns than the first", where)
+            continue
+        values = dict(zip(keys, row))
+        if keys == BARE[3] and len(values["speaker"].split()) > 3:
+            raise BadInput(f"{where}: its second column reads like a text, not a speaker; say "
+                           "which is which: --columns audio=1,text=2,speaker=3")
+        yield where, values
+
+
+def cells_of(path, text, separator):
+    """Yield (line, [cell, ...]) of a table as text; tabs and | separate also between quotes."""
+    quoting = csv.QUOTE_NONE if separator in "\t|" else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting)
     try:
-        for number, row in enumerate(reader):
-            where = f"{path}, line {reader.line_num}"
-            if not row or header and number == 0:
-                continue
-            if len(row) != len(keys):
-                yield where, Left("rows with another number of columns than the first", where)
-                continue
-            values = dict(zip(keys, row))
-            if keys == BARE[3] and len(values["speaker"].split()) > 3:
-                raise BadInput(f"{where}: its second column reads like a text, not a speaker; say "
-                               "which is which: --columns audio=1,text=2,speaker=3")
-            yield where, values
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as e:
         raise BadInput(f"{path}, line {reader.line_num}: not readable as a table ({e}); correct "
                        "it") from e
-
-
-def cells_of(text, separator):
-    """A csv.reader of a table; tabs and | are also between quotes what they are."""
-    quoting = csv.QUOTE_NONE if separator in "\t|" else csv.QUOTE_MINIMAL
-    return csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting)
 
 
 def form_of(path, text, columns, names):
@@ -337,7 +343,7 @@ def form_of(path, text, columns, names):
     column = int(wanted) - 1 if wanted.isdecimal() and int(wanted) else 0
     widest = []
     for separator in SEPARATORS:
-        rows = [*islice(cells_of(text, separator), FIRST_ROWS)]
+        rows = [row for _, row in islice(cells_of(path, text, separator), FIRST_ROWS)]
         header = [cell.strip().lower() for cell in rows[0]]
         if known & {*header}:
             return separator, header, True
@@ -405,13 +411,11 @@ def captions(path, corpus, audio=None):
     how = CAPTIONS[corpus]
     clips_of = Counter()
     is_json = source.name.endswith((".json", ".jsonl", ".jsonl.gz"))
-    rows = (row for _, row in rows_of_json(source)) if is_json else \
-        csv.DictReader(io.StringIO(text_of_file(source)))           # captions of two lines
-
-    for row in rows:
-        if not {*how.needs} <= row.keys() or None in row.values():
-            raise BadInput(f"{source}: {corpus} has the columns {', '.join(how.needs)}; this row "
-                           f"has {shown(list(row.items())[:4])}; correct it")
+    rows = rows_of_json(source) if is_json else rows_of_csv(source)
+    for where, row in rows:
+        if not {*how.needs} <= row.keys():
+            raise BadInput(f"{where}: {corpus} has the columns {', '.join(how.needs)}; this row "
+                           f"has {shown(list(row))}; correct it")
         found = names.find(*how.names(row))
         if found is None:
             yield Left("captions without an audio file", how.names(row)[0])
@@ -424,6 +428,15 @@ def captions(path, corpus, audio=None):
             if clips_of[found] > 1:
                 clip.id += f"_{clips_of[found]}"
             yield of_span(clip, *how.span(row)) if how.span else clip
+
+
+def rows_of_csv(path):
+    """The rows of a .csv with commas and a header: captions may have two lines."""
+    rows = cells_of(path, text_of_file(path), ",")
+    _, header = next(rows, (0, []))
+    for line, row in rows:
+        if row:
+            yield f"{path}, line {line}", dict(zip(header, row))
 
 
 def of_span(clip, start, end):

@@ -137,6 +137,18 @@ def test_a_table_that_is_not_understood_says_what_to_give(text, message, corpus)
         scan.find_clips(table, "table")
 
 
+@pytest.mark.parametrize("name, text", [
+    ("a.csv", "path,text\na.wav,\"" + "x" * 200_000 + "\"\n"), ("a.json", "[" * 100_000),
+    ("a.jsonl", '{"audio":"../rec/'), ("a.json", "[1, 2]"), ("a.jsonl.gz", "no gzip"),
+    ("a.jsonl", '{"supervisions": 3, "recording": 4}\n{"audio": ["x"], "start": {}}\n')])
+def test_a_damaged_table_is_one_line(name, text, corpus):
+    """Fault: a cell of 131,073 characters, brackets in brackets and numbers in place of lists ended
+    in a traceback.
+    """
+    with pytest.raises(BadInput):
+        scan.find_clips(write(corpus / name, text), "table")
+
+
 def test_a_folder_with_several_tables_asks_for_one_and_takes_metadata(corpus):
     write(corpus / "train.csv", TABLES["metadata.csv"])
     write(corpus / "test.csv", TABLES["metadata.csv"])
