@@ -399,6 +399,7 @@ def main():
         print(dump(cfg), end="")
         return
     if arguments.plan:
+        signals.stop_listening()
         print(plan(cfg, arguments.gpus, arguments.fit or 80.0, bool(arguments.fit)))
         return
     try:
