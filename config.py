@@ -235,6 +235,9 @@ class Config:
         if self.lm.monologue and not self.data.kind_token:
             raise ValueError("lm.monologue: only the kind's token stands before the audio; it "
                              "needs data.kind_token = true")
+        if self.gan.loss_weights.get("magnitude") and self.vae.decoder != "istft":
+            raise ValueError("gan.loss_weights: magnitude is of an inverse STFT; set vae.decoder = "
+                             "\"istft\" or leave it out")
         samples = self.gan.disc_seconds * self.vae.sample_rate
         if samples and samples < max(self.gan.disc_windows):
             longest = max(self.gan.disc_windows) / self.vae.sample_rate

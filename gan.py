@@ -9,6 +9,7 @@
      ├─────────────────────────────│────────────────────┴─► W z, WavLM(x) ──────────► L_distill
      ├─────────────────────────────┼────────► waveforms ────────────────────────────► L_t
      ├─────────────────────────────┼────────► log-mel, STFT magnitudes ─────────────► L_f
+     │              magnitudes that the inverse STFT was asked for ("magnitude") ───► L_f
      ▼ random crop                 ▼ same crop
     ┌─────────────────────────────────────┐
     │ discriminators, one per STFT size,  ├─► features of x and x̂ ──────────────────► L_feat
@@ -25,6 +26,8 @@ balancer: EnCodec (Défossez et al. 2022) section 3.4; multi-scale log-mel loss:
 Where this differs from the paper:
 - disc_power < 1 (discriminators on compressed spectra of equal loudness) is ours: from EnCodec's
   linear spectra they learn little in a few hundred steps (LOG.md).
+- "magnitude" is ours: it compares the spectrum that the decoder asks its inverse STFT for, before
+  frames with their phases overlap and blur it.
 - λ_t, λ_f, λ_adv, λ_feat are not given; [gan.loss_weights] exposes them.
 - Generator and discriminators step together, each with the other's weights from before the step.
   Gradients then accumulate exactly over micro-batches (except for the balancer's norms, which are
@@ -48,7 +51,7 @@ from processes import add_up, world
 from schema import Range
 from vae import VAE, VAEConfig
 
-Loss = Literal["time", "mel", "stft", "adv", "feat", "kl", "commit", "distill"]
+Loss = Literal["time", "mel", "stft", "magnitude", "adv", "feat", "kl", "commit", "distill"]
 
 
 def default_weights():
@@ -59,7 +62,7 @@ def default_weights():
 @dataclass
 class GANConfig:
     """The [gan] table: what only the training of the VAE needs."""
-    # λ of each term of eq. 2 (time = λ_t; mel, stft = λ_f); 0 = not computed
+    # λ of each term of eq. 2 (time = λ_t; mel, stft, magnitude = λ_f); 0 = not computed
     loss_weights: dict[Loss, Annotated[float, Range(0)]] = field(default_factory=default_weights)
     # n_fft in samples of each spectral loss (DAC)
     loss_windows: list[Annotated[int, Range(8, 1_000_000)]] = field(
@@ -137,7 +140,7 @@ def spectral_losses(x, y, sample_rate, windows, names, floor=1e-5):
     x, y (B, ch, S): original, reconstruction; X, Y: |STFT| / sqrt(n_fft), so that white noise of
     amplitude a has magnitudes of about 0.6 a.
     mel:  mean |log10 mel(X) - log10 mel(Y)|, 5 n_fft / 32 bands (DAC: 5 at 32, 320 at 2048)
-    stft: ‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log X - log Y| (Yamamoto et al. 2020)
+    stft: magnitude_loss(X, Y)
     The floor is added, not clamped to: a gradient remains where silence should not be silent.
     """
     x = x.flatten(0, 1)
@@ -154,12 +157,19 @@ def spectral_losses(x, y, sample_rate, windows, names, floor=1e-5):
             sums["mel"] = sums["mel"] + (mel_x - mel_y).abs().mean()
 
         if "stft" in sums:
-            # silence: at least the floor's energy; 1e-8 keeps the gradient of sqrt finite
-            energy = X.pow(2).sum((1, 2)).clamp(min=X[0].numel() * floor ** 2)
-            convergence = ((X - Y).pow(2).sum((1, 2)) / energy).clamp(min=1e-8).sqrt().mean()
-            logs = ((X + floor).log() - (Y + floor).log()).abs().mean()
-            sums["stft"] = sums["stft"] + convergence + logs
+            sums["stft"] = sums["stft"] + magnitude_loss(X, Y, floor)
     return {name: value / len(windows) for name, value in sums.items()}
+
+
+def magnitude_loss(X, Y, floor):
+    """‖X - Y‖ / ‖X‖ (spectral convergence) + mean |log X - log Y| (Yamamoto et al. 2020) of
+    magnitudes (B, bins, frames).
+    """
+    # silence: at least the floor's energy; 1e-8 keeps the gradient of sqrt finite
+    energy = X.pow(2).sum((1, 2)).clamp(min=X[0].numel() * floor ** 2)
+    convergence = ((X - Y).pow(2).sum((1, 2)) / energy).clamp(min=1e-8).sqrt().mean()
+    logs = ((X + floor).log() - (Y + floor).log()).abs().mean()
+    return convergence + logs
 
 
 class Teacher:
@@ -374,7 +384,7 @@ class VAEGAN(nn.Module):
         First "vae" with the loss of eq. 2, then "disc" once the discriminators learn. Neither has a
         gradient for the other's weights. source: of random numbers (noise.py).
         """
-        rec, z, terms = self.vae(wav, source)
+        rec, maps, z, terms = self.vae(wav, source)
 
         # the terms of eq. 2 that have a weight (the weights enter in weighted_sum); from the VAE
         # L_KL or L_commit
@@ -383,6 +393,7 @@ class VAEGAN(nn.Module):
             terms["time"] = (wav - rec).abs().mean()                             # L_t
         terms |= self.distill_term(wav, z)                                       # L_distill
         terms |= self.spectral_terms(wav, rec, shared(source))                   # L_f
+        terms |= self.magnitude_term(wav, maps)
 
         # the discriminators see the same crop of both, the original once for both players; the
         # generator learns after their warm-up
@@ -428,6 +439,15 @@ class VAEGAN(nn.Module):
         with torch.autocast(wav.device.type, enabled=False):
             return spectral_losses(wav, rec, self.vae.cfg.sample_rate, windows, names,
                                    cfg.loss_floor)
+
+    def magnitude_term(self, wav, maps):
+        """The "stft" loss between the original and what the inverse STFT was asked for."""
+        if "magnitude" not in self.weights:
+            return {}
+        inverse = self.vae.decoder.conv[-1]
+        X, Y = (magnitudes.flatten(0, 1) / math.sqrt(inverse.n_fft)         # (B · ch, bins, L)
+                for magnitudes in (inverse.spectrum(wav), inverse.magnitude(maps)))
+        return {"magnitude": magnitude_loss(X, Y, self.cfg.loss_floor)}
 
     def random_crop(self, samples, generator=None):
         """The slice of disc_seconds, at random, that the discriminators see."""

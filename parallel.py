@@ -1,14 +1,14 @@
 """One model on several processes, by torch: DistributedDataParallel, or FSDP2 with train.shard.
 
-    alone     losses(batch) ─► loss ─► backward                      gradients
-    DDP       every process has the whole model                      averaged as they come
-    FSDP2     every process keeps 1/N of each matrix, of its         each layer's weights are gathered
-              gradient, moments and average                          before it runs, its gradients
-                                                                     summed and scattered after it
+              what a process keeps             what it does in a step
+    alone     everything                       losses(batch) ─► loss ─► backward
+    DDP       everything                       ... and gradients are averaged as they come
+    FSDP2     1/N of each weight, gradient,    gathers a layer's weights before it runs, and sums
+              moment and average               and scatters its gradients behind it
 
-What differs between the three stands in this file; the loop (train.py) asks for `wrap`, `last_pass`
-and `whole`. State that stays is 16 bytes per parameter (weights, AdamW's moments, average):
-19 GB for calm_speech, 51 GB for 3.2B parameters; train.py --plan says when it does not fit.
+What differs between the three stands in this file; the loop (train.py) asks for `wrap` and
+`last_pass`. State that stays is 16 bytes per parameter (weights, AdamW's moments, average): 31 GB
+for calm_speech, 52 GB for 3.2B parameters; train.py --plan says when it does not fit.
 
 A sharded checkpoint is a folder per step, which every process writes its part of:
 
@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -185,7 +186,12 @@ def save_shards(out, name, state, rest, write_rest):
         shutil.rmtree(making, ignore_errors=True)
         os.makedirs(making)
     dist.barrier()
-    dcp.save(dict(named_tensors(state)), checkpoint_id=making)
+    try:
+        dcp.save(dict(named_tensors(state)), checkpoint_id=making)
+    except CheckpointException as e:            # every process gets the errors of all
+        error, _ = next(iter(e.failures.values()))
+        raise BadInput(f"{making}: cannot be written ({' '.join(str(error).split())[:100]}); the "
+                       "checkpoint before it is untouched; free some space, or use --out") from None
 
     # every process knows what it wrote
     mine = sorted(glob.glob(f"{glob.escape(making)}/__{rank()}_*.distcp"))
@@ -204,6 +210,12 @@ def save_shards(out, name, state, rest, write_rest):
         if before not in (None, folder):
             shutil.rmtree(before)
     dist.barrier()
+
+
+def clean_shards(out):
+    """Remove what a killed process left of a sharded checkpoint that it was writing."""
+    for making in glob.glob(f"{glob.escape(out)}/*.shards/*.making"):
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def load_shards(folder, state):

@@ -39,9 +39,10 @@ def save_picture(fig, path, dpi=80):
 
 
 def draw_spectrograms(path, pictures, sample_rate, columns=1):
-    """dB spectrograms (512-point Hann, hop 128, the same scale for all) of [(title, wav
-    (ch, S)), ...] -> a png at path.
+    """dB spectrograms (512-point Hann, hop 128, the same scale and time axis for all) of [(title,
+    wav (ch, S)), ...] -> a png at path.
     """
+    longest = max([512, *(wav.shape[-1] for _, wav in pictures)]) / sample_rate
     rows = -(-len(pictures) // columns)
     fig, axes = pyplot().subplots(rows, columns, figsize=(3 + 4 * columns, 2.1 * rows),
                                   squeeze=False, layout="constrained")
@@ -52,6 +53,7 @@ def draw_spectrograms(path, pictures, sample_rate, columns=1):
         db = 20 * spectrum.abs().clamp(min=1e-4).log10()
         ax.imshow(db.numpy(), origin="lower", aspect="auto", vmin=-60, vmax=35,
                   extent=(0, len(wav) / sample_rate, 0, sample_rate / 2000))
+        ax.set_xlim(0, longest)
         ax.set_title(title[:80], fontsize=8)
         ax.tick_params(labelsize=6)
 

@@ -35,11 +35,18 @@ def listen():
         signal.signal(number, on_signal)
 
 
+def stop_listening():
+    """A signal ends the process at once: for what has nothing to lose, and may be inside a callback
+    of C++, which no exception may leave.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def on_signal(number, frame):
     global noted
     noted = number
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    stop_listening()
     if mode == "cut":
         raise Cut
     if mode == "leave":

@@ -66,7 +66,7 @@ from data import load_clips, load_manifest
 from locks import owned
 from noise import Rows
 from optim import schedule
-from parallel import last_pass
+from parallel import clean_shards, last_pass
 from plan import plan
 from processes import whole
 from runs import Run, todo_file, write_log
@@ -446,6 +446,7 @@ def main():
         print(dump(cfg), end="")
         return
     if arguments.plan:
+        signals.stop_listening()
         print(plan(cfg, arguments.gpus, arguments.fit or 80.0, bool(arguments.fit)))
         return
     try:
@@ -481,6 +482,7 @@ def train_all(cfg, fresh):
         if runtime.rank == 0:
             for folder, _, _ in os.walk(cfg.out):
                 clean_temps(folder)
+            clean_shards(cfg.out)
         run_stages(cfg, runtime, fresh)
 
     runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")

@@ -78,7 +78,8 @@ class VAEConfig:
     decoder: Literal["conv", "istft"] = "istft"
     # stft, istft: hop in samples, the product of the last ratios, which the STFT replaces
     stft_hop: Annotated[int, Range(0, 1_000_000)] = 160
-    # istft: direct (Vocos), or locked (keeps tones steady; for encoder = "stft")
+    # istft: direct (Vocos), or locked (phases follow from the magnitudes, so that tones hold; for
+    # encoder = "stft", trained with gan.loss_weights.magnitude)
     phase: Literal["direct", "locked"] = "direct"
     # stft, istft: n_fft in samples; 0 = 4 · stft_hop
     stft_size: Annotated[int, Range(0, 1_000_000)] = 0
@@ -315,13 +316,18 @@ class Decoder(nn.Module):
         self.transformer = Transformer(transformer_config(cfg, cfg.decoder_layers))
         self.conv = Chain(*decoder_convolutions(cfg))                        # (B, ch, T · hop)
 
-    def forward(self, z, state=None):
+    def forward(self, z, state=None, with_maps=False):
+        """with_maps: also what the last layer was given, of an inverse STFT its maps."""
         x = self.input(z)
         if self.up is not None:
             x = self.up(x.mT, state).mT                                      # (B, T · inner, C)
         cache = None if state is None else state.setdefault(self, KVCache())
-        x = self.transformer(x, cache)
-        return self.conv(x.mT, state)
+        maps = self.transformer(x, cache).mT
+        *layers, last = self.conv
+        for layer in layers:
+            maps = layer(maps, state)
+        wav = last(maps, state)
+        return (wav, maps) if with_maps else wav
 
 
 class VAE(nn.Module):
@@ -463,18 +469,21 @@ class VAE(nn.Module):
         return x * self.latent_std + self.latent_mean
 
     def forward(self, wav, source=None):
-        """wav (B, ch, S), S a multiple of hop -> x̂ (B, ch, S), z (B, T, D), {"kl"} or {"commit"}.
+        """wav (B, ch, S), S a multiple of hop -> x̂ (B, ch, S), what the decoder's last layer made
+        it of, z (B, T, D), {"kl"} or {"commit"}.
 
         z is a posterior sample; rvq: the sum of the codes' entries, with straight-through gradient.
         source: of random numbers (noise.py).
         """
         if self.quantizer is not None:
             z, commit = self.quantizer(self.encoder(wav).float(), source)
-            return self.decode(z), z, {"commit": commit}
-
-        mean, logvar = self.encode(wav)
-        z = sample_posterior(mean, logvar, source)
-        return self.decode(z), z, {"kl": kl_loss(mean, logvar)}
+            terms = {"commit": commit}
+        else:
+            mean, logvar = self.encode(wav)
+            z = sample_posterior(mean, logvar, source)
+            terms = {"kl": kl_loss(mean, logvar)}
+        rec, maps = self.decoder(z, with_maps=True)
+        return rec.float(), maps, z, terms
 
 
 def in_chunks(latents):

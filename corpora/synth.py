@@ -402,6 +402,7 @@ def repeated_sound(stated, rng, rate):
 
 
 SCALE = (0, 2, 4, 5, 7, 9, 11, 12)      # semitones
+LOWEST = {"low": 261.63, "high": 523.25}    # Hz: C4, C5; all music is in C major
 TIMBRES = {
     "flute": dict(harmonics=(1, 0.06), attack=0.025),
     "organ": dict(harmonics=(1, 0, 0.6, 0, 0.4, 0, 0.25), attack=0.012),
@@ -420,7 +421,7 @@ def music(stated, rng, rate):
                  "repeated note": [4] * notes,
                  "arpeggio": [0, 7, 12, 7, 0] if slow else [0, 4, 7, 12, 7, 4, 0, 4],
                  }[stated["shape"]]
-    base = (230 if stated["register"] == "low" else 720) * 2 ** (rng.uniform(-2.5, 2.5) / 12)
+    base = LOWEST[stated["register"]]
 
     timbre = TIMBRES[stated["timbre"]]
     decay = 7 / step * 0.75 if stated["timbre"] == "pluck" else 0.0
@@ -436,8 +437,9 @@ def music(stated, rng, rate):
 def synthesise(text, kind, *, voice=0, seed=0, rate=16000):
     """Text -> (wav float32 (S,) within ±0.9, words [[word, start s, end s], ...]).
 
-    kind: speech, sound or music; voice matters for speech only; seed varies pitch (±8 %), tempo
-    (±10 %), gaps and level. Errors: BadInput for a text, voice or rate that does not exist.
+    kind: speech, sound or music; voice matters for speech only; seed varies pitch (±8 %; music is
+    in tune), tempo (±10 %), gaps and level. Errors: BadInput for a text, voice or rate that does
+    not exist.
     """
     if rate not in RATES:
         raise BadInput(f"sample rate {rate} is not supported, use 16000 or 24000")

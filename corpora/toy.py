@@ -169,7 +169,7 @@ def make(cfg, out_dir, rate=16000):
     out = Path(out_dir)
     mark = out / "toy.json"
     manifests = (out / "train.jsonl", out / "valid.jsonl")
-    recipe = dict(asdict(cfg), sample_rate=rate, version=1)
+    recipe = dict(asdict(cfg), sample_rate=rate, version=2)
 
     def finished():
         return (read_mark(mark) == dict(recipe, finished=True)

@@ -32,6 +32,20 @@ def test_spectral_losses_vanish_for_equal_signals_and_measure_a_gain_in_decades(
     assert tenth["stft"].item() == pytest.approx(0.9 + math.log(10), abs=3e-2)  # convergence + log
 
 
+def test_the_magnitude_loss_is_zero_where_the_decoder_asks_for_the_original():
+    """Exact in float64; convergence and log of a spectrum that is a tenth."""
+    torch.manual_seed(0)
+    vae = VAEConfig(**{**SMALL, "decoder": "istft", "phase": "locked", "stft_hop": 16,
+                       "ratios": [2, 4, 4]})
+    model = VAEGAN(vae, GANConfig(loss_weights={"magnitude": 1.0}, loss_floor=1e-9))
+    inverse = model.vae.decoder.conv[-1]
+    wav = torch.randn(2, 1, 640, dtype=torch.float64)
+    maps = inverse.spectrum(wav).flatten(1, 2).log()
+    assert model.magnitude_term(wav, maps)["magnitude"] < 2e-4          # sqrt(1e-8), see gan.py
+    tenth = model.magnitude_term(wav, maps - math.log(10))["magnitude"].item()
+    assert tenth == pytest.approx(0.9 + math.log(10), abs=1e-4)
+
+
 def test_mel_filters_cover_the_band_and_keep_the_level_of_a_flat_spectrum():
     filters = mel_filters(16000, 1024, 80)
     assert filters.shape == (80, 513) and (filters >= 0).all()
@@ -60,7 +74,7 @@ def test_wavlm_features_come_at_the_latents_rate_and_are_distilled(tmp_path):
     torch.manual_seed(0)
     (_, total, terms), = model.losses(wav[..., :160 * 150], 0)
     torch.manual_seed(0)
-    z = model.vae(wav)[1]
+    z = model.vae(wav)[2]
     expected = 1 - torch.cosine_similarity(model.to_teacher(z), features, dim=-1).mean()
     torch.testing.assert_close(terms["distill"], expected)
     torch.testing.assert_close(total, terms["mel"] + 25 * terms["distill"])
@@ -198,7 +212,8 @@ def test_discriminators_hear_the_same_part_of_the_original_and_of_the_reconstruc
     model = small_gan(adv=1.0, feat=1.0)
     crops = []
     model.cfg.disc_seconds = 0.01
-    model.vae.forward = lambda wav, source: (wav * torch.ones((), requires_grad=True), None, {})
+    model.vae.forward = lambda wav, source: (wav * torch.ones((), requires_grad=True), None, None,
+                                             {})
     model.disc.register_forward_pre_hook(lambda _, args: crops.append(args[0].detach()))
     wav = torch.randn(1, 1, 800)
     for step in range(3):
@@ -228,7 +243,7 @@ def test_three_passes_of_the_discriminators_give_the_gradients_of_four(balance):
 
     # the discriminators: two passes of their own
     torch.manual_seed(1)
-    rec, _, _ = model.vae(wav)
+    rec, *_ = model.vae(wav)
     hinge_loss(model.disc(wav), model.disc(rec.detach())).backward()
     for key, p in model.disc.named_parameters():
         assert torch.equal(p.grad, gradients["disc"][f"disc.{key}"]), key

@@ -258,48 +258,76 @@ def test_the_inverse_spectrum_undoes_the_spectrum():
     torch.testing.assert_close(y[..., :-48], x[..., :-48], atol=1e-6, rtol=0)
 
 
-def tone_maps(f, sample_rate, n_fft, hop, frames, error):
-    """Maps (1, 3 · bins, frames) of a tone of f Hz. The frequency of every bin is off by `error`
-    radians per frame (standard deviation).
+def tone_map(f, sample_rate, n_fft, frames, error=0.0):
+    """Log-magnitudes (1, bins, frames) of a complex tone of f Hz, off by `error` (standard
+    deviation).
     """
-    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64)
+    bins = n_fft // 2 + 1
     samples = torch.arange(n_fft, dtype=torch.float64)
-    wave = torch.sin(2 * math.pi * f / sample_rate * samples)
-    magnitude = torch.fft.rfft(wave * torch.hann_window(n_fft, dtype=torch.float64)).abs()
-    delta = 2 * math.pi * hop * (f / sample_rate - bins / n_fft)
-    noise = torch.randn(len(bins), frames, generator=torch.Generator().manual_seed(0))
-    maps = [magnitude.clamp(min=1e-4).log()[:, None].expand(-1, frames),
-            (math.pi * (bins % 2))[:, None].expand(-1, frames),
-            delta[:, None] + error * noise]
-    return torch.cat(maps)[None]
+    wave = torch.exp(2j * math.pi * f / sample_rate * samples)
+    spectrum = torch.fft.fft(wave * torch.hann_window(n_fft, dtype=torch.float64))
+    magnitude = spectrum[:bins].abs() / 2                # half is at the negative frequency
+    noise = torch.randn(bins, frames, generator=torch.Generator().manual_seed(0))
+    return (magnitude.clamp(min=1e-4).log()[:, None] + error * noise)[None]
+
+
+@pytest.mark.parametrize("f", [203.0, 440.0, 1000.0, 2103.0])
+@pytest.mark.parametrize("n_fft, hop", [(320, 160), (640, 160)])
+def test_the_magnitudes_of_a_tone_tell_its_frequency(f, n_fft, hop):
+    magnitude = tone_map(f, 16000, n_fft, 1).exp()[None]
+    advance = InverseSpectrum(n_fft, hop, 1, "locked").advances(magnitude)
+    found = advance[0, 0, magnitude[0, 0, :, 0].argmax(), 0]
+    turned = torch.tensor(2 * math.pi * hop * f / 16000, dtype=torch.float64)
+    torch.testing.assert_close(found.cos(), turned.cos(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.sin(), turned.sin(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("f", [254, 285, 953])
+def test_a_tone_comes_back_at_its_pitch(f):
+    """Fault: a learned offset from the centre of a bin made 340 Hz of tones of 254 to 285 Hz."""
+    y = InverseSpectrum(320, 160, 1, "locked")(tone_map(f, 16000, 320, 110))[0, 0]
+    window = torch.hann_window(16000, dtype=y.dtype)
+    assert torch.fft.rfft(y[800:16800] * window).abs().argmax() == f         # bins of 1 Hz
 
 
 @pytest.mark.parametrize("f", [440.0, 2103.0])
-@pytest.mark.parametrize("reach, low, high", [(2, 0.65, 0.72), (0, 0.0, 0.6)])
-def test_a_tone_keeps_its_level_although_every_bin_errs_in_its_frequency(
+@pytest.mark.parametrize("reach, low, high", [(2, 0.69, 0.72), (0, 0.0, 0.67)])
+def test_a_tone_keeps_its_level_although_every_bin_errs_in_its_magnitude(
         f, reach, low, high, monkeypatch):
     """Bins that accumulate their phase alone (reach 0) drift apart: beeps became clicks."""
     monkeypatch.setattr(InverseSpectrum, "REACH", reach)
-    y = InverseSpectrum(640, 160, 1, "locked")(tone_maps(f, 16000, 640, 160, 100, 0.5))
+    y = InverseSpectrum(640, 160, 1, "locked")(tone_map(f, 16000, 640, 100, 0.1))
     rms = y[0, 0, 4000:12000].unfold(0, 400, 400).pow(2).mean(1).sqrt()
     assert low < rms.mean() < high                       # a sine of amplitude 1 has 0.707
-    assert (rms.std() < 0.05) == (reach > 0)
+    assert (rms.std() < 0.03) == (reach > 0)
 
 
-def test_locked_phases_turn_by_the_frequency_of_the_strongest_bin():
+def test_locked_phases_turn_by_the_advance_of_the_strongest_bin():
     inverse = InverseSpectrum(64, 16, 1, "locked")
     frames = 9
-    log_magnitude = torch.full((1, 1, 33, frames), -50.0, dtype=torch.float64)
-    log_magnitude[:, :, 10] = 0.0
-    delta = torch.zeros(1, 1, 33, frames, dtype=torch.float64)
-    delta[:, :, 10] = 0.3
-    phases, last = inverse.accumulate(log_magnitude, delta)
-    advance = 2 * math.pi * 10 * 16 / 64 + 0.3
+    magnitude = torch.full((1, 1, 33, frames), 1e-20, dtype=torch.float64)
+    magnitude[:, :, 10] = 1.0
+    magnitude[:, :, 11] = 0.5                            # so 0.4 of a bin above bin 10
+    phases, last = inverse.accumulate(magnitude)
+    advance = 2 * math.pi * (10 + 2 * 0.5 / 2.5) * 16 / 64
     expected = advance * torch.arange(1, frames + 1, dtype=torch.float64)
     for k in (8, 9, 10, 11, 12):                         # the neighbours follow
         error = torch.remainder(phases[0, 0, k] - expected + 1, 2 * math.pi) - 1
-        torch.testing.assert_close(error, torch.zeros_like(expected), atol=1e-12, rtol=0)
+        torch.testing.assert_close(error, torch.zeros_like(expected), atol=1e-7, rtol=0)
     torch.testing.assert_close(last, phases[..., -1] % (2 * math.pi))
+
+
+@pytest.mark.parametrize("n_fft, hop", [(64, 16), (64, 32)])
+def test_magnitudes_asked_for_and_those_of_the_original_are_of_the_same_frames(n_fft, hop):
+    """What is asked with the original's phases is the original, so both have its magnitudes."""
+    x = torch.randn(2, 1, hop * 20, dtype=torch.float64)
+    inverse = InverseSpectrum(n_fft, hop, 1)
+    frames = F.pad(x, (n_fft - hop, 0)).unfold(-1, n_fft, hop)
+    spectrum = torch.fft.rfft(frames * torch.hann_window(n_fft, dtype=torch.float64))[:, 0].mT
+    maps = torch.cat([spectrum.abs().clamp(min=1e-12).log(), spectrum.angle()], 1)
+    torch.testing.assert_close(inverse.magnitude(maps), inverse.spectrum(x))
+    rest = n_fft - hop
+    torch.testing.assert_close(inverse(maps)[..., :-rest], x[..., :-rest], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("training", [False, True])      # with a gradient torch's own convolution

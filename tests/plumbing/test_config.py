@@ -45,6 +45,13 @@ def test_a_dumped_config_loads_to_the_same_value(tmp_path):
     assert load(write(tmp_path / "b.toml", dump(cfg))) == cfg
 
 
+def test_the_magnitude_loss_needs_an_inverse_stft():
+    weights = {"gan": {"loss_weights": {"magnitude": 1.0}}}
+    build(Config, weights)
+    with pytest.raises(BadInput, match="gan.loss_weights: magnitude is of an inverse STFT"):
+        build(Config, {**weights, "vae": {"decoder": "conv"}})
+
+
 def test_whole_numbers_are_accepted_where_a_float_is_wanted_but_not_the_reverse():
     assert build(Config, {"train": {"lm": {"lr": 1}}}).train.lm.lr == 1.0
     with pytest.raises(BadInput, match="train.lm.steps: expected int, got 1.5"):

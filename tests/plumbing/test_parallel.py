@@ -5,6 +5,7 @@ comparison; noise belongs to the rows.
 """
 import io
 import os
+import resource
 import shutil
 import signal
 import types
@@ -166,6 +167,24 @@ def test_a_killed_process_ends_the_others_and_the_last_shards_go_on(alone, shard
     out, ends = interrupted(alone, tmp_path, "run", act=lambda: os._exit(9))
     assert [status for status, *_ in ends] == [1, 9], ends
     assert shards(out).endswith("step00000003")
+    run_all(tmp_path, "run", *SHARDED, world=2)
+    assert difference(sharded, out, "lm") == (0.0, 0.0)
+
+
+def test_shards_that_cannot_be_written_are_one_line_and_nothing_is_lost(alone, sharded, tmp_path):
+    """As on a full disk: no file may grow beyond so many bytes."""
+    out, _ = interrupted(alone, tmp_path, "run")
+    before = shards(out)
+
+    def prepare(rank):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    folder = f"{tmp_path}/run"
+    ends = training(folder, "--config", f"{folder}/tiny.toml", *SHARDED, "--train.lm.save_every",
+                    "1", world=2, prepare=prepare)
+    assert [status for status, *_ in ends] == [2, 2], ends
+    assert "cannot be written" in ends[0][2] and "Traceback" not in ends[0][2] + ends[1][2]
+    assert shards(out) == before
     run_all(tmp_path, "run", *SHARDED, world=2)
     assert difference(sharded, out, "lm") == (0.0, 0.0)
 

@@ -38,3 +38,14 @@ def test_word_times_cover_the_energy_and_nothing_else_does():
     assert np.square(wav[spoken]).mean() > 1e3 * np.square(wav[~spoken]).mean()
     for (_, _, end), (_, start, _) in zip(words, words[1:]):
         assert 0.039 < start - end < 0.121
+
+
+@pytest.mark.parametrize("register, hz", [("low", 261.63), ("high", 523.25)])
+@pytest.mark.parametrize("timbre", ["flute", "organ", "pluck"])
+def test_music_is_in_tune_whatever_its_seed(register, hz, timbre):
+    """A repeated note stands four semitones above C4 or C5."""
+    for seed in (0, 1):
+        wav, _ = synth.synthesise(f"a slow repeated note, {register}, {timbre}", "music", seed=seed)
+        track = oracle.pitch_track(wav, 16000)
+        found = np.median(track.hz[track.power > 0.03 * track.power.max()])
+        assert abs(found - hz * 2 ** (4 / 12)) < 4           # bins of 3.9 Hz
