@@ -54,6 +54,7 @@ from discrete import DISCRETE
 from gan import mel_filters, spectral_losses, stft
 from generate import render, sampling_options, what_was_seen
 from judges import METRICS, Judges
+from page import keep_evaluation
 from prompts import encode_voice
 from report import draw_spectrograms
 from vae import kl_loss
@@ -584,6 +585,7 @@ def main():
         draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips)
     if a.json:
         write_json(a.json, figures)
+    keep_evaluation(a.run, figures, a.wavs, {clip_name(clip): clip.audio for clip in clips})
 
 
 if __name__ == "__main__":

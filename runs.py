@@ -3,7 +3,7 @@
     step ─► take ────► optimizers, then EMA                 a step that is not finite: undo
             save ────► NAME.pt, if all of it is finite      the last complete step
             log ─────► a row of log.jsonl, a line
-            show ────► held-out figures, samples            may fail: costs a line
+            show ────► held-out figures, samples, page      may fail: costs a line
     end ──► finish ──► NAME.pt with done = true, and NAME.todo
             complete ► show, loss.png, and NAME.todo is removed; else the next start does it
 
@@ -28,6 +28,7 @@ from cli import BadInput, append_line, write_file
 from config import (read_log, refuse_other_encoder, save_checkpoint, saved_config, table_changes,
                     vae_weights)
 from optim import make_optimizers
+from page import note_hardware, write_page
 from parallel import (fill, is_sharded, load_shards, make_moments, save_shards, whole_state, wrap)
 from plan import measure, peak_flops
 from prefetch import Prefetch, Workers
@@ -245,6 +246,7 @@ class Run:
         self.announce()
         if self.runtime.rank == 0:
             self.cut_log()
+            self.attempt("hardware.json", note_hardware, self.cfg.out, self.runtime)
         self.meter = self.make_meter(first)
         return first
 
@@ -503,6 +505,7 @@ class Run:
             for figures in found:
                 self.log_validation(step, figures)
             made = self.attempt("samples", self.render, module, step) and measured
+            self.attempt("report.html", write_page, self.cfg.out)
         return made
 
     def averaged(self):

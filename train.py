@@ -31,7 +31,8 @@ gan.balance and the RVQ move their running means once per pass.
     --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py;
                             --fit 80 chooses micro-batches and sharding for GPUs of 80 GB
 
-A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
+A run folder: config.toml, log.jsonl, report.html (to listen and look), loss.png, vae.pt, lm.pt,
+consistency.pt, latents/, samples/.
 Ctrl-C and SIGTERM save a checkpoint first. Exit status: 0 done, 1 the training diverged, 2 your
 mistake (one line says which), 130 interrupted.
 """
@@ -436,7 +437,7 @@ def train_all(cfg, fresh):
                 clean_temps(folder)
         run_stages(cfg, runtime, fresh)
 
-    runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
+    runtime.say(f"done: listen and look at {cfg.out}/report.html")
     if runtime.world > 1:
         dist.destroy_process_group()
 

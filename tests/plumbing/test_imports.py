@@ -11,7 +11,7 @@ from conftest import ROOT
 ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", "processes",
          "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae", "gan", "remote",
          "decoder", "audio", "manifest", "data", "monologue", "prefetch", "shards", "encoding",
-         "latents", "branches", "calm", "audiocalm", "optim", "corpora", "config", "report",
+         "latents", "branches", "calm", "audiocalm", "optim", "corpora", "config", "page", "report",
          "prompts", "sentences", "generate", "output", "serve", "sample", "stages", "parallel",
          "plan", "checks", "runs", "train", "judges", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
