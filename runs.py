@@ -25,7 +25,7 @@ import signals
 from checkpoint import (check_optimizer, load_checkpoint, load_weights, named_tensors,
                         newest_shards, shards_folder)
 from cli import BadInput, append_line, write_file
-from config import (read_log, refuse_other_encoder, save_checkpoint, saved_config, table_changes,
+from config import (dump, read_log, refuse_other_encoder, save_checkpoint, saved_config, table_changes,
                     vae_weights)
 from optim import make_optimizers
 from page import note_hardware, write_page
@@ -33,6 +33,7 @@ from parallel import (fill, is_sharded, load_shards, make_moments, save_shards, 
 from plan import measure, peak_flops
 from prefetch import Prefetch, Workers
 from report import draw_losses, draw_spectrograms
+from trackers import open_tracker
 
 
 class EMA:
@@ -481,12 +482,18 @@ class Run:
         if self.runtime.rank == 0:
             self.unwritten.append(json.dumps({"stage": self.name, "step": step, **figures}))
             self.write_rows()
+            self.track(step, figures)
 
     def write_rows(self):
         """Append the rows that are not yet in log.jsonl."""
         while self.unwritten:
             append_line(f"{self.cfg.out}/log.jsonl", self.unwritten[0])
             self.unwritten.pop(0)
+
+    def track(self, *what):
+        """Send figures, or sounds and their picture, to the tracker of [log]."""
+        tracker = open_tracker(self.cfg.log.tracker, self.cfg.out, dump(self.cfg))
+        self.attempt(f"log.tracker {self.cfg.log.tracker}", tracker, self.name, *what)
 
     def show(self, step):
         """Held-out figures and samples with the averaged weights -> whether all were made.
@@ -542,7 +549,9 @@ class Run:
     def render(self, module, step):
         """Samples, then their spectrograms: a picture that fails costs no sound."""
         for path, sounds in list(self.trainer.render(module, step)):
-            draw_spectrograms(path, sounds, self.cfg.vae.sample_rate)
+            rate = self.cfg.vae.sample_rate
+            draw_spectrograms(path, sounds, rate)
+            self.track(step, {}, [(title, wav, rate) for title, wav in sounds], path)
 
     # ------------------------------------------------------------ the end
 

@@ -69,6 +69,7 @@ from parallel import last_pass
 from plan import plan
 from processes import whole
 from runs import Run, todo_file, write_log
+from trackers import open_tracker
 
 
 class Runtime:
@@ -368,6 +369,9 @@ def parse():
 
 def run_stages(cfg, runtime, fresh):
     """Check the corpus and what is in the run folder, then train what is not finished."""
+    if runtime.rank == 0:
+        open_tracker(cfg.log.tracker, cfg.out, dump(cfg))
+
     # data first: a mistake in it must not cost what --fresh deletes
     clips, valid = corpus(cfg, runtime)
     checks.announce_data(cfg, clips, valid, runtime.say)

@@ -13,7 +13,7 @@ ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", 
          "decoder", "audio", "manifest", "data", "monologue", "prefetch", "shards", "encoding",
          "latents", "branches", "calm", "audiocalm", "optim", "corpora", "config", "page", "report",
          "prompts", "sentences", "generate", "output", "serve", "sample", "stages", "parallel",
-         "plan", "checks", "runs", "train", "judges", "evaluate", "tools"]
+         "plan", "checks", "trackers", "runs", "train", "judges", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 
