@@ -156,8 +156,11 @@ SAMPLE = re.compile(rf"step(\d+)_({'|'.join(sorted(STAGES, key=len, reverse=True
 
 def find_samples(run):
     """The newest samples/*.wav of each stage -> {(kind, title): {label: path}}."""
+    # those behind the log's end are of a run before --fresh
+    reached = {row["stage"]: row["step"] for row in map(json.loads, read_log(run))}
     found = [(match, path) for path in sorted(glob.glob(f"{glob.escape(run)}/samples/step*.wav"))
-             if (match := SAMPLE.fullmatch(os.path.basename(path)))]
+             if (match := SAMPLE.fullmatch(os.path.basename(path)))
+             and int(match[1]) <= reached.get(match[2], -1)]
     newest = {match[2]: match[1] for match, _ in found}          # sorted: the last step stays
 
     rows = {}
@@ -205,8 +208,11 @@ def read_json(path):
     """The dict of a JSON file; {} where it is not there."""
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise BadInput(f"{path}: damaged ({e}); delete it") from None
 
 
 def keep_evaluation(run, figures, wavs="", originals=None):
@@ -334,7 +340,7 @@ def curve_svg(lines, dots):
     if not points:
         return ""
 
-    # the axes: from 0 on, without the first peaks
+    # the axes, without the first peaks
     last = max(step for step, _ in points)
     values = sorted(value for _, value in points)
     low = values[0]
@@ -348,6 +354,7 @@ def curve_svg(lines, dots):
         y = 128 - 122 * (min(max(point[1], low), high) - low) / (high - low)
         return f"{x:.1f},{y:.1f}"
 
+    # the grid and its numbers
     parts = []
     step = nice_step(high - low, 4)
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):
@@ -356,6 +363,8 @@ def curve_svg(lines, dots):
                      f'text-anchor="end">{i * step:.4g}</text>')
     parts.append(f'<text x="38" y="143">0</text><text x="294" y="143" text-anchor="end">'
                  f'step {last}</text>')
+
+    # the curves
     for i, line in enumerate(lines.values()):
         parts.append(f'<polyline class="c{i % 4}" points="{" ".join(map(place, line))}"/>')
     for point in dots:
@@ -434,8 +443,14 @@ def evaluation_table(figures):
             names = dict.fromkeys(name for values in found.values() for name in values)
             found = {name: {kind: values.get(name) for kind, values in found.items()}
                      for name in names}
+        elif part == "speech":                       # the judges' metrics of reconstructions
+            found = {name: {"speech": value} for name, value in found.items()}
+            part = "vae"
         elif part not in LM_STAGES:
             continue
+        else:
+            metrics = {name: {"speech": value} for name, value in found.get("speech", {}).items()}
+            found = found | metrics
         for name, values in found.items():
             if isinstance(values, dict) and set(values) & set(KINDS):
                 rows.append((f"{part}: {name}", [values.get(kind) for kind in KINDS]))
@@ -499,7 +514,7 @@ def note_hardware(out, runtime):
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             names = re.findall(r"model name\s*: (.*)", f.read())
-        device = f"{names[0] if names else device}, {torch.get_num_threads()} threads"
+        device = f"{names[0] if names else device}, threads: {torch.get_num_threads()}"
     if runtime.device.startswith("cuda"):
         device = f"{runtime.world} x {torch.cuda.get_device_name()}"
     facts = {"device": device, "precision": "bf16" if runtime.bf16 else "fp32",

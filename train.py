@@ -341,7 +341,7 @@ def start_over(out, names):
     names = STAGES if "vae" in names else names
     # backwards: what is left after a kill has what it was trained on
     for name in reversed(names):
-        for path in (f"{out}/{name}.pt", todo_file(out, name)):
+        for path in (f"{out}/{name}.pt", todo_file(out, name), f"{out}/evaluation.json"):
             if os.path.exists(path):
                 os.remove(path)
         shutil.rmtree(shards_folder(out, name), ignore_errors=True)

@@ -1,4 +1,5 @@
 """The listening page: what it shows of a run, and that a browser plays it from a file."""
+import glob
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import report
 from audio import save_audio
 from browser import Browser, needs_browser, wait_for
 from cli import BadInput
+from conftest import ROOT
 from page import (comment, find_named, find_samples, keep_evaluation, nice_step, png, read_curves,
                   spectrogram, text_of, what_is_normal, write_page)
 
@@ -66,6 +68,13 @@ def test_samples_without_a_text_are_not_taken_for_one_clip(folder):
         save_audio(f"{folder}/samples/step00000020_{name}.wav", tone(0.1), RATE)
     rows = [title for kind, title in find_samples(folder) if kind == "music"]
     assert rows == ["clip 1", "text 1", "continued 1"]
+
+
+def test_samples_of_a_run_that_was_started_over_are_not_shown(folder):
+    save_audio(f"{folder}/samples/step00000700_lm_speech1.wav", tone(0.1), RATE)
+    save_audio(f"{folder}/samples/step00000020_audiocalm_speech1.wav", tone(0.1), RATE)
+    (sounds,) = find_samples(folder).values()
+    assert list(sounds) == ["original", "reconstruction", "lm, step 20"]
 
 
 def test_a_folder_of_wavs_has_its_texts_in_their_names(tmp_path):
@@ -129,11 +138,13 @@ def test_what_evaluate_found_is_kept_beside_what_it_found_before(folder, tmp_pat
     with open(f"{wavs}/lm/speech.jsonl", "w") as f:
         f.write(json.dumps({"id": "clip7", "text": "four", "audio": "clip7.wav"}) + "\n")
     keep_evaluation(folder, {"vae": {"speech": {"log_mel": 0.125, "clips": 1}}})
-    keep_evaluation(folder, {"lm": {"steps": 20, "facts": {"speech": 0.75}}}, wavs,
+    keep_evaluation(folder, {"lm": {"steps": 20, "facts": {"speech": 0.75},
+                                    "speech": {"wer": 0.1875}}}, wavs,
                     {"clip7": f"{tmp_path}/held_out.wav"})
 
     page = read(f"{folder}/report.html")
     assert "vae: log_mel</th><td>0.125" in page and "lm: facts</th><td>0.75" in page
+    assert "lm: wer</th><td>0.1875" in page
     sounds = [os.path.normpath(f"{folder}/{path}") for path in re.findall('audio .*?src="(.*?)"',
                                                                           page)]
     assert f"{tmp_path}/held_out.wav" in sounds and f"{wavs}/lm/clip7.wav" in sounds
@@ -149,11 +160,25 @@ def test_a_page_that_cannot_be_written_costs_a_line_and_weights_alone_get_none(
     assert os.listdir(tmp_path) == [os.path.basename(folder)]
 
 
+def test_a_damaged_evaluation_is_named(folder):
+    with open(f"{folder}/evaluation.json", "w") as f:
+        f.write("{")
+    with pytest.raises(BadInput, match="evaluation.json: damaged .*; delete it"):
+        write_page(folder)
+
+
 def test_a_damaged_sample_is_named(folder):
     with open(f"{folder}/samples/step00000020_lm_speech1.wav", "wb") as f:
         f.write(b"no sound")
     with pytest.raises(BadInput, match="lm_speech1.wav"):
         write_page(folder)
+
+
+def test_the_page_of_the_project_has_every_wav_of_its_assets():
+    addresses = re.findall('audio .*?src="(.*?)"', read(f"{ROOT}/docs/index.html"))
+    wavs = glob.glob(f"{ROOT}/assets/wavs/**/*.wav", recursive=True)
+    assert sorted(os.path.normpath(f"{ROOT}/docs/{address}") for address in addresses) == sorted(
+        wavs)
 
 
 @pytest.mark.parametrize("place, says", [("missing", "no such folder"), (".", "neither log.jsonl")])
