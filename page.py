@@ -357,19 +357,22 @@ def curve_svg(lines, dots):
     # the grid and its numbers
     parts = []
     step = nice_step(high - low, 4)
+    digits = max(0, -math.floor(math.log10(step)))
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):
         y = place((0, i * step)).split(",")[1]
         parts.append(f'<path class="grid" d="M38 {y}H294"/><text x="34" y="{y}" dy="3" '
-                     f'text-anchor="end">{i * step:.4g}</text>')
+                     f'text-anchor="end">{i * step:.{digits}f}</text>')
     parts.append(f'<text x="38" y="143">0</text><text x="294" y="143" text-anchor="end">'
                  f'step {last}</text>')
 
-    # the curves
+    # the curves; a single point is a dot
+    marks = [("c1", point) for point in dots]
     for i, line in enumerate(lines.values()):
         parts.append(f'<polyline class="c{i % 4}" points="{" ".join(map(place, line))}"/>')
-    for point in dots:
+        marks += [(f"c{i % 4}", point) for point in line if len(line) == 1]
+    for colour, point in marks:
         x, y = place(point).split(",")
-        parts.append(f'<circle class="c1" cx="{x}" cy="{y}" r="3"/>')
+        parts.append(f'<circle class="{colour}" cx="{x}" cy="{y}" r="3"/>')
     return f'<svg viewBox="0 0 300 150" role="img">{"".join(parts)}</svg>'
 
 

@@ -13,8 +13,8 @@ from audio import save_audio
 from browser import Browser, needs_browser, wait_for
 from cli import BadInput
 from conftest import ROOT
-from page import (comment, find_named, find_samples, keep_evaluation, nice_step, png, read_curves,
-                  spectrogram, text_of, what_is_normal, write_page)
+from page import (comment, curve_svg, find_named, find_samples, keep_evaluation, nice_step, png,
+                  read_curves, spectrogram, text_of, what_is_normal, write_page)
 
 RATE = 16000
 LOG = [{"stage": "vae", "step": 10, "mel": 0.5, "steps_per_second": 2.0},
@@ -111,6 +111,18 @@ def test_a_png_holds_the_pixels(tmp_path):
                                               (60, 6, 10), (0.06, 6, 0.01)])
 def test_axes_have_round_steps(span, most, step):
     assert nice_step(span, most) == pytest.approx(step)
+
+
+def test_a_curve_keeps_the_places_of_its_points_and_one_point_alone_is_a_dot():
+    """Step 10 of 20 is in the middle of the axis (38 .. 294), a constant slope is a line."""
+    svg = curve_svg({"a": [(0, 1.0), (10, 2.0), (20, 3.0)]}, [(20, 2.0)])
+    (points,) = re.findall('points="(.*?)"', svg)
+    (x0, y0), (x1, y1), (x2, y2) = [map(float, point.split(",")) for point in points.split()]
+    assert (x0, x1, x2) == (38, 166, 294)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.15) and y0 > y1
+    assert f'cx="294.0" cy="{y1}"' in svg and svg.count("<circle") == 1
+    assert curve_svg({"a": [(5, 1.0)]}, []).count("<circle") == 1
+    assert curve_svg({"a": []}, []) == ""
 
 
 def test_every_figure_that_training_logs_has_a_sentence(folder):
