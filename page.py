@@ -26,6 +26,7 @@ import struct
 import time
 import urllib.parse
 import zlib
+from io import BytesIO
 
 import numpy as np
 import soundfile as sf
@@ -35,10 +36,12 @@ from audio import load_audio
 from cli import BadInput, write_file
 from config import LM_STAGES, STAGES, WALL_CLOCK, read_log
 from data import KINDS
+from decoder import audio_info
 
 TEXT = "text: "                     # in the comment of a sample's wav: what follows is its text
 CLIPS_OF_KIND = 4                   # rows of evaluate.py's wavs that are shown, per kind
 FLOOR, CEILING = -60, 35            # dB of the darkest and brightest colour, as in report.py
+SECONDS = 30                        # of a sound that are drawn, and embedded
 SHADES = 48                         # colours of a spectrogram
 HEIGHT = 128                        # pixels of a spectrogram
 
@@ -62,6 +65,8 @@ NORMAL = {
     "vae:vae": "The weighted sum. Falls, then flattens; it steps up where discriminators start.",
     "vae:kl": "Rises while the latents learn to say something, then settles; near 0 they say "
               "nothing.",
+    "vae:distill": "Distance to the teacher's features. Falls, then flattens.",
+    "explained": "Share of the teacher's Z. Rises towards 1.",
     "mel": "Falls steeply, then slowly; noisy from batch to batch.",
     "stft": "Falls steeply, then slowly.",
     "disc": "Settles; a fall to 0 means that the discriminators have won.",
@@ -302,11 +307,12 @@ def png(pixels):
 
 @functools.lru_cache(512)
 def spectrogram(path, changed):
-    """A file's seconds, its highest kHz and its spectrogram in dB as a .png, 100 columns per second
-    (fewer beyond 10 s). changed: the file's time, so that a new one is drawn anew.
+    """A file's seconds (at most SECONDS), its highest kHz and its spectrogram in dB as a .png, 100
+    columns per second (fewer beyond 10 s). changed: the file's time, so that a new one is drawn
+    anew.
     """
-    rate = sf.info(path).samplerate
-    wav = torch.tensor(load_audio(path, rate, 1, allow_silence=True)[0])
+    rate = audio_info(path).sample_rate
+    wav = torch.tensor(load_audio(path, rate, 1, seconds=SECONDS, allow_silence=True)[0])
     size = 4 * HEIGHT if rate <= 24000 else 8 * HEIGHT
     hop = max(rate // 100, len(wav) // 1000)
     seconds = len(wav) / rate
@@ -324,6 +330,19 @@ def spectrogram(path, changed):
 def data_address(data, mime):
     """Bytes as an address that holds them."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def embedded(path):
+    """A sound as an address that holds it: the file, or of a long one its first SECONDS."""
+    info = audio_info(path)
+    if info.frames <= SECONDS * info.sample_rate:
+        with open(path, "rb") as f:
+            suffix = os.path.splitext(path)[1][1:].lower()
+            return data_address(f.read(), "audio/" + {"mp3": "mpeg"}.get(suffix, suffix))
+    wav = load_audio(path, info.sample_rate, 1, seconds=SECONDS, allow_silence=True)
+    data = BytesIO()
+    sf.write(data, wav.T, info.sample_rate, format="WAV")
+    return data_address(data.getvalue(), "audio/wav")
 
 
 def nice_step(span, most):
@@ -385,13 +404,8 @@ def escape(text):
 def sound_cell(label, path, folder, longest, embed):
     """One sound of a row: its name, player, and spectrogram on the row's axis of `longest` s."""
     seconds, khz, picture = drawn(path)
-    if embed:
-        with open(path, "rb") as f:
-            suffix = os.path.splitext(path)[1][1:].lower()
-            address = data_address(f.read(), "audio/" + {"mp3": "mpeg"}.get(suffix, suffix))
-    else:
-        address = urllib.parse.quote(os.path.relpath(path, folder).replace(os.sep, "/"))
-
+    address = embedded(path) if embed else urllib.parse.quote(
+        os.path.relpath(path, folder).replace(os.sep, "/"))
     step = nice_step(longest, 6)
     ticks = "".join(f'<i style="left:{100 * i * step / longest:.2f}%">{i * step:.3g}</i>'
                     for i in range(int(longest / step * 0.93) + 1))

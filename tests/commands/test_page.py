@@ -1,5 +1,7 @@
 """The listening page: what it shows of a run, and that a browser plays it from a file."""
+import base64
 import glob
+import io
 import json
 import os
 import re
@@ -7,14 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile as sf
 
 import report
 from audio import save_audio
 from browser import Browser, needs_browser, wait_for
 from cli import BadInput
 from conftest import ROOT
-from page import (comment, curve_svg, find_named, find_samples, keep_evaluation, nice_step, png,
-                  read_curves, spectrogram, text_of, what_is_normal, write_page)
+from page import (SECONDS, comment, curve_svg, embedded, find_named, find_samples, keep_evaluation,
+                  nice_step, png, read_curves, spectrogram, text_of, what_is_normal, write_page)
 
 RATE = 16000
 LOG = [{"stage": "vae", "step": 10, "mel": 0.5, "steps_per_second": 2.0},
@@ -95,6 +98,14 @@ def test_a_tone_is_a_bright_line_at_its_frequency(tmp_path):
     pixels = image.imread(f"{tmp_path}/a.png")[..., :3].sum(-1)
     assert (seconds, khz) == (1.0, 8.0) and pixels.shape[1] == 101
     assert abs(pixels[:, 50].argmax() - (len(pixels) * 3 / 4 - 1)) <= 1
+
+
+def test_of_a_long_sound_the_beginning_is_drawn_and_embedded(tmp_path):
+    for seconds, kept in ((1, 1), (SECONDS + 5, SECONDS)):
+        save_audio(f"{tmp_path}/a.wav", tone(seconds), RATE)
+        data = base64.b64decode(embedded(f"{tmp_path}/a.wav").partition(",")[2])
+        assert sf.info(io.BytesIO(data)).duration == kept
+        assert spectrogram(f"{tmp_path}/a.wav", seconds)[0] == kept
 
 
 def test_a_png_holds_the_pixels(tmp_path):
