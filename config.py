@@ -9,7 +9,7 @@ Tables and the file that owns their dataclass:
     [vae] vae.py      [gan] gan.py
     [lm] calm.py      ([lm.backbone] backbone.py, [lm.head] heads.py)
     [audiocalm] audiocalm.py         ([audiocalm.backbone], [audiocalm.head])
-    [train.STAGE] for each of STAGES, [sample] here
+    [train.STAGE] for each of STAGES, [sample], [log] here
 
 A field's type says what it may hold (schema.py). An unknown key, a wrong type or an impossible
 value stops with one line that names the key and what is valid.
@@ -190,6 +190,13 @@ class SampleConfig:
 
 
 @dataclass
+class LogConfig:
+    """[log]: where figures, sounds and pictures of the training go beside the run folder."""
+    # a package of that name, which needs to be installed (trackers.py); "" = none
+    tracker: Literal["", "tensorboard", "wandb", "trackio"] = ""
+
+
+@dataclass
 class Config:
     """A whole experiment."""
     # run folder
@@ -213,6 +220,7 @@ class Config:
     audiocalm: AudioCALMConfig = field(default_factory=AudioCALMConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
         """Rules between tables."""

@@ -66,6 +66,7 @@ from discrete import DISCRETE
 from generate import render, sampling_options, what_was_seen
 from intervals import Figure, Figures
 from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_material
+from page import keep_evaluation
 from prompts import encode_voice
 from reconstruction import (clip_name, count_right_facts, evenly_spaced, judge_vae, load_clip,
                             with_interval)
@@ -554,6 +555,7 @@ def judge_run(a, place):
         draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips, place)
     if a.json:
         write_json(a.json, figures)
+    keep_evaluation(a.run, figures, a.wavs, {clip_name(clip): clip.audio for clip in clips})
     if judges and judges.refused:                    # the other figures are there
         more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
         raise BadInput(judges.refused[0] + more)

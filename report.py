@@ -1,5 +1,8 @@
-"""Every picture: spectrograms, losses, curves of tools/studies.py, and the mask of AudioCALM.
+"""Every picture: spectrograms, losses, curves of tools/studies.py, and the mask of AudioCALM; and
+the listening page (page.py).
 
+    python report.py page out/quickstart         the run's report.html anew, to listen in a browser
+                     [--embed] [--out page.html]     --embed: one file with all sounds
     python report.py losses out/quickstart       draw the run's loss.png anew from its log.jsonl
                      [--panels vae:mel,lm:head,lm:valid_energy] [--out losses.png]
     python report.py mask mask.png               who sees whom in AudioCALM's training pass
@@ -7,7 +10,6 @@
 matplotlib is imported when the first picture is drawn, always without a screen.
 """
 import argparse
-import json
 import os
 from io import BytesIO
 
@@ -15,11 +17,7 @@ import torch
 
 from audiocalm import ar_flow_mask, make_mask
 from cli import BadInput, Parser, cli, write_file
-from config import WALL_CLOCK, read_log
-from data import KINDS
-
-# figures whose value at validation is another measure than in training: no dots on their panel
-OWN_SCALE = {"mel"}
+from page import OWN_SCALE, read_curves, write_page
 
 
 def pyplot():
@@ -97,36 +95,6 @@ def draw_losses(run, path=None, panels=None):
         ax.set_title(f"{stage}: {prefix.rstrip('_')}", fontsize=8)
         ax.tick_params(labelsize=6)
     save_picture(fig, path or f"{run}/loss.png")
-
-
-def read_curves(run):
-    """log.jsonl -> {(stage, name): [(step, value), ...]}, and the default panels of draw_losses, in
-    the order of the stages.
-    """
-    # everything but the speed
-    rows = [json.loads(line) for line in read_log(run)]
-    curves = {}
-    for row in rows:
-        for name in row:
-            if name not in ("stage", "step", *WALL_CLOCK):
-                curves.setdefault((row["stage"], name), []).append((row["step"], row[name]))
-
-    # per stage: figures of training, then those of validation alone
-    panels = []
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        names = sorted(name for of_stage, name in curves if of_stage == stage)
-        trained = [name for name in names if not name.startswith("valid_")]
-        twins = {f"valid_{name}" for name in trained if name not in OWN_SCALE}
-        panels += [f"{stage}:{name}" for name in trained]
-        panels += dict.fromkeys(f"{stage}:{without_kind(name)}" for name in names
-                                if name not in trained and name not in twins)
-    return curves, panels
-
-
-def without_kind(name):
-    """"valid_energy_speech" -> "valid_energy_", how the figures of all kinds begin."""
-    kind = name.rpartition("_")[2]
-    return name.removesuffix(kind) if kind in KINDS else name
 
 
 def draw_sweep(path, setting, rows):
@@ -233,14 +201,20 @@ def draw_ablation(path, names, columns, result):
 
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["losses", "mask"])
-    p.add_argument("path", help="losses: a run folder; mask: the png to write")
+    p.add_argument("what", choices=["page", "losses", "mask"])
+    p.add_argument("path", help="page, losses: a run folder (page: or one with wavs); mask: the "
+                                "png to write")
+    p.add_argument("--embed", action="store_true", help="page: with the sounds inside, one file")
     p.add_argument("--panels", help="losses: only these, stage:name, separated by commas; a name "
                                     "may be the beginning of several")
-    p.add_argument("--out", help="losses: the png to write; default: loss.png in the run folder")
+    p.add_argument("--out", help="the file to write; default: report.html or loss.png in the folder")
     a = p.parse_args()
     if a.what == "mask":
         draw_mask(a.path)
+        return
+    if a.what == "page":
+        write_page(a.path, a.out, a.embed)
+        print(a.out or f"{a.path}/report.html")
         return
     if not os.path.exists(f"{a.path}/log.jsonl"):
         raise BadInput(f"{a.path}: no log.jsonl in it; give a run folder")

@@ -3,7 +3,7 @@
     step ─► take ────► optimizers, then EMA                 a step that is not finite: undo
             save ────► NAME.pt, if all of it is finite      the last complete step
             log ─────► a row of log.jsonl, a line
-            show ────► held-out figures, samples            may fail: costs a line
+            show ────► held-out figures, samples, page      may fail: costs a line
     end ──► finish ──► NAME.pt with done = true, and NAME.todo
             complete ► show, loss.png, and NAME.todo is removed; else the next start does it
 
@@ -25,13 +25,15 @@ import signals
 from checkpoint import (check_optimizer, load_checkpoint, load_weights, named_tensors,
                         newest_shards, shards_folder)
 from cli import BadInput, append_line, write_file
-from config import (initial_weights, read_log, refuse_other_encoder, save_checkpoint, saved_config,
-                    table_changes)
+from config import (dump, initial_weights, read_log, refuse_other_encoder, save_checkpoint,
+                    saved_config, table_changes)
 from optim import make_optimizers
+from page import note_hardware, write_page
 from parallel import (fill, is_sharded, load_shards, make_moments, save_shards, whole_state, wrap)
 from plan import measure, peak_flops
 from prefetch import Prefetch, Workers
 from report import draw_losses, draw_spectrograms
+from trackers import open_tracker
 
 
 class EMA:
@@ -245,6 +247,7 @@ class Run:
         self.announce()
         if self.runtime.rank == 0:
             self.cut_log()
+            self.attempt("hardware.json", note_hardware, self.cfg.out, self.runtime)
         self.meter = self.make_meter(first)
         return first
 
@@ -478,12 +481,18 @@ class Run:
         if self.runtime.rank == 0:
             self.unwritten.append(json.dumps({"stage": self.name, "step": step, **figures}))
             self.write_rows()
+            self.track(step, figures)
 
     def write_rows(self):
         """Append the rows that are not yet in log.jsonl."""
         while self.unwritten:
             append_line(f"{self.cfg.out}/log.jsonl", self.unwritten[0])
             self.unwritten.pop(0)
+
+    def track(self, *what):
+        """Send figures, or sounds and their picture, to the tracker of [log]."""
+        tracker = open_tracker(self.cfg.log.tracker, self.cfg.out, dump(self.cfg))
+        self.attempt(f"log.tracker {self.cfg.log.tracker}", tracker, self.name, *what)
 
     def show(self, step):
         """Held-out figures and samples with the averaged weights -> whether all were made.
@@ -502,6 +511,7 @@ class Run:
             for figures in found:
                 self.log_validation(step, figures)
             made = self.attempt("samples", self.render, module, step) and measured
+            self.attempt("report.html", write_page, self.cfg.out)
         return made
 
     def averaged(self):
@@ -538,7 +548,9 @@ class Run:
     def render(self, module, step):
         """Samples, then their spectrograms: a picture that fails costs no sound."""
         for path, sounds in list(self.trainer.render(module, step)):
-            draw_spectrograms(path, sounds, self.cfg.vae.sample_rate)
+            rate = self.cfg.vae.sample_rate
+            draw_spectrograms(path, sounds, rate)
+            self.track(step, {}, [(title, wav, rate) for title, wav in sounds], path)
 
     # ------------------------------------------------------------ the end
 

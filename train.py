@@ -32,7 +32,8 @@ gan.balance and the RVQ move their running means once per pass.
     --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py;
                             --fit 80 chooses micro-batches and sharding for GPUs of 80 GB
 
-A run folder: config.toml, log.jsonl, loss.png, vae.pt, lm.pt, consistency.pt, latents/, samples/.
+A run folder: config.toml, log.jsonl, report.html (to listen and look), loss.png, vae.pt, lm.pt,
+consistency.pt, latents/, samples/.
 Ctrl-C and SIGTERM save a checkpoint first. Exit status: 0 done, 1 the training diverged, 2 your
 mistake (one line says which), 130 interrupted.
 """
@@ -70,6 +71,7 @@ from parallel import clean_shards, last_pass
 from plan import plan
 from processes import whole
 from runs import Run, todo_file, write_log
+from trackers import open_tracker
 
 
 class Runtime:
@@ -341,7 +343,7 @@ def start_over(out, names):
     names = STAGES if "vae" in names else names
     # backwards: what is left after a kill has what it was trained on
     for name in reversed(names):
-        for path in (f"{out}/{name}.pt", todo_file(out, name)):
+        for path in (f"{out}/{name}.pt", todo_file(out, name), f"{out}/evaluation.json"):
             if os.path.exists(path):
                 os.remove(path)
         shutil.rmtree(shards_folder(out, name), ignore_errors=True)
@@ -412,6 +414,9 @@ def checkpoint_to_begin(run, name):
 
 def run_stages(cfg, runtime, fresh):
     """Check the corpus and what is in the run folder, then train what is not finished."""
+    if runtime.rank == 0:
+        open_tracker(cfg.log.tracker, cfg.out, dump(cfg))
+
     # data first: a mistake in it must not cost what --fresh deletes
     clips, valid = corpus(cfg, runtime)
     checks.announce_data(cfg, clips, valid, runtime.say)
@@ -485,7 +490,7 @@ def train_all(cfg, fresh):
             clean_shards(cfg.out)
         run_stages(cfg, runtime, fresh)
 
-    runtime.say(f"done: listen to {cfg.out}/samples/, look at {cfg.out}/loss.png")
+    runtime.say(f"done: listen and look at {cfg.out}/report.html")
     if runtime.world > 1:
         dist.destroy_process_group()
 

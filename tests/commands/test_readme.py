@@ -47,7 +47,7 @@ PAGES = ("README.md", "RESULTS.md", "docs/recipes.md")
 COMMANDS = [command for name in PAGES for command in commands(read(name))]
 RUN = [words for words, long in COMMANDS if not long]
 PARSED = {" ".join(words): words for words, long in COMMANDS if long}.values()
-WRITTEN = ("train.jsonl", "described.jsonl", "figures.json", "some.wav", "hello.wav", "out/mine")
+WRITTEN = ("train.jsonl", "described.jsonl", "figures.json", "listen.html", "some.wav", "hello.wav", "out/mine")
 
 
 @pytest.fixture(scope="module")

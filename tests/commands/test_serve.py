@@ -4,13 +4,10 @@ import http.client
 import io
 import json
 import random
-import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ import torch
 
 import sample
 import serve
+from webdriver import Browser, needs_browser, wait_for
 from cli import BadInput, Failure
 from generate import load
 from untrained import untrained_run
@@ -56,13 +54,6 @@ def say(server, **asked):
 def error(answer, status):
     assert answer[0] == status
     return json.loads(answer[1])["error"]
-
-
-def wait_for(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert condition()
 
 
 def test_the_page_comes_with_what_it_needs_to_know(server, model):
@@ -311,58 +302,7 @@ def test_what_the_page_asks_for_is_refused_beside_serve(monkeypatch):
 
 # ---------------------------------------------------------------- in a browser
 
-class Browser:
-    """Chromium without a window, driven by chromedriver (W3C WebDriver)."""
-
-    def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.process = subprocess.Popen(["chromedriver", f"--port={self.port}"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(self.is_ready, 20)
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-                   "--disable-background-networking", "--disable-component-update",
-                   f"--user-data-dir={folder}", "--window-size=1000,900"]
-        wanted = {"alwaysMatch": {"goog:chromeOptions": {"args": options}}}
-        self.session = f"/session/{self.call('/session', capabilities=wanted)['sessionId']}"
-
-    def is_ready(self):
-        try:
-            return self.call("/status")["ready"]
-        except OSError:
-            return False
-
-    def call(self, path, method="POST", **body):
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
-        if body:
-            request.data = json.dumps(body).encode()
-            request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script):
-        return self.call(f"{self.session}/execute/sync", script=script, args=[])
-
-    def click(self, css):
-        found = self.call(f"{self.session}/element", using="css selector", value=css)
-        element, = found.values()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{self.session}/element/{element}/click", data=b"{}")
-        urllib.request.urlopen(request, timeout=60).close()
-
-    def close(self):
-        """End the session first: chromedriver alone leaves its browser running."""
-        address = f"http://127.0.0.1:{self.port}{self.session}"
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="DELETE"),
-                                   timeout=30).close()
-        finally:
-            self.process.terminate()
-            self.process.wait()
-
-
-@pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")),
-                    reason="needs chromium and chromedriver")
+@needs_browser
 def test_the_page_plays_what_is_generated_and_draws_it(server, model, tmp_path):
     browser = Browser(tmp_path)
     try:

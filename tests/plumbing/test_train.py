@@ -52,7 +52,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_checkpoints_log_picture_and_sounds(finished):
     out = f"{finished[0]}/run"
-    for name in ("config.toml", "log.jsonl", "loss.png", "vae.pt", "lm.pt", "consistency.pt"):
+    for name in ("config.toml", "log.jsonl", "loss.png", "report.html", "vae.pt", "lm.pt",
+                 "consistency.pt"):
         assert os.path.getsize(f"{out}/{name}") > 0, name
     for kind in ("speech", "sound", "music"):
         for pattern in (f"*_vae_{kind}1_original.wav", f"*_vae_{kind}1_reconstruction.wav",
