@@ -12,10 +12,10 @@ ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", 
          "replay", "backbone", "moe", "adaln", "heads", "discrete", "layers", "vae", "gan",
          "remote", "decoder", "audio", "manifest", "data", "monologue", "prefetch", "shards",
          "encoding", "latents", "branches", "calm", "audiocalm", "optim", "corpora", "config",
-         "page", "report", "prompts", "sentences", "generate", "output", "serve", "sample", "stages",
-         "parallel", "plan", "checks", "corpora.scan", "trackers", "runs", "train", "intervals", "workers",
-         "transcripts", "abx", "embeddings", "distances", "speech_metrics", "judges",
-         "reconstruction", "evaluate", "tools"]
+         "page", "report", "prompts", "sentences", "generate", "output", "serve", "sample",
+         "stages", "parallel", "plan", "checks", "corpora.scan", "trackers", "runs", "train",
+         "intervals", "workers", "transcripts", "abx", "embeddings", "distances",
+         "speech_metrics", "judges", "reconstruction", "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 
