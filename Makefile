@@ -8,7 +8,7 @@ BIN = .venv/bin
 
 quickstart: .venv/ready
 	$(BIN)/python train.py --config configs/quickstart.toml
-	$(BIN)/python evaluate.py --run out/quickstart --repeats 4 --limit 30 --wavs out/quickstart/samples --json out/quickstart/figures.json
+	$(BIN)/python evaluate.py --run out/quickstart --repeats 3 --limit 30 --wavs out/quickstart/samples --json out/quickstart/figures.json
 
 check: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/papers
