@@ -1,6 +1,7 @@
 # make quickstart   everything on a laptop CPU: environment, corpus, VAE, language model, wavs, pictures, figures
 # make check        the papers' equations (tests/papers), under two minutes on two cores
-# make test         all tests, under 8 minutes on two cores
+# make test         the tests, under 8 minutes on two cores
+# make test-all     also those that take ten seconds and more each, 3 minutes more
 # make gpu-day      tools.gpu_day at toy size on the CPU, about 10 minutes
 # make faults       kills, damaged files, full disks, NaN: ten minutes on two cores, tried and survived
 PYTHON ?= python3
@@ -18,6 +19,9 @@ gpu-day: .venv/test-ready
 	for part in correct bench train; do OMP_NUM_THREADS=1 $(BIN)/python -m tools.gpu_day $$part --toy || exit 1; done
 
 test: .venv/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not long" tests
+
+test-all: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 faults: .venv/test-ready
@@ -36,4 +40,4 @@ faults: .venv/test-ready
 clean:
 	rm -rf .venv out
 
-.PHONY: quickstart check test gpu-day faults clean
+.PHONY: quickstart check test test-all gpu-day faults clean

@@ -323,11 +323,13 @@ class Decoder(nn.Module):
             x = self.up(x.mT, state).mT                                      # (B, T · inner, C)
         cache = None if state is None else state.setdefault(self, KVCache())
         maps = self.transformer(x, cache).mT
+        if not with_maps:
+            return self.conv(maps, state)
+
         *layers, last = self.conv
         for layer in layers:
             maps = layer(maps, state)
-        wav = last(maps, state)
-        return (wav, maps) if with_maps else wav
+        return last(maps, state), maps
 
 
 class VAE(nn.Module):

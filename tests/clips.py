@@ -34,4 +34,5 @@ def decode_text(ids, cfg=None):
 
 def same(a, b):
     """Whether two batches hold equal tensors under equal names."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)

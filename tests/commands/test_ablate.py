@@ -143,6 +143,7 @@ def test_a_mistake_in_an_option_is_one_line(tmp_path):
 
 # ---------------------------------------------------------------- runs and their figures
 
+@pytest.mark.long
 def test_two_rows_give_a_table_and_share_a_vae(tmp_path):
     with open(f"{tmp_path}/ablation.toml", "w") as f:
         f.write(f'[tiny]\nconfig = "{write(str(tmp_path))}"\n'

@@ -176,6 +176,7 @@ def without_roots_rights():
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
+@pytest.mark.long
 def test_a_read_only_run_can_be_heard_judged_and_drawn(trained, tmp_path):
     """And where its picture would be written into it, one line says that it cannot."""
     shutil.copytree(f"{trained}/run", f"{tmp_path}/run")
@@ -364,6 +365,7 @@ def test_int8_rounds_the_matrices_for_which_it_pays_and_says_so(trained, capsys,
     assert "--int8: no matrix has 65536 weights" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_int8_and_a_decoding_thread_give_sound_too(trained):
     plain = sample(trained, "--text", "two", "--seed", "3")
     thread = sample(trained, "--text", "two", "--seed", "3", "--parallel", out="p.wav")
@@ -372,6 +374,7 @@ def test_int8_and_a_decoding_thread_give_sound_too(trained):
     assert np.isfinite(rounded).all() and len(rounded) >= 640
 
 
+@pytest.mark.long
 def test_in_fixed_memory_a_long_text_sounds_the_same(trained):
     text = "one two three four, five six seven eight, nine one two three"       # several pieces
     plain = sample(trained, "--text", text, "--seed", "3")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from audio import save_audio
 from conftest import ROOT, TINY, write
@@ -11,6 +12,7 @@ from conftest import ROOT, TINY, write
 SMALL = TINY.replace('"lm", "consistency"', '"lm"').replace("steps = 12", "steps = 2")
 
 
+@pytest.mark.long
 def test_a_folder_of_recordings_becomes_a_model_that_speaks(tmp_path):
     folder = tmp_path / "recordings" / "joe"
     folder.mkdir(parents=True)

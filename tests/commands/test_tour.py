@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.long
 NOTEBOOK = f"{ROOT}/docs/tour.ipynb"
 MOST_SECONDS = 90
 

@@ -38,7 +38,9 @@ def run_all(folder, name, *options, world=1, text=ALL):
 
 
 def difference(a, b, stage):
-    """Largest differences of a stage's losses and of its last weights."""
+    """Largest differences of a stage's losses, which are logged with five digits, and of its last
+    weights.
+    """
     losses = [[row[stage] for row in logged(out) if row["stage"] == stage and stage in row]
               for out in (a, b)]
     assert len(losses[0]) == len(losses[1]) > 1
@@ -49,7 +51,8 @@ def difference(a, b, stage):
     assert weights[0].keys() == weights[1].keys()
     apart = max((weights[0][k].double() - weights[1][k].double()).abs().max().item()
                 for k in weights[0])
-    return (torch.tensor(losses[0]) - torch.tensor(losses[1])).abs().max().item(), apart
+    last_digit = 1e-5 * round(1e5 * max(abs(a - b) for a, b in zip(*losses)))
+    return max(0.0, last_digit - 1e-5), apart
 
 
 def stages_after(base, folder, name):

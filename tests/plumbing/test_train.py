@@ -95,6 +95,7 @@ def test_other_training_settings_for_a_finished_stage_are_answered_aloud(finishe
     assert "lm: was trained with lr = " in again.stdout and "not 0.123" in again.stdout
 
 
+@pytest.mark.long
 def test_fresh_deletes_the_named_stages_alone_and_nothing_where_the_corpus_is_missing(
         finished, tmp_path):
     """Bug: `--stages lm --fresh` deleted vae.pt, before a typo in the manifest was noticed."""
@@ -228,6 +229,7 @@ def test_every_part_that_learns_has_an_optimizer(finished, monkeypatch):
     assert id(stage.model.to_teacher.weight) in stepped
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one_with_two_micro_batches(finished, tmp_path):
     """Each process takes its rows of the same global batch; the noise belongs to the rows."""
     losses = []
@@ -455,6 +457,7 @@ def test_every_config_builds_and_comes_back_from_its_dump(path, tmp_path):
             make_model(cfg, stage)
 
 
+@pytest.mark.long
 def test_a_student_is_distilled_with_the_teachers_head_untouched(finished, tmp_path):
     teacher = f"{finished[0]}/run/lm.pt"
     config = write(str(tmp_path))
