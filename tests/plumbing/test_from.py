@@ -80,6 +80,7 @@ def test_a_run_to_begin_with_is_refused_where_it_is_none(wrong, message, tmp_pat
         train.start_from(config(tmp_path), f"{tmp_path}/{wrong}")
 
 
+@pytest.mark.long
 def test_the_first_step_goes_on_from_the_other_runs_weights(source, tmp_path):
     """One step of a tiny learning rate leaves the weights where they were; the same command again
     finds its own.

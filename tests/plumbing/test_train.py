@@ -533,6 +533,7 @@ def test_the_consistency_stage_of_a_rectified_flow_is_lsd_from_its_weights(finis
     assert torch.equal(few.backbone.norm.weight, flow.backbone.norm.weight)
 
 
+@pytest.mark.long
 def test_distilled_consistency_trains_the_head_alone_and_resumes_with_its_teacher(
         finished, tmp_path):
     for name in ("whole", "stopped"):

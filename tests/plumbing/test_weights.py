@@ -82,6 +82,7 @@ def export(source, out, *options):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_an_export_in_fp32_generates_the_same_bytes_as_the_run(finished, tmp_path):
     export(finished, f"{tmp_path}/model", "--dtype", "fp32")
     assert sorted(os.listdir(f"{tmp_path}/model")) == [
