@@ -349,8 +349,8 @@ class AudioCALM(nn.Module):
     def context(self, x, text, text_len, prompt, prompt_len, keep, counts):
         """The clean half: x (B, T, D) in whole blocks, with masks for M noisy copies behind it.
 
-        Rows are sorted by kind, counts[i] rows of kinds[i]. Padding of text and prompt stays in place; no position sees it, and
-        the positions count as if it were not there.
+        Rows are sorted by kind, counts[i] rows of kinds[i]. Padding of text and prompt stays in
+        place; no position sees it, and the positions count as if it were not there.
         """
         B, T, _ = x.shape
         L = text.shape[1]
@@ -388,8 +388,9 @@ class AudioCALM(nn.Module):
 
         batch: x (B, T, D) normalised latents, valid up to frames (B,); ended (B,): the clip ends in
         this row; text (B, L), text_len (B,) at least 1; prompt (B, P, D), prompt_len (B,); kind
-        (B,); counts: a list, the rows of each kind, else counted, which waits for the device. In eval mode the metrics include the flow's loss of each kind in the batch. source:
-        of random numbers (noise.py).
+        (B,); counts: a list, the rows of each kind, else counted, which waits for the device. In
+        eval mode the metrics include the flow's loss of each kind in the batch. source: of random
+        numbers (noise.py).
         """
         cfg = self.cfg
         counts = batch.get("counts")

@@ -85,10 +85,12 @@ def newest_shards(out, name):
 
 
 def stage_file(out, name):
-    """The file that says how far a stage has come: its checkpoint, or the sharded one's state.pt."""
+    """The file that says how far a stage has come: its checkpoint, or a sharded one's state.pt; the
+    later one where a kill has left both.
+    """
     plain = f"{out}/{name}.pt"
-    shards = newest_shards(out, name)
-    return plain if os.path.exists(plain) or not shards else f"{shards}/state.pt"
+    sharded = f"{newest_shards(out, name)}/state.pt"
+    return max(filter(os.path.exists, (plain, sharded)), key=os.path.getmtime, default=plain)
 
 
 def load_exported(path):

@@ -160,12 +160,12 @@ def refuse_other_optimizer(cfg, path, name, state, saved):
 
 def note_changed_runtime(name, state, how, say):
     """Print what differs between the processes that saved a checkpoint and those that resume:
-    noise is drawn per forward pass. how: {"dtype": "fp32", "rows of a forward pass": 8, ...}.
+    positions of a forward pass count equally. how: {"dtype": "fp32", "rows of a forward pass": 8, ...}.
     """
     for key, old in state.get("runtime", {}).items():
         if key in how and old != how[key]:
             say(f"{name}: trained with {key} = {shown(old)} to step {state['step']}, and resumes "
-                f"with {how[key]}: another noise or rounding from here on")
+                f"with {how[key]}: another rounding from here on")
 
 
 def run_changes(saved, cfg):

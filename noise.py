@@ -3,7 +3,7 @@
     normal(shape, source, device) ─┬─ None              torch's global generator
     uniform, exponential           ├─ torch.Generator   of a generation, seeded by the user
                                    ├─ Rows              of training: each row has its own generator
-                                   └─ Tape              of a recorded step: drawn before it (replay.py)
+                                   └─ Tape              of a recorded step, drawn before it
 
 A training step is a pure function of the weights and the step number for any number of processes
 and micro-batches. So noise belongs to a row of the global batch, wherever and beside whichever

@@ -12,11 +12,11 @@ for calm_speech, 52 GB for 3.2B parameters; train.py --plan says when it does no
 
 A sharded checkpoint is a folder per step, which every process writes its part of:
 
-    lm.shards/step00001000/   .metadata, __0_0.distcp, __1_0.distcp ...   torch.distributed.checkpoint
-                              crc.json                                    of these files
-                              state.pt       what else a checkpoint holds: config, step, clips
+    lm.shards/step00001000/   .metadata, __0_0.distcp, __1_0.distcp ...   (torch's format)
+                              crc.json    of these files
+                              state.pt    what else a checkpoint holds: config, step, clips
 
-A folder has its name only when it is whole. It resumes on any number of processes. A finished stage
+The format is torch.distributed.checkpoint's. A folder has its name only when it is whole. It resumes on any number of processes. A finished stage
 is one plain NAME.pt as ever, with the weights and their average.
 
 Precision: weights, gradients and their sums in fp32; layers cast to bf16 under autocast.
@@ -29,7 +29,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zlib
 
 import torch
 import torch.distributed as dist
@@ -49,6 +48,7 @@ from checkpoint import (DAMAGED, FLOATS, WHOLE, load_checkpoint, named_tensors, 
 from cli import BadInput, write_file
 from moe import Experts
 from processes import rank, whole, world
+from shards import crc_of
 
 
 # ---------------------------------------------------------------- a step
@@ -272,15 +272,6 @@ def check_crc(folder):
     if bad:
         raise BadInput(f"{folder}: damaged ({bad[0]}); restore a copy, or delete the folder and "
                        "run again: its stage is then trained anew")
-
-
-def crc_of(path):
-    """CRC-32 of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            crc = zlib.crc32(piece, crc)
-    return crc
 
 
 class Reader(dcp.FileSystemReader):

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 import checks
 import signals
 from checkpoint import (check_optimizer, load_checkpoint, load_weights, named_tensors,
-                        newest_shards, shards_folder)
+                        shards_folder, stage_file)
 from cli import BadInput, append_line, write_file
 from config import (dump, initial_weights, read_log, refuse_other_encoder, save_checkpoint,
                     saved_config, table_changes)
@@ -225,7 +225,7 @@ class Run:
 
     def begun(self):
         """Whether this stage has a checkpoint of its own."""
-        return os.path.exists(self.path) or bool(newest_shards(self.cfg.out, self.name))
+        return os.path.exists(stage_file(self.cfg.out, self.name))
 
     def compile(self):
         """Compile the layers, where asked."""
@@ -237,11 +237,12 @@ class Run:
 
     def resume(self):
         """The first step to do: 0, or where the last checkpoint was, whose state is loaded."""
-        shards = newest_shards(self.cfg.out, self.name)
-        if os.path.exists(self.path):
-            self.load(load_checkpoint(self.path, self.runtime.device), self.path)
-        elif shards:
-            self.load(load_checkpoint(f"{shards}/state.pt"), shards, shards)
+        path = stage_file(self.cfg.out, self.name)
+        if path != self.path:
+            shards = os.path.dirname(path)
+            self.load(load_checkpoint(path), shards, shards)
+        elif os.path.exists(path):
+            self.load(load_checkpoint(path, self.runtime.device), path)
         self.running.keep()
         first = self.step
         self.announce()
@@ -332,9 +333,9 @@ class Run:
             self.ema.state = state["ema"] or EMA(self.trainer.averaged, self.stage_cfg.ema).state
 
     def how(self):
-        """What of this run's processes decides its noise and rounding, for the checkpoint."""
+        """What of this run's processes decides its rounding, for the checkpoint."""
         return {"dtype": "bf16" if self.runtime.bf16 else "fp32",
-                "rows of a forward pass": self.micro}
+                "rows of a forward pass": self.micro * self.runtime.world}
 
     def load_init(self, path):
         """Begin with the weights of another checkpoint (train.STAGE.init)."""
