@@ -30,7 +30,8 @@ gan.balance and the RVQ move their running means once per pass.
                             --stages lm those of that stage alone
     --print                 show the resolved config and stop
     --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py;
-                            --fit 80 chooses micro-batches and sharding for GPUs of 80 GB
+                            --fit 80 chooses micro-batches and sharding for GPUs of 80 GB;
+                            --measure times three steps of every stage on this machine
 
 A run folder: config.toml, log.jsonl, report.html (to listen and look), loss.png, vae.pt, lm.pt,
 consistency.pt, latents/, samples/.
@@ -43,6 +44,7 @@ import datetime
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -66,11 +68,11 @@ from corpora import toy
 from data import load_clips, load_manifest
 from locks import owned
 from noise import Rows
-from optim import schedule
-from parallel import clean_shards, last_pass
-from plan import plan
+from optim import make_optimizers, schedule
+from parallel import Losses, clean_shards, last_pass
+from plan import RandomRows, plan
 from processes import whole
-from runs import Run, todo_file, write_log
+from runs import EMA, Run, todo_file, write_log
 from trackers import open_tracker
 
 
@@ -323,6 +325,72 @@ def report_skip(run, step, skipped, figures):
                              f"{', '.join(bad[:6])}; {run.advice()}")
 
 
+# ---------------------------------------------------------------- how long a step takes here
+
+def random_step(trainer, stage_cfg, runtime, rows, passes=1):
+    """The function of one whole step on a stage's random rows (plan.RandomRows), `passes` times
+    `rows` of them: losses, backward, clipping, optimizer, averaged weights.
+    """
+    optimizers = make_optimizers(trainer, stage_cfg, runtime.device)
+    ema = EMA(trainer.averaged, stage_cfg.ema) if stage_cfg.ema else None
+    losses = Losses(trainer)
+    batches = [(range(i * rows, (i + 1) * rows), trainer.batch) for i in range(passes)]
+
+    def step():
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        gradients(losses, batches, 0, runtime, 0, rows * passes)
+        clip_gradients(trainer, optimizers, stage_cfg.grad_clip)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        if ema:
+            ema.update(0)
+
+    return step
+
+
+def time_on_this_machine(cfg, runtime):
+    """A line per stage: seconds of a step, the median of three behind one that is not counted, and
+    of all its steps.
+    """
+    wait = {"cuda": torch.cuda.synchronize,
+            "mps": torch.mps.synchronize}.get(runtime.device, lambda: None)
+    lines = []
+    together = 0.0
+    for name in cfg.stages:
+        # one micro-batch as often as a step has it
+        stage_cfg = getattr(cfg.train, name)
+        rows = stage_cfg.micro_batch or stage_cfg.batch
+        trainer = RandomRows(cfg, name, rows, runtime.device)
+        if stage_cfg.checkpoint:
+            stages.recompute_activations(trainer.model)
+        if runtime.compile:
+            trainer.compile()
+        step = random_step(trainer, stage_cfg, runtime, rows, -(-stage_cfg.batch // rows))
+
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            step()
+            wait()
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[1:])
+        together += seconds * stage_cfg.steps
+        lines.append(f"{name}: {seconds:.3g} s per step, {stage_cfg.steps} steps in "
+                     f"{spoken_time(seconds * stage_cfg.steps)}")
+    lines.append(f"on this machine, rows of full length: {spoken_time(together)} of training; "
+                 "encoding, validation and samples come on top")
+    return "\n".join(lines)
+
+
+def spoken_time(seconds):
+    """"50 s", "8 min", "3.2 h", "12 days"."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 # ---------------------------------------------------------------- a run from its config
 
 def corpus(cfg, runtime):
@@ -357,7 +425,7 @@ def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False,
                usage="train.py --config FILE [--section.key value ...] [--from RUN] [--fresh] "
-                 "[--print] [--plan [--gpus N] [--fit GB]]")
+                 "[--print] [--plan [--gpus N] [--fit GB] [--measure]]")
     p.add_argument("--config", required=True, help="an experiment: configs/*.toml")
     p.add_argument("--from", dest="source", metavar="RUN",
                    help="begin every stage with the weights of this run's: sets train.STAGE.init")
@@ -368,6 +436,8 @@ def parse():
     p.add_argument("--gpus", type=number(int, 1), default=1, help="of a plan (default 1)")
     p.add_argument("--fit", type=number(float, above=0), metavar="GB",
                    help="of a plan: choose micro_batch, checkpoint and shard for GPUs of so many GB")
+    p.add_argument("--measure", action="store_true",
+                   help="of a plan: time three steps of every stage on this machine")
     return p.parse_known_args()
 
 
@@ -453,6 +523,8 @@ def main():
     if arguments.plan:
         signals.stop_listening()
         print(plan(cfg, arguments.gpus, arguments.fit or 80.0, bool(arguments.fit)))
+        if arguments.measure:
+            print(time_on_this_machine(cfg, Runtime(cfg)))
         return
     try:
         train_all(cfg, arguments.fresh)

@@ -1,11 +1,13 @@
 """The plan against exact counts and against memory that was really used."""
 import gc
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import plan
+import train
 from cli import BadInput
 from config import load
 from conftest import ROOT
@@ -139,3 +141,40 @@ def test_a_pass_never_waits_for_the_device(stage, changes):
     with Waits() as waits:
         plan.forward(trainer, trainer.batch, bf16=False).backward()
     assert not waits.found
+
+
+def test_a_plan_times_steps_of_every_stage_on_this_machine(capsys, monkeypatch):
+    """Seconds per step times the steps of the config; real steps, so only their form is compared."""
+    argv = ["train.py", "--config", f"{ROOT}/configs/quickstart.toml", *SMALL, "--plan", "--measure",
+            "--toy.clips", "8", "--train.vae.batch", "2", "--train.vae.steps", "1000"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train.main()
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [line for line in lines if "s per step, 1000 steps in" in line]
+    seconds = float(line.split()[1])
+    assert line.startswith("vae: ") and line.endswith(train.spoken_time(1000 * seconds))
+    assert lines[-1].startswith("on this machine, rows of full length: ")
+    assert sum(" steps in " in line for line in lines) == 3
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (50, "50 s"), (89, "89 s"), (90, "1.5 min"), (2700, "45 min"), (36_000, "10 h"),
+    (86_400 * 12, "12 days"), (86_400 * 4000, "4,000 days")])
+def test_times_are_spoken_in_the_largest_unit_that_tells_them(seconds, text):
+    assert train.spoken_time(seconds) == text
+
+
+def test_a_timed_step_has_all_micro_batches_of_the_config(monkeypatch):
+    cfg = config("quickstart", "--device", "cpu", *ONE_STAGE, "--train.lm.batch", "6",
+                 "--train.lm.micro_batch", "2")
+    seen = []
+    real = train.gradients
+
+    def watched(losses, batches, step, runtime, seed, total):
+        seen.append([len(rows) for rows, _ in batches])
+        assert total == 6 and all(len(batch["x"]) == 2 for _, batch in batches)
+        return real(losses, batches, step, runtime, seed, total)
+
+    monkeypatch.setattr(train, "gradients", watched)
+    train.time_on_this_machine(cfg, train.Runtime(cfg))
+    assert seen == 4 * [[2, 2, 2]]

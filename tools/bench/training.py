@@ -27,13 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cli import number
 from config import STAGES, load
-from optim import make_optimizers
 from parallel import Losses
 from plan import RandomRows, first_row, peak_flops
-from runs import EMA
 from stages import recompute_activations
 from tools.bench.timing import clock, processor, set_threads
-from train import Runtime, clip_gradients, gradients
+from train import Runtime, gradients, random_step
+
 
 def add_options(parser):
     parser.add_argument("--config", default="configs/paper/calm_music.toml",
@@ -66,21 +65,7 @@ def run(args):
     if args.checkpoint or stage_cfg.checkpoint:
         recompute_activations(trainer.model)
 
-    optimizers = make_optimizers(trainer, stage_cfg, runtime.device)
-    ema = EMA(trainer.averaged, stage_cfg.ema) if stage_cfg.ema else None
-    losses = Losses(trainer)
-    batches = [(range(rows), trainer.batch)]
-
-    def step():
-        for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        gradients(losses, batches, 0, runtime, 0, rows)
-        clip_gradients(trainer, optimizers, stage_cfg.grad_clip)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        if ema:
-            ema.update(0)
-
+    step = random_step(trainer, stage_cfg, runtime, rows)
     if args.compile:
         trainer.compile()
     if runtime.device == "cuda":
