@@ -1,6 +1,6 @@
-"""Keep the tables of files in README.md current: python -m tools.files [--check]
+"""Keep the tables of files in docs/files.md current: python -m tools.files [--check]
 
-    README.md   <!-- files -->
+    docs/files.md   <!-- files -->
                 | `heads.py` | 590 | ... |          ◄── lines of heads.py
                 | `tools/bench/` | 680 | ... |      ◄── lines of all its .py files
                 <!-- /files -->
@@ -49,15 +49,15 @@ def files_to_list():
 def problems(tables):
     """Sentences about what is stale in the tables, one per problem."""
     written = {name: int(lines or 0) for name, lines in ROW.findall(tables)}
-    found = [f"{name}: has no row in README.md; add one between the markers"
+    found = [f"{name}: has no row in docs/files.md; add one between the markers"
              for name in files_to_list() if name not in written]
 
     for name, lines in written.items():
         actual = count_lines(name)
         if actual is None:
-            found.append(f"{name}: does not exist; remove its row from README.md")
+            found.append(f"{name}: does not exist; remove its row from docs/files.md")
         elif abs(lines - actual) > 0.1 * actual:
-            found.append(f"{name}: README.md says {lines} lines, it has {actual}; "
+            found.append(f"{name}: docs/files.md says {lines} lines, it has {actual}; "
                          "run python -m tools.files")
     return found
 
@@ -77,18 +77,18 @@ def main():
     p.add_argument("--check", action="store_true", help="write nothing, report what is stale")
     a = p.parse_args()
 
-    readme = HOME / "README.md"
-    text = readme.read_text(encoding="utf8")
+    page = HOME / "docs/files.md"
+    text = page.read_text(encoding="utf8")
     match = TABLES.search(text)
     if match is None:
-        raise BadInput("README.md: has no tables between <!-- files --> and <!-- /files -->")
+        raise BadInput("docs/files.md: has no tables between <!-- files --> and <!-- /files -->")
 
     if a.check:
         found = problems(match[2])
-        print("\n".join(found) if found else "README.md: the tables of files are current")
+        print("\n".join(found) if found else "docs/files.md: the tables of files are current")
         sys.exit(1 if found else 0)
 
-    write_file(readme, TABLES.sub(lambda m: m[1] + update(m[2]) + m[3], text))
+    write_file(page, TABLES.sub(lambda m: m[1] + update(m[2]) + m[3], text))
 
 
 if __name__ == "__main__":

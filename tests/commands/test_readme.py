@@ -1,4 +1,4 @@
-"""What README.md, RESULTS.md and docs/recipes.md tell a newcomer to type works, on a tiny run.
+"""What README.md, RESULTS.md and the pages of docs/ tell a newcomer to type works, on a tiny run.
 
 A command in a block of sh is run. One whose comment begins with "takes" (long) or "needs" (data,
 packages), and one inside a sentence, is only parsed: its config loads, its options exist.
@@ -43,7 +43,7 @@ def commands(text):
     return found
 
 
-PAGES = ("README.md", "RESULTS.md", "docs/recipes.md")
+PAGES = ("README.md", "RESULTS.md", "docs/recipes.md", "docs/gpus.md", "docs/differences.md")
 COMMANDS = [command for name in PAGES for command in commands(read(name))]
 RUN = [words for words, long in COMMANDS if not long]
 PARSED = {" ".join(words): words for words, long in COMMANDS if long}.values()
@@ -152,9 +152,12 @@ def test_targets_of_make_exist():
 
 
 def test_files_that_the_pages_show_exist():
-    text = "".join(read(page) for page in PAGES)
-    shown = (re.findall(r"\]\(([^)#h][^)#]*)", text)
-             + re.findall(r"`((?:configs|assets|corpora|tools|tests)/[\w./]+)`", text))
+    shown = []
+    for page in PAGES:
+        text = read(page)
+        links = re.findall(r"\]\(([^)#h][^)#]*)", text)
+        shown += [os.path.join(os.path.dirname(page), link) for link in links]
+        shown += re.findall(r"`((?:configs|assets|corpora|tools|tests)/[\w./]+)`", text)
     missing = [path for path in shown if not os.path.exists(f"{ROOT}/{path}")]
     assert not missing
 
@@ -187,8 +190,9 @@ def anchors(text):
 
 def test_links_to_sections_lead_somewhere():
     for page in (*PAGES, "LOG.md"):
-        for target, anchor in re.findall(r"\]\(([\w.]*)#([^)]+)\)", read(page)):
-            assert anchor in anchors(read(target or page)), (page, anchor)
+        for target, anchor in re.findall(r"\]\(([\w./]*)#([^)]+)\)", read(page)):
+            path = os.path.join(os.path.dirname(page), target) if target else page
+            assert anchor in anchors(read(path)), (page, anchor)
 
 
 def test_the_index_of_the_log_has_every_section():
