@@ -26,7 +26,7 @@ Precision: float64.
 import numpy as np
 
 from cli import BadInput
-from intervals import bootstrap_distance
+from intervals import bootstrap_distance, drawn_evenly
 
 # of fad_inf: sizes of subsets, from a quarter of the clips to all of them, and subsets per size
 SIZES = 8
@@ -198,9 +198,9 @@ def mmd(judged, reference, paired=False, seed=0):
     y, _ = stack(reference)
     refuse_too_few("mmd", {"judged": len(x), "reference": len(y)}, MMD_LEAST, "of each side",
                    "give more clips (--limit, --manifest, --reference)")
-    step = -(-len(x) // MMD_WINDOWS)
-    x, owner = x[::step], owner[::step]
-    y = y[::-(-len(y) // MMD_WINDOWS)]
+    chosen = drawn_evenly(range(len(x)), MMD_WINDOWS)
+    x, owner = x[chosen], owner[chosen]
+    y = y[drawn_evenly(range(len(y)), MMD_WINDOWS)]
 
     # a kernel as wide as the median distance within the reference
     within = squared_distances(y, y)

@@ -64,12 +64,11 @@ from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
 from generate import render, sampling_options, what_was_seen
-from intervals import Figure, Figures
+from intervals import Figure, Figures, drawn_evenly
 from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_material
 from page import keep_evaluation
 from prompts import encode_voice
-from reconstruction import (clip_name, count_right_facts, evenly_spaced, judge_vae, load_clip,
-                            with_interval)
+from reconstruction import (clip_name, count_right_facts, judge_vae, load_clip, with_interval)
 from report import draw_spectrograms
 from workers import Place, choose_place, gather, gather_dict, mine, rank, shared
 
@@ -121,7 +120,7 @@ def choose_targets(clips, kind, cfg, limit):
     """
     targets = {clip.text: clip for clip in clips if clip.kind == kind and clip.text
                and fits(clip.text, kind, cfg)}
-    return {text: targets[text] for text in evenly_spaced(sorted(targets), limit)}
+    return {text: targets[text] for text in drawn_evenly(sorted(targets), limit)}
 
 
 def batch_texts(texts, voices, kind, lm, cfg):

@@ -66,12 +66,6 @@ def count_right_facts(wav, clip, rate):
     return found["right"], found["total"]
 
 
-def evenly_spaced(items, limit):
-    """At most `limit` items, evenly spaced in the list."""
-    n = min(limit, len(items))
-    return [items[i * len(items) // n] for i in range(n)]
-
-
 # ---------------------------------------------------------------------------- all clips
 
 

@@ -26,7 +26,8 @@ from config import open_run
 from data import KINDS, load_manifest
 from distances import fad, fad_inf, mmd
 from embeddings import embed_clip, open_embedding
-from evaluate import evenly_spaced, write_json
+from evaluate import write_json
+from intervals import drawn_evenly
 from judges import SECONDS, match_sources, read_sources
 from report import pyplot, save_picture
 
@@ -137,7 +138,7 @@ def main():
 
     # clips, and others of the same sources
     kinds = [a.kind] if a.kind else KINDS
-    clips = evenly_spaced([c for c in load_manifest(a.manifest) if c.kind in kinds], a.limit)
+    clips = drawn_evenly([c for c in load_manifest(a.manifest) if c.kind in kinds], a.limit)
     there = [c for c in load_manifest(a.reference) if c.kind in kinds]
     sources = read_sources(a.manifest) | read_sources(a.reference)
     names, reference = match_sources([clip.audio for clip in clips], there, sources, a.times)

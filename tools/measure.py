@@ -20,8 +20,9 @@ from cli import BadInput
 from data import KINDS, encode_text
 from distances import fad, mmd
 from embeddings import embed_clip, open_embedding, resample
-from intervals import bootstrap, bootstrap_distance, exp_ratio, geometric_mean
-from reconstruction import count_right_facts, evenly_spaced, load_clip
+from intervals import (bootstrap, bootstrap_distance, drawn_evenly, exp_ratio,
+                       geometric_mean)
+from reconstruction import count_right_facts, load_clip
 from speech_metrics import SPEECH_RATE
 from tools.bench.timing import clock
 from transcripts import Recogniser, TextModel, Words, auto_bleu, self_bleu
@@ -58,7 +59,7 @@ class Yardstick:
 
 def split_reference(clips, limit):
     """Clips of one kind -> at most `limit` of them to generate, and all others to compare with."""
-    chosen = evenly_spaced(clips, limit)
+    chosen = drawn_evenly(clips, limit)
     names = {clip.audio for clip in chosen}
     return chosen, [clip for clip in clips if clip.audio not in names]
 

@@ -55,7 +55,8 @@ from embeddings import log_mel
 from evaluate import (chosen_sampling, count_steps, find_stages, held_out_clips, judge_lm,
                       judging_arguments, of_trained_kinds, open_judges, open_stage, prepare,
                       print_table, rounded_mean, run_arguments, sampling_arguments, write_json)
-from reconstruction import clip_name, evenly_spaced, load_clip
+from intervals import drawn_evenly
+from reconstruction import clip_name, load_clip
 from report import draw_continuation, draw_sweep
 from tools import tables
 from tools.systems import Contestant, System, generate
@@ -201,14 +202,14 @@ def judge_continuation(contestant, clips, limit, folder=""):
     for kind in KINDS:
         of_kind = [clip for clip in clips if clip.kind == kind]
         long_enough = [clip for clip in of_kind if seconds_of(clip) >= cfg.sample.prompt_seconds]
-        prompts = evenly_spaced(long_enough, limit)
+        prompts = drawn_evenly(long_enough, limit)
         if len(prompts) < MIN_CLIPS:
             continue
 
         # real seconds: of other clips, where there are any
         others = [clip for clip in of_kind if clip not in prompts] or long_enough
         real = []
-        for clip in tqdm(evenly_spaced(others, 4 * limit), desc=f"real {kind}", leave=False):
+        for clip in tqdm(drawn_evenly(others, 4 * limit), desc=f"real {kind}", leave=False):
             real += features_by_second(load_clip(clip, vae.cfg, seconds=20.0), rate)
 
         # their continuations
@@ -280,7 +281,7 @@ def judge_draws(flow, model, cfg, clips, step_counts, repeats, limit, frames=8):
     for kind in KINDS:
         texts = sorted({clip.text for clip in clips if clip.kind == kind and clip.text})
         figures = {steps: [] for steps in step_counts}
-        for text in tqdm(evenly_spaced(texts, limit), desc=f"draw {kind}", leave=False):
+        for text in tqdm(drawn_evenly(texts, limit), desc=f"draw {kind}", leave=False):
             tokens = torch.tensor([encode_text(text, kind, cfg.data)] * repeats)
             reference = sample_latents(flow, tokens, kind, frames, 32, seed=0)
 

@@ -23,7 +23,8 @@ from config import Config, open_run
 from data import KINDS, encode_text, seconds_of
 from evaluate import (choose_targets, find_stages, generate_texts, held_out_clips, open_stage,
                       voice_prompt)
-from reconstruction import evenly_spaced, load_clip
+from intervals import drawn_evenly
+from reconstruction import load_clip
 from generate import render, sampling_options
 from prompts import encode_prompt
 
@@ -134,7 +135,7 @@ def choose_clips(contestants, kind, task, limit, manifest=None):
 
     if not clips:
         raise BadInput(f"{kind}: no held-out clip {needed}; give --manifest or another --kind")
-    return clips if limit is None else evenly_spaced(clips, limit)
+    return clips if limit is None else drawn_evenly(clips, limit)
 
 
 @torch.no_grad()

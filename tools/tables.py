@@ -29,8 +29,8 @@ from config import load, make_model, open_run
 from data import KINDS
 from embeddings import embed_clip, log_mel, open_embedding, resample
 from evaluate import held_out_clips, write_json
-from intervals import Figure, bootstrap
-from reconstruction import evenly_spaced, load_clip, si_sdr
+from intervals import Figure, bootstrap, drawn_evenly
+from reconstruction import load_clip, si_sdr
 from report import pyplot, save_picture
 from speech_metrics import AUDIO_RATE, SPEECH_RATE, Visqol, open_speaker
 from tools import listen, systems
@@ -101,7 +101,7 @@ def reference_clips(reference, contestant, kind, limit):
     if reference == "train":
         reference = contestant.cfg.data.manifest or f"{contestant.system.run}/toy/train.jsonl"
     clips = held_out_clips(contestant.system.run, reference, contestant.cfg)
-    return evenly_spaced([clip for clip in clips if clip.kind == kind], limit)
+    return drawn_evenly([clip for clip in clips if clip.kind == kind], limit)
 
 
 # ---------------------------------------------------------------------------- figures of one row

@@ -81,9 +81,6 @@ def test_texts_are_as_long_as_those_of_training_with_a_kind_token_or_without(kin
     assert list(evaluate.choose_targets(clips, "speech", cfg, 9)) == ["four"]
 
 
-def test_a_choice_of_texts_is_evenly_spaced():
-    assert evaluate.evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
-    assert evaluate.evenly_spaced([1, 2], 9) == [1, 2]
 
 
 def test_the_table_prints_intervals_beside_figures(capsys):

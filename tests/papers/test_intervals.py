@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from intervals import (Figure, Figures, bootstrap, bootstrap_distance, exp_ratio, geometric_mean,
-                       ratio_of_means)
+from intervals import (Figure, Figures, bootstrap, bootstrap_distance, drawn_evenly, exp_ratio,
+                       geometric_mean, ratio_of_means)
 
 
 def test_the_interval_of_a_share_is_the_binomials():
@@ -102,3 +102,17 @@ def test_a_figure_is_printed_with_its_interval():
     assert str(Figure(0.1614, 0.118, 0.2071, 40)) == "0.161 [0.118, 0.207]"
     assert str(Figure(0.5, clips=1)) == "0.500"
     assert Figure(0.5, 0.12345, 0.6, 3).ends() == [0.1235, 0.6]
+
+
+def test_a_choice_of_clips_has_one_of_every_stretch_and_the_same_ones_again():
+    chosen = drawn_evenly(list(range(100)), 10)
+    assert [clip // 10 for clip in chosen] == list(range(10))
+    assert chosen == drawn_evenly(list(range(100)), 10)
+    assert drawn_evenly([1, 2], 9) == [1, 2] and drawn_evenly([], 9) == []
+
+
+def test_a_choice_of_clips_has_all_the_voices_of_a_corpus_that_takes_them_in_turn():
+    """Fault: every sixtieth clip of four voices in turn was of the first one."""
+    voices = 1500 * ["slt", "rms", "awb", "kal16"]
+    chosen = drawn_evenly(voices, 100)
+    assert min(chosen.count(voice) for voice in set(voices)) >= 15

@@ -34,6 +34,7 @@ from cli import BadInput
 from config import Config
 from schema import build
 from data import load_manifest
+from intervals import drawn_evenly
 from tools.convert.runs import save_run, vae_checkpoint
 from tools.convert.tensors import check_shapes, count, halves, read, rename
 from vae import VAE, VAEConfig
@@ -79,8 +80,7 @@ def run(args):
 
     # mean and standard deviation of the latents
     if args.data:
-        clips = load_manifest(args.data)
-        clips = clips[::max(1, len(clips) // MAX_CLIPS)]
+        clips = drawn_evenly(load_manifest(args.data), MAX_CLIPS)
         vae.set_latent_statistics(load_wav(clip, vae_cfg)
                     for clip in tqdm(clips, desc="measuring latents", unit="clip"))
         state = vae.state_dict()
