@@ -1,7 +1,12 @@
 """The shipped weights speak at once."""
+import os
+
+import pytest
 import soundfile as sf
 
 from conftest import ROOT, run
+from sample import load
+from transcripts import Recogniser, Words
 
 
 def test_the_shipped_voice_says_a_sentence_of_the_right_length_and_level(tmp_path):
@@ -14,6 +19,24 @@ def test_the_shipped_voice_says_a_sentence_of_the_right_length_and_level(tmp_pat
     assert rate == 16000 and 2.0 < len(wav) / rate < 4.0          # the voice takes 2.7 s
     loud = (wav ** 2).mean() ** 0.5
     assert 0.03 < loud < 0.12 and abs(wav).max() <= 1.0           # the corpus has an RMS of 0.06
+
+
+@pytest.mark.skipif("WHISPER" not in os.environ, reason="WHISPER names no faster-whisper model")
+def test_the_shipped_voice_is_understood_by_whisper():
+    """Needs the extra eval: WHISPER=base python -m pytest tests/commands/test_pretrained.py"""
+    pytest.importorskip("faster_whisper")
+    recogniser = Recogniser(os.environ["WHISPER"])
+    words = Words("en")
+
+    texts = ["The old farmer quietly opened the green box.", "The door was open all night.",
+             "She walked slowly down the street.", "He gave the book to his brother."]
+    model = load(f"{ROOT}/pretrained/voice", device="cpu")
+    wrong = total = 0
+    for text, wav in zip(texts, model.say(texts, seed=0)):
+        errors, count = words.errors(text, recogniser.transcribe(wav))
+        wrong += errors
+        total += count
+    assert total == 27 and wrong <= 5
 
 
 def test_the_shipped_weights_are_small_and_hold_no_folder_of_a_machine():
