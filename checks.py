@@ -160,7 +160,8 @@ def refuse_other_optimizer(cfg, path, name, state, saved):
 
 def note_changed_runtime(name, state, how, say):
     """Print what differs between the processes that saved a checkpoint and those that resume:
-    positions of a forward pass count equally. how: {"dtype": "fp32", "rows of a forward pass": 8, ...}.
+    positions of a forward pass count equally. how: {"dtype": "fp32", "rows of a forward pass": 8,
+    ...}.
     """
     for key, old in state.get("runtime", {}).items():
         if key in how and old != how[key]:

@@ -160,8 +160,8 @@ class Figures:
 # ---------------------------------------------------------------- a choice of clips
 
 def drawn_evenly(items, limit):
-    """At most `limit` items from all over the list, in its order: one from a drawn place (seed 0) of
-    each of as many equal stretches.
+    """At most `limit` items from all over the list, in its order: one from a drawn place (seed 0)
+    of each of as many equal stretches.
 
     Every sixtieth clip of a corpus that takes four voices in turn would be of one voice.
     """

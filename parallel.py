@@ -16,8 +16,9 @@ A sharded checkpoint is a folder per step, which every process writes its part o
                               crc.json    of these files
                               state.pt    what else a checkpoint holds: config, step, clips
 
-The format is torch.distributed.checkpoint's. A folder has its name only when it is whole. It resumes on any number of processes. A finished stage
-is one plain NAME.pt as ever, with the weights and their average.
+The format is torch.distributed.checkpoint's. A folder has its name only when it is whole. It
+resumes on any number of processes. A finished stage is one plain NAME.pt as ever, with the weights
+and their average.
 
 Precision: weights, gradients and their sums in fp32; layers cast to bf16 under autocast.
 """
@@ -133,7 +134,7 @@ def is_sharded(losses):
 
 
 def make_moments(optimizers, parameters):
-    """Let the optimizers allocate their state, as their first step does, without moving a weight."""
+    """Let the optimizers allocate their state, as their first step does; no weight moves."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     for optimizer in optimizers.values():

@@ -275,8 +275,8 @@ def fit(cfg, stage, gpus, gigabytes):
                     train = dataclasses.replace(cfg.train, shard=cfg.train.shard or shard)
                     return with_stage(dataclasses.replace(cfg, train=train), stage,
                                       checkpoint=checkpoint, micro_batch=micro)
-    raise BadInput(f"{stage}: one row does not fit into {gigabytes:g} GB on {gpus} GPU(s); use more "
-                   "GPUs or shorter rows (data.frames, data.crop_seconds)")
+    raise BadInput(f"{stage}: one row does not fit into {gigabytes:g} GB on {gpus} GPU(s); use "
+                   "more GPUs or shorter rows (data.frames, data.crop_seconds)")
 
 
 def with_stage(cfg, stage, **changes):
