@@ -243,9 +243,13 @@ class Config:
         if self.lm.monologue and not self.data.kind_token:
             raise ValueError("lm.monologue: only the kind's token stands before the audio; it "
                              "needs data.kind_token = true")
-        if self.gan.loss_weights.get("magnitude") and self.vae.decoder != "istft":
-            raise ValueError("gan.loss_weights: magnitude is of an inverse STFT; set vae.decoder = "
-                             "\"istft\" or leave it out")
+        for name in ("magnitude", "phase"):
+            if self.gan.loss_weights.get(name) and self.vae.decoder != "istft":
+                raise ValueError(f"gan.loss_weights: {name} is of an inverse STFT; set vae.decoder "
+                                 "= \"istft\" or leave it out")
+        if self.gan.loss_weights.get("phase") and self.vae.phase != "direct":
+            raise ValueError("gan.loss_weights: phase is of phases that the decoder predicts; set "
+                             "vae.phase = \"direct\" or leave it out")
         samples = self.gan.disc_seconds * self.vae.sample_rate
         if samples and samples < max(self.gan.disc_windows):
             longest = max(self.gan.disc_windows) / self.vae.sample_rate

@@ -10,6 +10,7 @@
      ├─────────────────────────────┼────────► waveforms ────────────────────────────► L_t
      ├─────────────────────────────┼────────► log-mel, STFT magnitudes ─────────────► L_f
      │              magnitudes that the inverse STFT was asked for ("magnitude") ───► L_f
+    │              phases that it was asked for ("phase") ─────────────────────────► L_f
      ▼ random crop                 ▼ same crop
     ┌─────────────────────────────────────┐
     │ discriminators, one per STFT size,  ├─► features of x and x̂ ──────────────────► L_feat
@@ -28,6 +29,7 @@ Where this differs from the paper:
   linear spectra they learn little in a few hundred steps (LOG.md).
 - "magnitude" is ours: it compares the spectrum that the decoder asks its inverse STFT for, before
   frames with their phases overlap and blur it.
+- "phase" is APNet's (Ai & Ling 2023), of a vocoder: a mel loss does not hear the phase.
 - λ_t, λ_f, λ_adv, λ_feat are not given; [gan.loss_weights] exposes them.
 - Generator and discriminators step together, each with the other's weights from before the step.
   Gradients then accumulate exactly over micro-batches (except for the balancer's norms, which are
@@ -51,7 +53,7 @@ from processes import add_up, world
 from schema import Range
 from vae import VAE, VAEConfig
 
-Loss = Literal["time", "mel", "stft", "magnitude", "adv", "feat", "kl", "commit", "distill"]
+Loss = Literal["time", "mel", "stft", "magnitude", "phase", "adv", "feat", "kl", "commit", "distill"]
 
 
 def default_weights():
@@ -62,7 +64,7 @@ def default_weights():
 @dataclass
 class GANConfig:
     """The [gan] table: what only the training of the VAE needs."""
-    # λ of each term of eq. 2 (time = λ_t; mel, stft, magnitude = λ_f); 0 = not computed
+    # λ of each term of eq. 2 (time = λ_t; mel, stft, magnitude, phase = λ_f); 0 = not computed
     loss_weights: dict[Loss, Annotated[float, Range(0)]] = field(default_factory=default_weights)
     # n_fft in samples of each spectral loss (DAC)
     loss_windows: list[Annotated[int, Range(8, 1_000_000)]] = field(
@@ -170,6 +172,34 @@ def magnitude_loss(X, Y, floor):
     convergence = ((X - Y).pow(2).sum((1, 2)) / energy).clamp(min=1e-8).sqrt().mean()
     logs = ((X + floor).log() - (Y + floor).log()).abs().mean()
     return convergence + logs
+
+
+def phase_loss(X, p, floor):
+    """How far the phases p (B, bins, frames) are from those of the complex spectra X (B, bins,
+    frames), in radians: the anti-wrapping losses of APNet (Ai & Ling 2023, section III-C).
+
+    e = angle(X) - p,    f(e) = |e - 2π round(e / 2π)|
+
+    L = mean f(e)  +  mean f(difference of e along bins)  +  mean f(difference of e along frames)
+        the phase     its group delay                       its instantaneous frequency
+
+    Random phases have π/2 in each mean. The means are weighted by |X| / (|X| + floor), the smaller
+    |X| of a difference (ours: a bin of silence has no phase); APNet's are plain.
+    """
+    magnitude = X.abs()
+    weight = magnitude / (magnitude + floor)
+    error = X.angle() - p
+
+    def unwrapped(e, weight):
+        e = (e - 2 * math.pi * (e / (2 * math.pi)).round()).abs()
+        return (weight * e).sum() / weight.sum().clamp(min=1e-8)
+
+    loss = unwrapped(error, weight)
+    for axis in (1, 2):
+        length = error.shape[axis] - 1
+        both = torch.minimum(weight.narrow(axis, 0, length), weight.narrow(axis, 1, length))
+        loss = loss + unwrapped(error.diff(dim=axis), both)
+    return loss
 
 
 class Teacher:
@@ -393,7 +423,7 @@ class VAEGAN(nn.Module):
             terms["time"] = (wav - rec).abs().mean()                             # L_t
         terms |= self.distill_term(wav, z)                                       # L_distill
         terms |= self.spectral_terms(wav, rec, shared(source))                   # L_f
-        terms |= self.magnitude_term(wav, maps)
+        terms |= self.inverse_terms(wav, maps)
 
         # the discriminators see the same crop of both, the original once for both players; the
         # generator learns after their warm-up
@@ -440,14 +470,24 @@ class VAEGAN(nn.Module):
             return spectral_losses(wav, rec, self.vae.cfg.sample_rate, windows, names,
                                    cfg.loss_floor)
 
-    def magnitude_term(self, wav, maps):
-        """The "stft" loss between the original and what the inverse STFT was asked for."""
-        if "magnitude" not in self.weights:
+    def inverse_terms(self, wav, maps):
+        """magnitude and phase: between the original's spectra and what the inverse STFT was asked
+        for.
+        """
+        if not self.weights.keys() & {"magnitude", "phase"}:
             return {}
         inverse = self.vae.decoder.conv[-1]
-        X, Y = (magnitudes.flatten(0, 1) / math.sqrt(inverse.n_fft)         # (B · ch, bins, L)
-                for magnitudes in (inverse.spectrum(wav), inverse.magnitude(maps)))
-        return {"magnitude": magnitude_loss(X, Y, self.cfg.loss_floor)}
+        scale = math.sqrt(inverse.n_fft)
+        X = inverse.spectrum(wav).flatten(0, 1) / scale                     # (B · ch, bins, L)
+
+        terms = {}
+        if "magnitude" in self.weights:
+            Y = inverse.magnitude(maps).flatten(0, 1) / scale
+            terms["magnitude"] = magnitude_loss(X.abs(), Y, self.cfg.loss_floor)
+        if "phase" in self.weights:
+            p = inverse.phase(maps).flatten(0, 1)
+            terms["phase"] = phase_loss(X, p, self.cfg.loss_floor)
+        return terms
 
     def random_crop(self, samples, generator=None):
         """The slice of disc_seconds, at random, that the discriminators see."""

@@ -219,7 +219,8 @@ class InverseSpectrum(nn.Module):
     error only detunes the tone a little. πk puts a frame's energy in its middle.
 
     Trained through the waveform alone, "locked" asks for one bin per tone, d = 0, and so for wrong
-    pitches; gan.py's "magnitude" loss compares M with spectrum(original).
+    pitches; gan.py's "magnitude" loss compares M with |spectrum(original)|. Its "phase" loss
+    compares the p of "direct" with the angles of spectrum(original).
 
     Frame j covers samples [j · hop - latency, j · hop - latency + n_fft), so that a latent's frames
     end where its samples end. Offline the last `latency` samples lack the frames that would follow,
@@ -262,7 +263,7 @@ class InverseSpectrum(nn.Module):
             theta, accumulated = self.accumulate(magnitude, accumulated)
             phase = theta + self.centred.to(x.dtype)[:, None]
         else:
-            phase = self.split(x)[:, :, 1]
+            phase = self.phase(x)
 
         # frames, windowed and overlapped
         y = torch.fft.irfft(torch.polar(magnitude, phase), n=self.n_fft, dim=2)
@@ -288,12 +289,16 @@ class InverseSpectrum(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.split(x)[:, :, 0].clamp(max=7.0).exp()          # e^7: louder than any clip
 
+    def phase(self, x):
+        """p (B, ch, bins, L) of the maps x, in radians and not wrapped; of "direct" only."""
+        return self.split(x.to(torch.promote_types(x.dtype, torch.float32)))[:, :, 1]
+
     def spectrum(self, wav):
-        """The magnitudes (B, ch, bins, L) of wav (B, ch, L · hop) in the same frames as M."""
+        """The complex spectra (B, ch, bins, L) of wav (B, ch, L · hop) in the frames of M and p."""
         wav = wav.to(torch.promote_types(wav.dtype, torch.float32))
         frames = F.pad(wav, (self.latency, 0)).unfold(-1, self.n_fft, self.hop)
         window = torch.hann_window(self.n_fft, dtype=wav.dtype, device=wav.device)
-        return torch.fft.rfft(frames * window).abs().mT
+        return torch.fft.rfft(frames * window).mT
 
     def advances(self, magnitude):
         """Radians by which a tone with its peak in that bin turns per frame, (B, ch, bins, L): the

@@ -74,6 +74,9 @@ class VAEConfig:
     ratios: list[Annotated[int, Range(1, 10_000)]] = field(default_factory=lambda: [4, 10, 4, 4])
     # stft: log-magnitudes replace the outermost ratios
     encoder: Literal["conv", "stft"] = "stft"
+    # encoder = "conv": stride of its first convolution, the product of the last ratios, which it
+    # replaces; 1 = residual units run at the rate of the waveform too (SEANet; slow)
+    front_stride: Annotated[int, Range(1, 1_000_000)] = 1
     # istft: magnitude and phase replace the outermost ratios
     decoder: Literal["conv", "istft"] = "istft"
     # stft, istft: hop in samples, the product of the last ratios, which the STFT replaces
@@ -131,11 +134,20 @@ class VAEConfig:
         if self.encoder == "stft" or self.decoder == "istft":
             self.check_stft()
 
-    def check_stft(self):
+        if self.front_stride > 1:
+            if self.encoder != "conv":
+                raise ValueError("front_stride: needs encoder = \"conv\"")
+            self.check_replaced("front_stride")
+
+    def check_replaced(self, name):
+        """ValueError unless that stride replaces whole ratios, and not all of them."""
         outer = [math.prod(self.ratios[i:]) for i in range(1, len(self.ratios))]
-        if self.stft_hop not in outer:
-            raise ValueError("stft_hop: must be the product of the last ratios, "
-                             f"one of {outer}, got {self.stft_hop}")
+        if getattr(self, name) not in outer:
+            raise ValueError(f"{name}: must be the product of the last ratios, "
+                             f"one of {outer}, got {getattr(self, name)}")
+
+    def check_stft(self):
+        self.check_replaced("stft_hop")
         if self.n_fft < self.stft_hop:
             raise ValueError(f"stft_size: must be at least stft_hop = {self.stft_hop}, "
                              f"got {self.stft_size}")
@@ -163,15 +175,15 @@ class VAEConfig:
         """rvq: (levels K, entries per codebook)."""
         return self.codebooks, self.codebook_size
 
-    def conv_ratios(self, spectral):
+    def conv_ratios(self, stride):
         """(ratios left to the convolutions, in decoder order; channels at their waveform end).
 
-        spectral: an STFT replaces the outermost ratios, whose product is stft_hop.
+        stride: the product of the outermost ratios, which an STFT or a strided front replaces.
         """
         ratios = list(self.ratios)
         width = self.width
         replaced = 1
-        while spectral and replaced < self.stft_hop:
+        while replaced < stride:
             replaced *= ratios.pop()
             width *= 2
         return ratios, min(width, self.width_max)
@@ -205,7 +217,8 @@ def transformer_config(cfg, layers, cls=False):
 def encoder_convolutions(cfg):
     """The layers from wav (B, ch, S) to (B, C, T · inner): a front, and a level per ratio."""
     convnext = cfg.block == "convnext"
-    ratios, width = cfg.conv_ratios(cfg.encoder == "stft")
+    stride = cfg.stft_hop if cfg.encoder == "stft" else cfg.front_stride
+    ratios, width = cfg.conv_ratios(stride)
 
     # front: the waveform or its spectra
     if cfg.encoder == "stft":
@@ -214,7 +227,8 @@ def encoder_convolutions(cfg):
         layers = [Spectrum(sizes, cfg.stft_hop),                    # (B, ch · bins, S / stft_hop)
                   Conv(cfg.channels * bins, width, 3)]              # (B, width, S / stft_hop)
     else:
-        layers = [Conv(cfg.channels, width, 7)]                     # (B, width, S)
+        kernel = 7 if stride == 1 else 2 * stride
+        layers = [Conv(cfg.channels, width, kernel, stride)]        # (B, width, S / front_stride)
     if convnext:
         layers.append(Norm(width))
 
@@ -277,7 +291,7 @@ class Encoder(nn.Module):
 
 def decoder_convolutions(cfg):
     """The layers from (B, C, T · inner) to wav (B, ch, T · hop): a level per ratio, and a head."""
-    ratios, narrowest = cfg.conv_ratios(cfg.decoder == "istft")
+    ratios, narrowest = cfg.conv_ratios(cfg.stft_hop if cfg.decoder == "istft" else 1)
     widths = [min(narrowest * 2 ** i, cfg.width_max) for i in range(len(ratios), -1, -1)]
 
     # from the transformer's width C; convnext's levels start at C and drop this convolution, which

@@ -7,7 +7,7 @@ import torch
 from cli import BadInput
 from config import Config
 from gan import (VAEGAN, Balancer, GANConfig, STFTDiscriminator, feature_loss, hinge_loss,
-                 mel_filters, spectral_losses, stft)
+                 mel_filters, phase_loss, spectral_losses, stft)
 from schema import build
 from vae import VAEConfig
 
@@ -40,10 +40,47 @@ def test_the_magnitude_loss_is_zero_where_the_decoder_asks_for_the_original():
     model = VAEGAN(vae, GANConfig(loss_weights={"magnitude": 1.0}, loss_floor=1e-9))
     inverse = model.vae.decoder.conv[-1]
     wav = torch.randn(2, 1, 640, dtype=torch.float64)
-    maps = inverse.spectrum(wav).flatten(1, 2).log()
-    assert model.magnitude_term(wav, maps)["magnitude"] < 2e-4          # sqrt(1e-8), see gan.py
-    tenth = model.magnitude_term(wav, maps - math.log(10))["magnitude"].item()
+    maps = inverse.spectrum(wav).abs().flatten(1, 2).log()
+    assert model.inverse_terms(wav, maps)["magnitude"] < 2e-4           # sqrt(1e-8), see gan.py
+    tenth = model.inverse_terms(wav, maps - math.log(10))["magnitude"].item()
     assert tenth == pytest.approx(0.9 + math.log(10), abs=1e-4)
+
+
+@pytest.mark.parametrize("axis, expected", [
+    (None, 0.5), (1, 2 * math.pi / 5 + math.pi), (2, 4 * math.pi / 9 + math.pi)],
+    ids=["constant", "along bins", "along frames"])
+def test_the_phase_loss_adds_the_phase_its_group_delay_and_its_frequency(axis, expected):
+    """A constant error of 0.5 counts once. One of πk in bin (frame) k is 0 or π without its whole
+    turns, and π in the difference of neighbours.
+    """
+    X = torch.polar(torch.ones(2, 5, 9, dtype=torch.float64), 9 * torch.rand(2, 5, 9).double())
+    error = torch.full((2, 5, 9), 0.5, dtype=torch.float64)
+    if axis:
+        shape = [-1 if axis == i else 1 for i in range(3)]
+        steps = math.pi * torch.arange(X.shape[axis], dtype=torch.float64)
+        error = steps.view(shape).expand(2, 5, 9)
+    turns = 2 * math.pi * torch.randint(-3, 4, (2, 5, 9)).double()
+    loss = phase_loss(X, X.angle() - error + turns, 0.0)
+    assert loss.item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_bin_of_silence_has_no_phase_to_miss():
+    X = torch.polar(torch.ones(1, 6, 8, dtype=torch.float64), torch.rand(1, 6, 8).double())
+    X[:, 3:] = 0.0
+    p = torch.rand(1, 6, 8).double()
+    p[:, :3] = X.angle()[:, :3]
+    assert phase_loss(X, p, 1e-3).item() == pytest.approx(0.0, abs=1e-9)
+    p = p.requires_grad_()
+    phase_loss(X, p + 0.1, 1e-3).backward()
+    assert p.grad[:, :3].any() and not p.grad[:, 3:].any()
+
+
+def test_the_phase_loss_compares_what_the_decoder_asks_its_inverse_stft_for():
+    vae = VAEConfig(**{**SMALL, "decoder": "istft", "stft_hop": 16, "ratios": [2, 4, 4]})
+    model = VAEGAN(vae, GANConfig(loss_weights={"phase": 1.0}))
+    X = model.vae.decoder.conv[-1].spectrum(wav := torch.randn(2, 1, 640, dtype=torch.float64))
+    maps = torch.cat([X.abs().log(), X.angle()], 1).flatten(1, 2)
+    assert model.inverse_terms(wav, maps)["phase"].item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_mel_filters_cover_the_band_and_keep_the_level_of_a_flat_spectrum():

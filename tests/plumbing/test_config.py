@@ -45,11 +45,26 @@ def test_a_dumped_config_loads_to_the_same_value(tmp_path):
     assert load(write(tmp_path / "b.toml", dump(cfg))) == cfg
 
 
-def test_the_magnitude_loss_needs_an_inverse_stft():
-    weights = {"gan": {"loss_weights": {"magnitude": 1.0}}}
+@pytest.mark.parametrize("name", ["magnitude", "phase"])
+def test_losses_on_what_an_inverse_stft_is_asked_for_need_one(name):
+    weights = {"gan": {"loss_weights": {name: 1.0}}}
     build(Config, weights)
-    with pytest.raises(BadInput, match="gan.loss_weights: magnitude is of an inverse STFT"):
+    with pytest.raises(BadInput, match=f"gan.loss_weights: {name} is of an inverse STFT"):
         build(Config, {**weights, "vae": {"decoder": "conv"}})
+
+
+def test_the_phase_loss_needs_a_decoder_that_predicts_phases():
+    with pytest.raises(BadInput, match="phase is of phases that the decoder predicts"):
+        build(Config, {"gan": {"loss_weights": {"phase": 1.0}}, "vae": {"phase": "locked"}})
+
+
+def test_a_strided_front_replaces_whole_ratios_of_a_conv_encoder():
+    build(Config, {"vae": {"encoder": "conv", "front_stride": 16}})
+    with pytest.raises(BadInput, match=r"front_stride: must be the product of the last ratios, one "
+                                       r"of \[160, 16, 4\], got 8"):
+        build(Config, {"vae": {"encoder": "conv", "front_stride": 8}})
+    with pytest.raises(BadInput, match="front_stride: needs encoder = \"conv\""):
+        build(Config, {"vae": {"front_stride": 16}})
 
 
 def test_whole_numbers_are_accepted_where_a_float_is_wanted_but_not_the_reverse():
