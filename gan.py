@@ -53,7 +53,8 @@ from processes import add_up, world
 from schema import Range
 from vae import VAE, VAEConfig
 
-Loss = Literal["time", "mel", "stft", "magnitude", "phase", "adv", "feat", "kl", "commit", "distill"]
+Loss = Literal["time", "mel", "stft", "magnitude", "phase", "adv", "feat", "kl", "commit",
+               "distill"]
 
 
 def default_weights():
