@@ -114,20 +114,21 @@ def draw_sweep(path, setting, rows):
 
 
 def draw_continuation(path, curves):
-    """Three panels against the second after the prompt, one line per kind -> a png at path.
+    """Four panels against the second after the prompt, one line per kind -> a png at path.
 
-    curves: {kind: {"alive", "level", "mmd"}}, each a list of numbers or None; entry 0 is the
-    prompts' figure, of "mmd" a dotted line.
+    curves: {kind: {"alive", "level", "mmd", "beat"}}, each a list of numbers or None; entry 0 is
+    the prompts' figure, of "mmd" and "beat" a dotted line.
     """
     titles = {"alive": "share not ended", "level": "level against the prompt, dB",
-              "mmd": "MMD² to real seconds (dotted: prompts)"}
-    fig, axes = pyplot().subplots(1, 3, layout="constrained", figsize=(10, 2.6))
+              "mmd": "MMD² to real seconds (dotted: prompts)",
+              "beat": "strength of the pulse (dotted: prompts)"}
+    fig, axes = pyplot().subplots(1, 4, layout="constrained", figsize=(13, 2.6))
     for ax, (figure, title) in zip(axes, titles.items()):
         for i, (kind, figures) in enumerate(curves.items()):
             values = figures[figure]
             seconds = [s for s, value in enumerate(values) if s and value is not None]
             ax.plot(seconds, [values[s] for s in seconds], "o-", ms=3, color=f"C{i}", label=kind)
-            if figure == "mmd":
+            if figure in ("mmd", "beat") and values[0] is not None:
                 ax.axhline(values[0], ls=":", color=f"C{i}")
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("second after the prompt", fontsize=8)

@@ -308,12 +308,14 @@ def generation_figures(figures):
 
 
 def continuation_figures(figures):
-    """{kind: {"level": [per second], "mmd": [...]}} -> means of the first and last 3 seconds."""
+    """{kind: {"level": [per second], "mmd": [...], "beat": [...]}} -> means of the first and last 3
+    seconds. Runs that were judged before there was a beat have none.
+    """
     found = {}
     for kind, by_second in figures.items():
-        for name in ("level", "mmd"):
+        for name in ("level", "mmd", "beat"):
             # the first value is the prompt's; seconds without a figure are None
-            seconds = [v for v in by_second[name][1:] if v is not None]
+            seconds = [v for v in by_second.get(name, [])[1:] if v is not None]
             if seconds:
                 found[f"{name} {kind} first"] = statistics.fmean(seconds[:3])
                 found[f"{name} {kind} last"] = statistics.fmean(seconds[-3:])

@@ -8,7 +8,7 @@
     python -m tools.studies table5|table7|fig2 ...                           (ablation_tables.py)
 
     sweep     held-out texts ─► generations at every value of one setting ─► evaluate.py's figures
-    continue  first seconds ──► continuations ──► level, distance to real audio, for each second
+    continue  first seconds ──► continuations ──► level, distance to real audio, beat, by second
     draws     held-out texts ─► samples of the first latents ◄─ energy distance ─► the flow's
     distance  held-out texts ─► generations ─► FAD, MMD² to other real clips, facts right
     table4 .. every row's generations ─► its figures, beside those that the paper prints
@@ -18,14 +18,11 @@ head (CALM Table 6), temperature (CALM Fig. 3), cfg, noise. Prints a table; --wa
 the curves.
 
 continue: continues the first seconds of held-out clips (sample.prompt_seconds) for sample.seconds,
-without text. For each second of new audio:
-  alive: share of the clips that have not ended.
-  level: median of the clips' level against their prompt, dB.
-  mmd: distance to real seconds of the same kind: squared MMD (Gretton et al. 2012, unbiased) of the
-    means and deviations of log-mel spectra.
-The first column holds the figures of the prompts' reconstructions. A fade, a drift to noise or an
-early end show as curves; --wavs gets the audio and a picture. CALM section 5 has none of this; the
-distances of its Table 5 are over whole clips.
+without text. For each second of new audio: the share of clips that go on, their level, their
+distance to real seconds, their beat (continuation.py). The first column holds the figures of the
+prompts' reconstructions. A fade, a drift to noise, a lost beat or an early end show as curves;
+--wavs gets the audio and a picture. CALM section 5 has none of this; the distances of its Table 5
+are over whole clips.
 
 draws: what a few-step stage loses against the flow that it starts from (or that flow itself in few
 steps), where words and facts are too easy to show it. Compares `--repeats` samples of the first
@@ -46,20 +43,18 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from audio import save_audio
 from cli import BadInput, Parser, cli, number
 from config import STAGES, open_run
-from data import KINDS, encode_text, seconds_of
+from data import KINDS, encode_text
 from discrete import DISCRETE
-from embeddings import log_mel
 from evaluate import (chosen_sampling, count_steps, find_stages, held_out_clips, judge_lm,
                       judging_arguments, of_trained_kinds, open_judges, open_stage, prepare,
                       print_table, rounded_mean, run_arguments, sampling_arguments, write_json)
 from intervals import drawn_evenly
-from reconstruction import clip_name, load_clip
 from report import draw_continuation, draw_sweep
 from tools import tables
-from tools.systems import Contestant, System, generate
+from tools.continuation import MIN_CLIPS, judge_continuation, print_continuation
+from tools.systems import Contestant, System
 from tools.table_options import add_ablations, add_tables, reference_arguments
 
 # setting -> (type of its values, the values of a sweep by default)
@@ -67,8 +62,6 @@ SETTINGS = {"steps": (number(int, 1), (1, 2, 4, 10, 20)),
             "temperature": (number(float, 0), (0.3, 0.5, 0.7, 0.9, 1.0)),
             "cfg": (number(float, 0), (1.0, 1.5, 2.0, 3.0)),
             "noise": (number(float, 0, 1), (0.0, 0.5, 1.0))}
-# clips that a distance between distributions needs
-MIN_CLIPS = 4
 
 
 # ---------------------------------------------------------------------------- sweep
@@ -119,109 +112,6 @@ def print_sweep(setting, rows):
 # ---------------------------------------------------------------------------- continue
 
 
-def decibels(wav):
-    """Mean power of wav in dB, at least -100."""
-    return wav.square().mean().clamp(min=1e-10).log10() * 10
-
-
-def features_by_second(wav, rate):
-    """(ch, S) -> list of (160,): mean and standard deviation over time of the log-mel spectrum of
-    each whole second.
-    """
-    mels = [log_mel(second, rate) for second in wav.split(rate, -1) if second.shape[-1] == rate]
-    return [torch.cat([mel.mean(1), mel.std(1)]) for mel in mels]
-
-
-def mmd(x, y):
-    """Squared maximum mean discrepancy of x (n, F) and y (m, F), unbiased (Gretton et al. 2012,
-    eq. 3), with a Gaussian kernel as wide as the median distance within y.
-    """
-    width = torch.pdist(y).median()
-
-    def kernel(a, b):
-        return (-torch.cdist(a, b).square() / (2 * width ** 2)).exp()
-
-    def mean_off_diagonal(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
-    return (within - 2 * kernel(x, y).mean()).item()
-
-
-def prompt_samples(cfg):
-    """Samples of a continuation that are its prompt: whole latents."""
-    samples = round(cfg.sample.prompt_seconds * cfg.vae.sample_rate)
-    return -(-samples // cfg.vae.hop) * cfg.vae.hop
-
-
-def curves_by_second(wavs, prompt, real, seconds, rate):
-    """{"alive", "level", "mmd"} of continuations (ch, S) of prompts of so many samples, each a
-    list: the prompts' figure, then one per second of new audio, None where fewer than 4 clips go
-    on. real: list of (160,), features of real seconds; mmd is None without 4 of them on each side.
-    """
-    # columns of (wav, level of its prompt): the prompts, then what has not ended, by second
-    prompts = [wav[:, :prompt] for wav in wavs]
-    levels = [decibels(prompt) for prompt in prompts]
-    columns = [list(zip(prompts, levels))]
-    for second in range(seconds):
-        begin = prompt + second * rate
-        end = begin + rate
-        columns.append([(wav[:, begin:end], level) for wav, level in zip(wavs, levels)
-                        if wav.shape[1] >= end])
-
-    # the figures of each column
-    curves = {"alive": [], "level": [], "mmd": []}
-    for column in columns:
-        curves["alive"].append(round(len(column) / len(wavs), 3))
-        if len(column) < MIN_CLIPS:
-            curves["level"].append(None)
-            curves["mmd"].append(None)
-            continue
-        changes = torch.stack([decibels(wav) - level for wav, level in column])
-        curves["level"].append(round(changes.median().item(), 2))
-
-        # whole seconds: a shorter prompt has none
-        features = [x for wav, _ in column for x in features_by_second(wav, rate)]
-        enough = min(len(features), len(real)) >= MIN_CLIPS
-        distance = round(mmd(torch.stack(features), torch.stack(real)), 4) if enough else None
-        curves["mmd"].append(distance)
-    return curves
-
-
-@torch.no_grad()
-def judge_continuation(contestant, clips, limit, folder=""):
-    """Continue at most `limit` clips of each kind -> {kind: {"clips", "alive", "level", "mmd"}},
-    see curves_by_second; kinds with fewer than 4 clips of sample.prompt_seconds are left out.
-
-    folder: for the wavs, "" = none.
-    """
-    cfg = contestant.cfg
-    vae = contestant.vae
-    rate = cfg.vae.sample_rate
-    found = {}
-    for kind in KINDS:
-        of_kind = [clip for clip in clips if clip.kind == kind]
-        long_enough = [clip for clip in of_kind if seconds_of(clip) >= cfg.sample.prompt_seconds]
-        prompts = drawn_evenly(long_enough, limit)
-        if len(prompts) < MIN_CLIPS:
-            continue
-
-        # real seconds: of other clips, where there are any
-        others = [clip for clip in of_kind if clip not in prompts] or long_enough
-        real = []
-        for clip in tqdm(drawn_evenly(others, 4 * limit), desc=f"real {kind}", leave=False):
-            real += features_by_second(load_clip(clip, vae.cfg, seconds=20.0), rate)
-
-        # their continuations
-        wavs = generate(contestant, prompts, kind, "continue")
-        if folder:
-            for clip, wav in zip(prompts, wavs):
-                save_audio(f"{folder}/{clip_name(clip)}.wav", wav.numpy(), rate)
-        curves = curves_by_second(wavs, prompt_samples(cfg), real, int(cfg.sample.seconds), rate)
-        found[kind] = {"clips": len(prompts), **curves}
-    return found
-
-
 def continue_(a, cfg, vae, clips, stages):
     """Continue held-out clips with every stage -> {"continue lm": judge_continuation's, ...}."""
     if cfg.sample.seconds < 1:
@@ -240,14 +130,6 @@ def continue_(a, cfg, vae, clips, stages):
         if a.wavs:
             draw_continuation(f"{folder}.png", found)
     return figures
-
-
-def print_continuation(stage, found):
-    """One line per kind and curve: the prompts' figure, then one per second."""
-    for kind, curves in found.items():
-        for name in ("alive", "level", "mmd"):
-            cells = ["-" if value is None else f"{value:.3f}" for value in curves[name]]
-            print(f"{stage:12s} {kind:7s} {name:6s}" + "".join(f"{cell:>8s}" for cell in cells))
 
 
 # ---------------------------------------------------------------------------- draws

@@ -244,7 +244,8 @@ def test_a_study_takes_the_place_of_evaluate_unless_both_are_asked_for(
 def test_a_continuation_gives_its_first_and_last_three_seconds(tmp_path):
     study = {"continue lm": {"music": {"alive": [1.0] * 6,
                                        "level": [0.0, -1.0, -2.0, -3.0, -4.0, None],
-                                       "mmd": [0.0, 0.1, 0.1, 0.1, 0.1, None]}}}
+                                       "mmd": [0.0, 0.1, 0.1, 0.1, 0.1, None],
+                                       "beat": [0.9, None, None, 0.2, 0.4, None]}}}
     (tmp_path / "study.json").write_text(json.dumps(study))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
         {"stage": "vae", "step": 1, "valid_head": 9.0},
@@ -254,6 +255,7 @@ def test_a_continuation_gives_its_first_and_last_three_seconds(tmp_path):
     assert ablate.read(tmp_path) == pytest.approx({
         "level music first": -2.0, "level music last": -3.0,
         "mmd music first": 0.1, "mmd music last": 0.1,
+        "beat music first": 0.3, "beat music last": 0.3,
         "held-out loss": 1.0, "held-out loss music": 1.5, "energy score music": 0.5})
 
     # with evaluate.py's figures beside it

@@ -17,7 +17,7 @@ from config import Config, build
 from conftest import run, write
 from data import Clip
 from report import draw_continuation
-from tools import studies, systems
+from tools import continuation, studies, systems
 from vae import VAE
 
 
@@ -50,7 +50,7 @@ def test_a_sweep_prints_a_row_per_value_and_draws_the_curves(trained):
 def test_a_continuation_writes_wavs_and_a_figure_per_second(trained):
     printed, figures = study(trained, "continue", "--limit", "4", "--wavs", f"{trained}/wavs")
     curves = figures["continue lm"]["music"]
-    assert curves["clips"] == 4 and [len(curves[k]) for k in ("alive", "level", "mmd")] == [2] * 3
+    assert curves["clips"] == 4 and [len(curves[k]) for k in continuation.CURVES] == [2] * 4
     assert "lm           music   alive    1.000" in printed
     assert len([f for f in os.listdir(f"{trained}/wavs/continue_lm") if f.endswith(".wav")]) >= 4
     assert os.path.exists(f"{trained}/wavs/continue_lm.png")
@@ -114,10 +114,44 @@ def test_mmd_is_its_formula_and_near_zero_for_equal_distributions():
     xx = (k(0, 1) + k(0, 4) + k(1, 4)) / 3
     yy = (k(0, 1) + k(0, 2) + k(1, 2)) / 3
     xy = sum(k(a, b) for a in (0, 1, 4) for b in (0, 1, 2)) / 9
-    assert studies.mmd(x, y) == pytest.approx(xx + yy - 2 * xy, abs=1e-6)
+    assert continuation.mmd(x, y) == pytest.approx(xx + yy - 2 * xy, abs=1e-6)
     torch.manual_seed(0)
     a, b = torch.randn(400, 8), torch.randn(400, 8)
-    assert abs(studies.mmd(a, b)) < 0.01 < 0.1 < studies.mmd(a + 1, b)
+    assert abs(continuation.mmd(a, b)) < 0.01 < 0.1 < continuation.mmd(a + 1, b)
+
+
+@pytest.mark.parametrize("period", [16, 25, 32, 48])
+def test_a_train_of_clicks_has_a_beat_of_1_at_its_period(period):
+    """Period in frames of 256 samples; every click like the one before."""
+    wav = torch.zeros(1, 16000 * 3)
+    wav[:, 700::256 * period] = 0.5
+    strength, seconds = continuation.beat(wav, 16000)
+    assert strength == pytest.approx(1, abs=1e-5) and seconds == period * 256 / 16000
+
+
+def test_a_steady_tone_has_no_beat_and_noise_little():
+    t = torch.arange(16000 * 3) / 16000
+    assert continuation.beat(torch.sin(2 * math.pi * 441.7 * t)[None], 16000) == (0.0, 0.0)
+    assert continuation.beat(torch.zeros(1, 16000), 16000) == (0.0, 0.0)
+    g = torch.Generator().manual_seed(0)
+    noise = [continuation.beat(torch.randn(1, 48000, generator=g), 16000)[0] for _ in range(8)]
+    assert 0.1 < sum(noise) / 8 < 0.4
+
+
+def test_a_beat_is_the_same_at_every_level_and_sample_rate():
+    g = torch.Generator().manual_seed(0)
+    wav = 0.3 * torch.randn(1, 72000, generator=g)
+    wav *= (torch.arange(72000) % 12000 < 2000)                    # 2 bursts a second at 24 kHz
+    strength, period = continuation.beat(wav, 24000)
+    assert strength > 0.8 and period == pytest.approx(0.5, abs=256 / 24000)
+    assert continuation.beat(0.5 * wav, 24000)[1] == period
+
+
+def test_a_clip_of_less_than_two_periods_is_asked_at_shorter_ones():
+    wav = torch.zeros(1, 16000)
+    wav[:, 700::4096] = 0.5                                        # 16 frames = 0.256 s
+    assert continuation.beat(wav, 16000)[1] == 0.256
+    assert continuation.beat(wav[:, :4000], 16000) == (0.0, 0.0)
 
 
 def test_the_energy_distance_is_its_formula_and_near_zero_for_equal_distributions():
@@ -163,11 +197,12 @@ def test_a_continuation_that_fades_or_ends_shows_in_its_curves(tmp_path, monkeyp
     monkeypatch.setattr(systems, "encode_prompt", lambda lm, vae, w: torch.zeros(1, 25, 32))
     monkeypatch.setattr(systems, "render", render)
     model = systems.Contestant(systems.System("lm"), cfg, VAE(cfg.vae), "a model", {})
-    found = studies.judge_continuation(model, clips, 6, str(tmp_path / "out"))
+    found = continuation.judge_continuation(model, clips, 6, str(tmp_path / "out"))
     rows = found["music"]
     assert rows["alive"] == [1.0, 1.0, 0.833, 0.833]
     assert rows["level"] == pytest.approx([0, 0, -20, -20], abs=0.3)
     assert rows["mmd"][1] < 0.05 < rows["mmd"][2]
+    assert rows["beat"][:3] == [rows["beat"][0], None, None] and 0 < rows["beat"][3] < 0.6
     assert len(list((tmp_path / "out").glob("*.wav"))) == 6
     draw_continuation(str(tmp_path / "c.png"), found)
     assert (tmp_path / "c.png").stat().st_size > 5000
@@ -177,14 +212,14 @@ def test_prompts_or_clips_below_a_second_have_no_distance_but_a_level():
     """Fault: torch.stack of no features was a traceback."""
     g = torch.Generator().manual_seed(0)
     wavs = [0.1 * torch.randn(1, 8000 + 16000, generator=g) for _ in range(5)]
-    real = [feature for wav in wavs for feature in studies.features_by_second(wav, 16000)]
+    real = [feature for wav in wavs for feature in continuation.features_by_second(wav, 16000)]
     assert len(real) == 5
-    curves = studies.curves_by_second(wavs, 8000, real, 1, 16000)          # prompts of 0.5 s
+    curves = continuation.curves_by_second(wavs, 8000, real, 1, 16000)     # prompts of 0.5 s
     assert curves["alive"] == [1.0, 1.0] and curves["level"] == pytest.approx([0, 0], abs=0.3)
     assert curves["mmd"][0] is None and abs(curves["mmd"][1]) < 0.5
 
-    assert studies.features_by_second(wavs[0][:, :9000], 16000) == []      # clips of 0.6 s
-    assert studies.curves_by_second(wavs, 8000, [], 1, 16000)["mmd"] == [None, None]
+    assert continuation.features_by_second(wavs[0][:, :9000], 16000) == []  # clips of 0.6 s
+    assert continuation.curves_by_second(wavs, 8000, [], 1, 16000)["mmd"] == [None, None]
     with pytest.raises(BadInput, match="whole seconds of new audio"):
         cfg = build(Config, {"sample": {"seconds": 0.4}})
         studies.continue_(None, cfg, None, [], ["lm"])
