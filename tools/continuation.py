@@ -13,8 +13,8 @@ beat: median over clips of the pulse in the last three seconds: the largest auto
   onset strength at lags of 0.25 to 1 s (240 to 60 beats a minute), the maximum pulse clarity of
   Lartillot et al. (2008). Onset strength: mean over mel bands of how much the log-spectrum rises
   (spectral flux, Böck & Widmer 2013 without their maximum filter). 1 = every beat like the one
-  before, a steady tone 0; medians: white noise 0.20, recorded speech 0.26, music of three games 0.47
-  to 0.60.
+  before, a steady tone 0. Medians: white noise 0.20, recorded speech 0.26, the music of three games
+  0.47 to 0.60.
 
 tools.studies continue prints the curves, tools.ablate compares them between rows.
 """
@@ -104,10 +104,11 @@ def beat(wav, rate):
 
 
 def curves_by_second(wavs, prompt, real, seconds, rate):
-    """{"alive", "level", "mmd", "beat"} of continuations (ch, S) of prompts of so many samples, each
-    a list: the prompts' figure, then one per second of new audio, None where fewer than 4 clips go
-    on. real: list of (160,), features of real seconds; mmd is None without 4 of them on each side,
-    beat before there are three seconds.
+    """Continuations (ch, S) of prompts of so many samples -> {"alive", "level", "mmd", "beat"}.
+
+    Each is a list: the prompts' figure, then one per second of new audio, None where fewer than 4
+    clips go on. real: list of (160,), features of real seconds; mmd is None without 4 of them on
+    each side, beat before there are three seconds.
     """
     levels = [decibels(wav[:, :prompt]) for wav in wavs]
     curves = {name: [] for name in CURVES}
@@ -141,7 +142,7 @@ def distance_to_real(pieces, real, rate):
     return round(mmd(torch.stack(features), torch.stack(real)), 4)
 
 
-# ---------------------------------------------------------------------------- continuations of clips
+# ---------------------------------------------------------------------------- of held-out clips
 
 
 def prompt_samples(cfg):
@@ -153,7 +154,8 @@ def prompt_samples(cfg):
 @torch.no_grad()
 def judge_continuation(contestant, clips, limit, folder=""):
     """Continue at most `limit` clips of each kind -> {kind: {"clips", "alive", "level", "mmd",
-    "beat"}}, see curves_by_second; kinds with fewer than 4 clips of sample.prompt_seconds are left out.
+    "beat"}}, see curves_by_second. Kinds with fewer than 4 clips of sample.prompt_seconds are left
+    out.
 
     folder: for the wavs, "" = none.
     """
