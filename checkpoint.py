@@ -174,11 +174,14 @@ def check_state(state, path, size):
 
     "checksum" is taken out: whoever changes the state and saves it gets a new one.
     """
+    # what it holds is of the right kinds
     if not isinstance(state, dict) or not REQUIRED.keys() <= state.keys():
         raise BadInput(f"{path}: not a nanoCALM checkpoint; expected {', '.join(REQUIRED)}")
     for name, kind in (REQUIRED | OPTIONAL).items():
         if name in state and not is_a(state[name], kind):
             raise BadInput(f"{path}: damaged ({name} is a {type(state[name]).__name__}); {DAMAGED}")
+
+    # names of kinds and of weights
     kinds = state.get("seen", {}).get("kinds", [])
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise BadInput(f"{path}: damaged (seen.kinds is no list of names); {DAMAGED}")
@@ -193,6 +196,8 @@ def check_state(state, path, size):
                 or tensor.device.type != "cpu":
             raise BadInput(f"{path}: {name} holds {tensor.dtype} ({tensor.layout}), which no "
                            f"weights are; {DAMAGED}")
+
+    # then their numbers
     if sum(tensor.nbytes for _, tensor in tensors) > 2 * size + 2 ** 16:
         raise BadInput(f"{path}: damaged (its tensors claim more numbers than the file holds); "
                        f"{DAMAGED}")
@@ -201,6 +206,7 @@ def check_state(state, path, size):
             raise BadInput(f"{path}: {name} is not finite (NaN or infinite), which no training "
                            f"goes on from and nothing can be heard of; {DAMAGED}")
 
+    # and all of it is what was saved
     saved = state.pop("checksum", None)
     if saved is not None and saved != checksum(state):
         raise BadInput(f"{path}: damaged (its tensors are not those that were saved); {DAMAGED}")

@@ -514,6 +514,8 @@ def judge_run(a, place):
     stages = [] if a.what == "vae" else find_stages(a.run, a.stage)
     if a.what == "lm" and not stages:
         raise BadInput(f"{a.run}: has no language model to generate with")
+
+    # what judges it
     clips = held_out_clips(a.run, a.manifest, cfg)
     refuse_without_material(a.metrics, clips)
     judges = open_judges(a, cfg, place.device)
@@ -547,6 +549,7 @@ def judge_run(a, place):
     if stages:                                       # the same for every stage
         rows.append(("chance", joined(found, "chance")))
 
+    # printed, drawn and written by one process
     if rank() > 0:
         return
     print_table(rows)

@@ -83,6 +83,8 @@ def digest(*values):
             for f in fields(x):
                 add(f.name)
                 add(getattr(x, f.name))
+
+        # lists: their length, then each item
         elif isinstance(x, ListOf):
             h.update(f"list\0{x.n}".encode())
             for item in x.items:

@@ -298,9 +298,13 @@ def main():
     a = parse()
     if a.threads:
         torch.set_num_threads(a.threads)
+
+    # the model
     model = load(a.run, a.stage, a.device, kind=None if a.serve else a.kind, fast=a.fast)
     if not a.serve:
         model.check_kind(a.kind)
+
+    # how it generates
     if a.int8:
         count = to_int8(model.lm, model.vae)
         print(f"--int8: {count} matrices rounded" if count else
@@ -310,6 +314,8 @@ def main():
                         ("noise", a.noise)):
         if value is not None:
             model.defaults[name] = value
+
+    # as a server
     if a.serve:
         from serve import serve             # here, so that nobody else waits for http
         serve(model, a.host, a.port)
@@ -318,6 +324,8 @@ def main():
     # every text is checked before the first is generated
     every = [model.pieces(text, a.kind, a.prompt_text) for text in a.texts]
     voice, history = load_prompt(a, model)
+
+    # each text is a file
     if a.format == "raw":
         print(f"raw: 16-bit little-endian samples, {model.sample_rate} Hz, "
               f"{model.cfg.vae.channels} channel(s)", flush=True)

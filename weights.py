@@ -55,6 +55,7 @@ def load_safetensors(path):
     Errors: BadInput where the header does not describe exactly the bytes that follow it.
     """
     try:
+        # a header, which says where every tensor lies, and their bytes
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
@@ -62,6 +63,8 @@ def load_safetensors(path):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(f.read(length))
             data = bytearray(f.read())
+
+        # the tensors in their order, each beginning where the last one ends
         metadata = header.pop("__metadata__", {})
         tensors = {}
         end = 0
@@ -70,6 +73,7 @@ def load_safetensors(path):
             end = entry["data_offsets"][1]
         if end != len(data):
             raise ValueError(f"{len(data) - end} bytes behind the last tensor")
+
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

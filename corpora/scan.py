@@ -461,16 +461,21 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
                 for name, about in ABOUT.items()}
 
+    # scan: what there is
     s = commands["scan"]
     s.add_argument("dir", metavar="DIR", help="top folder of the corpus, or its table")
     s.add_argument("--layout", choices=(*LAYOUTS, "table", *CAPTIONS), default="folder",
                    help="how the corpus is laid out, see above; default: folder")
+
+    # scan: what a clip is
     s.add_argument("--kind", choices=KINDS, default="speech",
                    help="kind of all clips; default: speech")
     s.add_argument("--speaker", metavar="NAME",
                    help="the speaker of all clips; \"\" = no names; default: as the layout says")
     s.add_argument("--speaker-folder", type=int, metavar="N",
                    help="speakers are the N-th folders of the paths below DIR; -1 = the last")
+
+    # scan: of tables
     s.add_argument("--columns", type=column_map, metavar="FIELD=COLUMN,...",
                    help="of a table: audio=wav,text=words,speaker=who, numbers (from 1) without "
                    "header; fields: audio, text, speaker, id, start, end, duration")
@@ -479,11 +484,14 @@ def arguments():
     s.add_argument("--cut", metavar="DIR",
                    help="write parts of long files (start, end, offset of a table) here as .flac, "
                    "and audio that stands in a parquet as it is")
+
+    # scan: what is said of them
     s.add_argument("--config", metavar="FILE",
                    help="also say what this config would use without text, cut or drop")
     s.add_argument("--unmeasured", action="store_true",
                    help="do not open the files: no hours, no durations")
 
+    # what several commands take
     for name in ("check", "info", "describe"):
         commands[name].add_argument("manifest", metavar="MANIFEST",
                                     help=".jsonl, or a folder of audio")
@@ -493,6 +501,7 @@ def arguments():
     commands["check"].add_argument("--out", metavar="FILE",
                                    help="write the good clips here, with their durations")
 
+    # describe
     d = commands["describe"]
     d.add_argument("--seed", type=int, default=0, help="chooses the paraphrases; default: 0")
     d.add_argument("--text-len", type=int, default=DataConfig().text_len, metavar="N",

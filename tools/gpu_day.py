@@ -79,6 +79,8 @@ def bench(out, toy):
     quick = ["--config", "configs/quickstart.toml", "--seconds", "1"] if toy else []
     music = quick or ["--config", "configs/paper/calm_music.toml"]
     fast = ["--fast", "static"] if toy else ["--fast", "static", "graph"]
+
+    # in the order of what one wants to know first, since time may run out
     commands = [
         train("train music", "calm_music", "lm"),
         train("train pocket", "pocket_tts", "lm"),

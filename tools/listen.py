@@ -264,6 +264,8 @@ def parse():
     s.add_argument("--task", choices=["text", "continue"], default="text",
                    help="speak texts (default), or continue the first seconds of clips")
     s.add_argument("--manifest", help="held-out clips; default: those of the first run")
+
+    # how much of it
     s.add_argument("--samples", type=number(int, 1), default=10,
                    help="samples of each system (default 10)")
     s.add_argument("--pairs", type=number(int, 0), default=10,
@@ -272,6 +274,8 @@ def parse():
                    help="ratings asked of a listener (default 10)")
     s.add_argument("--seed", type=number(int, 0), default=0,
                    help="of the audio, the order and the sides (default 0)")
+
+    # how the page looks
     s.add_argument("--question", help="asked about a pair; default: by --task and --kind")
     s.add_argument("--title", default="Listening test", help="title of the page")
     s.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
