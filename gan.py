@@ -177,7 +177,7 @@ def magnitude_loss(X, Y, floor):
 
 def phase_loss(X, p, floor):
     """How far the phases p (B, bins, frames) are from those of the complex spectra X (B, bins,
-    frames), in radians: the anti-wrapping losses of APNet (Ai & Ling 2023, section III-C).
+    frames), in radians: the anti-wrapping losses of APNet (Ai & Ling 2023, arXiv 2305.07952).
 
     e = angle(X) - p,    f(e) = |e - 2π round(e / 2π)|
 
