@@ -32,7 +32,7 @@ Where this differs from the paper:
   stays causal; configs/paper/audiocalm.toml lists our choices.
 - encoder = "stft" (log-magnitudes instead of the outermost convolutions) is ours. It discards the
   phase at the input, and trains in minutes on a CPU. For a codec that is faithful to the waveform
-  use encoder = "conv".
+  use encoder = "conv"; a strided front (front_stride, ours too) makes it affordable there.
 - block = "convnext" (Liu et al. 2022, causal; LayerNorm, GELU) instead of SEANet's units is ours
   too. Its strided convolutions have kernel = stride, and the last one leads straight to the
   transformer. With it and Muon (optim.py) a VAE of recordings learns in minutes what it otherwise
