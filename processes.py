@@ -1,7 +1,7 @@
 """What the processes of torchrun do together inside a forward pass; alone, each is the identity.
 
     torchrun --nproc_per_node=4 train.py ...    process 0  rows 0, 1   ─┐
-                                                process 1  rows 2, 3    ├─ one forward pass of 8 rows
+                                                process 1  rows 2, 3    ├─ a forward pass of 8 rows
                                                 process 2  rows 4, 5    │
                                                 process 3  rows 6, 7   ─┘
 

@@ -5,8 +5,8 @@
 
 fsspec fetches the file (extra "remote"; s3:// also needs s3fs, hf:// huggingface_hub), under
 another name until it is whole, so that a killed fetch leaves nothing and several processes may ask
-for one file. The copies stay: an object that changes under its name needs `rm -r` of the folder, and the
-disk must hold what a training reads.
+for one file. The copies stay: an object that changes under its name needs `rm -r` of the folder,
+and the disk must hold what a training reads.
 """
 import hashlib
 import os

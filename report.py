@@ -208,7 +208,7 @@ def main():
     p.add_argument("--embed", action="store_true", help="page: with the sounds inside, one file")
     p.add_argument("--panels", help="losses: only these, stage:name, separated by commas; a name "
                                     "may be the beginning of several")
-    p.add_argument("--out", help="the file to write; default: report.html or loss.png in the folder")
+    p.add_argument("--out", help="the file to write; default: report.html or loss.png there")
     a = p.parse_args()
     if a.what == "mask":
         draw_mask(a.path)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a folder of recordings to a model that speaks, in an estimated hour of one H100 (not run there).
+# From a folder of recordings to a model that speaks, in an hour of one H100, estimated.
 #
 #   bash speedrun.sh RECORDINGS out/mine [--train.lm.steps 3000 ...]
 #
