@@ -206,7 +206,7 @@ def digest_of(clips):
 
 
 def earlier_digest_of(clips):
-    """digest_of as checkpoints from until 2026-11-27 have it: clip by clip."""
+    """digest_of as checkpoints of 2026-11-27 and before have it: clip by clip."""
     fields = digest(json.dumps([[c.id, c.text, c.kind, c.speaker, c.words] for c in clips]))
     return f"{fields} {digest(columns(clips).column('bytes').tolist())}"
 

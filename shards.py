@@ -7,7 +7,7 @@
     damaged_shards ─► form, checksum and finite numbers of every shard, read once per process
                       (1.4 s per GB) ─► LatentCache.build encodes those that fail again
 
-An index from before 2026-11-27 has no checksums: its shards are checked for form and finite
+An index of 2026-11-27 or before has no checksums: its shards are checked for form and finite
 numbers.
 """
 import json
