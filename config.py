@@ -436,7 +436,7 @@ def encoder_id(weights):
 def refuse_other_encoder(state, encoder, path, vae_path):
     """BadInput where a language model was trained on the latents of another encoder.
 
-    encoder: encoder_id of the VAE beside it. Checkpoints of 2026-11-27 or before may not say theirs.
+    encoder: encoder_id of the VAE beside it. Checkpoints until 2026-11-27 may say none.
     """
     if state.get("encoder", "") not in ("", encoder):
         raise BadInput(f"{path}: was trained on the latents of another VAE than {vae_path} is now; "
