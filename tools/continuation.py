@@ -7,8 +7,8 @@
                                                              └─► beat    strength of the pulse
 
 level: median over clips of a second's mean power.
-mmd: squared MMD (Gretton et al. 2012, unbiased) between the clips' seconds and real seconds of the
-  same kind, over means and deviations of log-mel spectra.
+mmd: squared MMD (distances.py) between the clips' seconds and real seconds of the same kind, over
+  means and deviations of log-mel spectra.
 beat: median over clips of the pulse in the last three seconds: the largest autocorrelation of the
   onset strength at lags of 0.25 to 1 s (240 to 60 beats a minute), the maximum pulse clarity of
   Lartillot et al. (2008). Onset strength: mean over mel bands of how much the log-spectrum rises
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from audio import save_audio
 from data import KINDS, seconds_of
+from distances import mmd
 from embeddings import log_mel
 from intervals import drawn_evenly
 from reconstruction import clip_name, load_clip
@@ -52,22 +53,6 @@ def features_by_second(wav, rate):
     """
     mels = [log_mel(second, rate) for second in wav.split(rate, -1) if second.shape[-1] == rate]
     return [torch.cat([mel.mean(1), mel.std(1)]) for mel in mels]
-
-
-def mmd(x, y):
-    """Squared maximum mean discrepancy of x (n, F) and y (m, F), unbiased (Gretton et al. 2012,
-    eq. 3), with a Gaussian kernel as wide as the median distance within y.
-    """
-    width = torch.pdist(y).median()
-
-    def kernel(a, b):
-        return (-torch.cdist(a, b).square() / (2 * width ** 2)).exp()
-
-    def mean_off_diagonal(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
-    return (within - 2 * kernel(x, y).mean()).item()
 
 
 def onset_strength(wav, rate):
@@ -136,10 +121,11 @@ def curves_by_second(wavs, prompt, real, seconds, rate):
 
 def distance_to_real(pieces, real, rate):
     """MMD² of the whole seconds of pieces (ch, S) to `real`; None with fewer than 4 on a side."""
-    features = [x for piece in pieces for x in features_by_second(piece, rate)]
-    if min(len(features), len(real)) < MIN_CLIPS:
+    judged = [features_by_second(piece, rate) for piece in pieces]
+    judged = [torch.stack(features) for features in judged if features]
+    if min(sum(map(len, judged)), len(real)) < MIN_CLIPS:
         return None
-    return round(mmd(torch.stack(features), torch.stack(real)), 4)
+    return round(mmd(judged, [torch.stack(real)]).value, 4)
 
 
 # ---------------------------------------------------------------------------- of held-out clips

@@ -108,18 +108,6 @@ def test_too_few_real_clips_are_refused_with_what_to_do(trained, monkeypatch):
               "--samples", "40")
 
 
-def test_mmd_is_its_formula_and_near_zero_for_equal_distributions():
-    x, y = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.0], [1.0], [2.0]])
-    k = lambda a, b: math.exp(-(a - b) ** 2 / 2)                  # median distance within y: 1
-    xx = (k(0, 1) + k(0, 4) + k(1, 4)) / 3
-    yy = (k(0, 1) + k(0, 2) + k(1, 2)) / 3
-    xy = sum(k(a, b) for a in (0, 1, 4) for b in (0, 1, 2)) / 9
-    assert continuation.mmd(x, y) == pytest.approx(xx + yy - 2 * xy, abs=1e-6)
-    torch.manual_seed(0)
-    a, b = torch.randn(400, 8), torch.randn(400, 8)
-    assert abs(continuation.mmd(a, b)) < 0.01 < 0.1 < continuation.mmd(a + 1, b)
-
-
 @pytest.mark.parametrize("period", [16, 25, 32, 48])
 def test_a_train_of_clicks_has_a_beat_of_1_at_its_period(period):
     """Period in frames of 256 samples; every click like the one before."""
