@@ -330,8 +330,8 @@ def plan_stage(cfg, stage, gpus, gigabytes):
     how = [name for name, used in (("sharded", shard), ("recomputing", stage_cfg.checkpoint))
            if used]
     fits = "fits" if state + of_pass < USABLE * gigabytes * 1e9 else "does not fit: see --fit"
-    text = (f"{stage}: {cost.parameters / 1e6:,.1f}M parameters; {stage_cfg.batch} rows per step on "
-            f"{gpus} GPU(s) = {-(-rows // micro)} micro-batch(es) of {micro}"
+    text = (f"{stage}: {cost.parameters / 1e6:,.1f}M parameters; {stage_cfg.batch} rows per step "
+            f"on {gpus} GPU(s) = {-(-rows // micro)} micro-batch(es) of {micro}"
             f"{', ' + ' and '.join(how) if how else ''}\n"
             f"  memory per GPU: state {state / 1e9:.1f} GB, pass {of_pass / 1e9:.1f}, peak "
             f"{(state + of_pass) / 1e9:.1f} of {gigabytes:g}: {fits}")

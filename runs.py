@@ -473,8 +473,9 @@ class Run:
         speed = rates["steps_per_second"]
         left = (self.stage_cfg.steps - step) / speed
         mfu = f" | MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
+        audio = rates["audio_per_second"]
         self.runtime.say(f"{self.name} {step}/{self.stage_cfg.steps} | {shown} | "
-                         f"{speed:.1f} steps/s, {rates['audio_per_second']:.0f} s of audio/s{mfu} | "
+                         f"{speed:.1f} steps/s, {audio:.0f} s of audio/s{mfu} | "
                          f"eta {int(left // 60)}:{int(left % 60):02d}")
 
     def write(self, step, figures):

@@ -6,8 +6,8 @@
     a row of the log ─► figures ────────► STAGE/head, STAGE/valid_energy_speech, ...
     samples/*.wav, *.png ─► sound, image ─► STAGE/speech1, ...
 
-tensorboard writes to OUT/tensorboard, wandb and trackio to their project "nanocalm", where a run has
-the name of its folder. A resumed training goes on in the same run; steps that it repeats are there
+tensorboard writes to OUT/tensorboard, wandb and trackio to their project "nanocalm", where a run
+has the name of its folder. A resumed training goes on in the same run; steps that it repeats are there
 twice. wandb and trackio get a stage's step as the figure STAGE/step, since every stage begins at 0.
 """
 import functools

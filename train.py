@@ -29,7 +29,7 @@ gan.balance and the RVQ move their running means once per pass.
     --fresh                 start over: delete this run's checkpoints, latents and log; with
                             --stages lm those of that stage alone
     --print                 show the resolved config and stop
-    --plan --gpus 16        say what it needs on so many GPUs (memory, time, disk) and stop: plan.py;
+    --plan --gpus 16        what it needs on so many GPUs (memory, time, disk) and stop (plan.py);
                             --fit 80 chooses micro-batches and sharding for GPUs of 80 GB;
                             --measure times three steps of every stage on this machine
 
@@ -272,8 +272,8 @@ def gradients(losses, batches, step, runtime, seed, total):
     """Fill .grad with the gradient of the mean loss over the global batch; return this process's
     part of the metrics: means over the batch, or the largest value where the name ends in _max.
 
-    losses: parallel.wrap of the trainer; batches: [(rows, batch), ...] this process's micro-batches;
-    total: rows of the global batch. The loss of a micro-batch weighs as its rows do.
+    losses: parallel.wrap of the trainer; batches: this process's micro-batches,
+    [(rows, batch), ...]; total: rows of the global batch. The loss of a micro-batch weighs as its rows do.
     """
     sums = {}
     maxima = {}                                          # of metrics named ..._max
@@ -435,7 +435,7 @@ def parse():
                    help="say what the training needs (memory, time, disk) and stop")
     p.add_argument("--gpus", type=number(int, 1), default=1, help="of a plan (default 1)")
     p.add_argument("--fit", type=number(float, above=0), metavar="GB",
-                   help="of a plan: choose micro_batch, checkpoint and shard for GPUs of so many GB")
+                   help="of a plan: micro_batch, checkpoint and shard for GPUs of so many GB")
     p.add_argument("--measure", action="store_true",
                    help="of a plan: time three steps of every stage on this machine")
     return p.parse_known_args()
