@@ -273,7 +273,8 @@ def gradients(losses, batches, step, runtime, seed, total):
     part of the metrics: means over the batch, or the largest value where the name ends in _max.
 
     losses: parallel.wrap of the trainer; batches: this process's micro-batches,
-    [(rows, batch), ...]; total: rows of the global batch. The loss of a micro-batch weighs as its rows do.
+    [(rows, batch), ...]; total: rows of the global batch. The loss of a micro-batch weighs as its
+    rows do.
     """
     sums = {}
     maxima = {}                                          # of metrics named ..._max
