@@ -87,20 +87,28 @@ def choose(contestants, kind, a):
     """(clips to generate, the Yardstick of the others or of --reference)."""
     models = [contestant for contestant in contestants.values() if contestant.lm is not None]
     clips = systems.choose_clips(models, kind, a.task, None, a.manifest)
-    chosen, rest = split_reference(clips, a.samples)
-    if a.reference:
-        rest = reference_clips(a.reference, models[0], kind, a.reference_limit)
-    if len(rest) < 4:
-        raise BadInput(f"{kind}: {len(rest)} held-out clips are left to compare with; lower "
-                       "--samples or give --reference")
+    chosen, rest = split_with_reference(clips, models[0].system.run, models[0].cfg, kind, a)
     return chosen, Yardstick(a.embedding, rest, models[0].vae.cfg, a.fad_dims)
 
 
-def reference_clips(reference, contestant, kind, limit):
-    """Clips of a kind of a manifest; "train": those that the first run was trained on."""
+def split_with_reference(clips, run, cfg, kind, a):
+    """Clips to judge, and real ones to compare with: the others, or those of --reference."""
+    chosen, rest = split_reference(clips, a.samples)
+    if not chosen:
+        raise BadInput(f"{run}: no held-out clips of {kind}; give --manifest, or another --kind")
+    if a.reference:
+        rest = reference_clips(a.reference, run, cfg, kind, a.reference_limit)
+    if len(rest) < 4:
+        raise BadInput(f"{kind}: {len(rest)} held-out clips are left to compare with; lower "
+                       "--samples or give --reference")
+    return chosen, rest
+
+
+def reference_clips(reference, run, cfg, kind, limit):
+    """Clips of a kind of a manifest; "train": those that a run was trained on."""
     if reference == "train":
-        reference = contestant.cfg.data.manifest or f"{contestant.system.run}/toy/train.jsonl"
-    clips = held_out_clips(contestant.system.run, reference, contestant.cfg)
+        reference = cfg.data.manifest or f"{run}/toy/train.jsonl"
+    clips = held_out_clips(run, reference, cfg)
     return drawn_evenly([clip for clip in clips if clip.kind == kind], limit)
 
 
@@ -210,10 +218,7 @@ def table3(a):
     for run in a.runs:
         cfg, vae, _, _ = open_run(run)
         clips = [clip for clip in held_out_clips(run, a.manifest, cfg) if clip.kind == a.kind]
-        chosen, rest = split_reference(clips, a.samples)
-        if len(rest) < 4 or not chosen:
-            raise BadInput(f"{run}: {len(clips)} held-out clips of {a.kind}; --samples of them are "
-                           "reconstructed and at least 4 others compared with")
+        chosen, rest = split_with_reference(clips, run, cfg, a.kind, a)
         wavs, found = reconstruct(vae, chosen, visqol)
         yardstick = Yardstick(a.embedding, rest, vae.cfg, a.fad_dims)
         ours[run] = codec_columns(vae.cfg) | found | yardstick.distances(wavs, vae.cfg.sample_rate)

@@ -102,6 +102,14 @@ def test_figure_3_has_a_similarity_per_temperature_and_that_of_recordings(traine
     assert found["CALM"]["0"][0] == pytest.approx(1)            # no noise: all alike
 
 
+def test_reconstructions_are_compared_with_the_clips_of_reference(trained, monkeypatch):
+    """All nine held-out phrases are judged, so that none would be left to compare with."""
+    found = table(trained, monkeypatch, "table3", f"{trained}/run", "--reference", "train")["table3"]
+    assert set(found) == {f"{trained}/run"}
+    with pytest.raises(BadInput, match="left to compare with; lower --samples or give --reference"):
+        table(trained, monkeypatch, "table3", f"{trained}/run")
+
+
 def test_too_few_real_clips_are_refused_with_what_to_do(trained, monkeypatch):
     with pytest.raises(BadInput, match="left to compare with; lower --samples or give --reference"):
         table(trained, monkeypatch, "table6", "--calm", f"{trained}/run", "--task", "text",
