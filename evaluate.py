@@ -158,13 +158,13 @@ def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options, place=Place
     return [wav.float().cpu() for wav in wavs]
 
 
-def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, place=Place()):
+def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, place=Place(), first=0):
     """Generate every text `repeats` times, this process its share; yields (text, repeat, waveform
-    (ch, S)).
+    (ch, S)). A repeat is a draw of its own; they count from `first`.
     """
     batches = [(repeat, i, batch) for i, batch in enumerate(batch_texts(texts, voices, kind, lm,
                                                                         cfg.data))
-               for repeat in range(repeats)]
+               for repeat in range(first, first + repeats)]
     for repeat, i, batch in tqdm(mine(batches), desc=f"generate {kind}", leave=False,
                                  disable=rank() > 0):
         wavs = generate_batch(lm, vae, cfg, kind, batch, voices, 1000 * repeat + i, options, place)
@@ -292,8 +292,8 @@ def run_arguments(no_steps="0 = the objective's own"):
     return p
 
 
-def sampling_arguments():
-    """A parent parser: how generations are sampled, and where the wavs go."""
+def sampling_arguments(wavs=True):
+    """A parent parser: how generations are sampled and, with `wavs`, where the wavs go."""
     p = Parser(add_help=False)
     p.add_argument("--temperature", type=number(float, 0),
                    help="variance of the sampling noise; default: the config's")
@@ -302,7 +302,9 @@ def sampling_arguments():
     p.add_argument("--noise", type=number(float, 0, 1),
                    help="noise on the generated history, as a share of the training noise, "
                         "0 .. 1; default: the config's")
-    p.add_argument("--wavs", help="folder for wavs and pictures")
+    p.set_defaults(wavs=None)
+    if wavs:
+        p.add_argument("--wavs", help="folder for wavs and pictures")
     return p
 
 

@@ -11,6 +11,7 @@ Figures are intervals.Figure: a value and the ends of its interval over clips. T
 over the repeats of generations of one row, without the decoder; a first repeat is not counted.
 """
 import statistics
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,18 @@ SECONDS = 20.0                          # of a real clip that are compared
 LEAST_SIMILAR = 8                       # clips that a mean similarity needs
 
 
+@contextmanager
+def opening(option):
+    """`with opening("--embedding NAME"):` what a model's loading raises becomes one line."""
+    try:
+        yield
+    except ImportError as e:
+        raise BadInput(f"{option}: {e.name} is not installed: pip install -e .[eval,hf]") from None
+    except (RuntimeError, OSError, ValueError, KeyError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise BadInput(f"{option}: cannot be loaded ({reason})") from None
+
+
 # ---------------------------------------------------------------------------- distances
 
 
@@ -41,11 +54,8 @@ class Yardstick:
         """embedding: mel, birdnet or a model of transformers. dims: principal axes that FAD is
         taken on, 0 = all.
         """
-        try:
+        with opening(f"--embedding {embedding}"):
             self.model = open_embedding(embedding)
-        except ImportError as e:
-            raise BadInput(f"--embedding {embedding}: {e.name} is not installed; use mel, or "
-                           "pip install -e .[eval,hf]") from None
         self.dims = dims
         rate = vae_config.sample_rate
         self.vectors = [embed_clip(self.model, load_clip(clip, vae_config, SECONDS), rate)
@@ -78,13 +88,11 @@ class Listener:
     """Whisper and, where one is named, a text model: what is said, and how likely it is."""
 
     def __init__(self, whisper, text_model=""):
-        try:
+        with opening(f"--whisper {whisper}"):
             self.words = Words()
             self.recogniser = Recogniser(whisper)
+        with opening(f"--text-model {text_model}"):
             self.text_model = TextModel(text_model) if text_model else None
-        except ImportError as e:
-            raise BadInput(f"--whisper: {e.name} is not installed: pip install -e .[eval,hf]"
-                           ) from None
 
     def judge(self, wavs, clips, rate, with_text):
         """Waveforms of speech -> {"wer", "ppx", "vert": Figure}; wer where the clips' texts were

@@ -55,7 +55,8 @@ from report import draw_continuation, draw_sweep
 from tools import tables
 from tools.continuation import MIN_CLIPS, judge_continuation, print_continuation
 from tools.systems import Contestant, System
-from tools.table_options import add_ablations, add_tables, reference_arguments
+from tools.table_options import (add_ablations, add_tables, reference_arguments,
+                                 seed_argument)
 
 # setting -> (type of its values, the values of a sweep by default)
 SETTINGS = {"steps": (number(int, 1), (1, 2, 4, 10, 20)),
@@ -73,11 +74,16 @@ def sweep(a, cfg, vae, clips, stages):
     judges = open_judges(a, cfg)
     lm = open_stage(a.run, stages[-1])
     option = "guidance" if a.setting == "cfg" else a.setting
+    if vars(a)[a.setting] != (0 if a.setting == "steps" else None):
+        raise BadInput(f"--{a.setting}: is what the sweep varies; give --values")
 
     rows = {}
+    intervals = {}
     for value in tqdm(values, desc=f"sweep {a.setting}", leave=False):
         options = chosen_sampling(a, cfg, lm) | {option: value}
-        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, judges=judges)
+        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, judges=judges,
+                         seed=a.seed)
+        intervals[value] = found["intervals"]
         rows[value] = {f"{name} {kind}": figure for name in ("facts", "length")
                        for kind, figure in found[name].items()}
         if judges is not None:
@@ -86,7 +92,8 @@ def sweep(a, cfg, vae, clips, stages):
     print_sweep(a.setting, rows)
     if a.wavs and any(rows.values()):
         draw_sweep(f"{a.wavs}/sweep_{a.setting}.png", a.setting, rows)
-    return {f"sweep {a.setting}": {str(value): row for value, row in rows.items()}}
+    return {f"sweep {a.setting}": {str(value): row for value, row in rows.items()},
+            "intervals": {str(value): row for value, row in intervals.items()}}
 
 
 def sweep_values(setting, text):
@@ -260,7 +267,8 @@ def parse():
     s.set_defaults(study=draws, wavs=None)
 
     s = studies.add_parser("distance", help="distance of generations to real clips",
-                           parents=[shared, sampling_arguments(), reference_arguments()])
+                           parents=[shared, sampling_arguments(wavs=False),
+                                    reference_arguments(), seed_argument()])
     s.set_defaults(study=distance)
 
     add_tables(studies)

@@ -140,11 +140,13 @@ def choose_clips(contestants, kind, task, limit, manifest=None):
 
 @torch.no_grad()
 def generate(contestant, clips, kind, task, seed=0):
-    """One waveform (ch, S) of a contestant for each clip of a kind, in their order."""
+    """One waveform (ch, S) of a contestant for each clip of a kind, in their order. Equal seeds
+    give equal waveforms.
+    """
     if contestant.lm is None:
         return recordings(contestant, clips, task)
     if task == "text":
-        return speak_texts(contestant, clips, kind)
+        return speak_texts(contestant, clips, kind, seed)
     wavs = []
     for i in range(0, len(clips), BATCH):
         wavs += continue_clips(contestant, clips[i:i + BATCH], kind, task, seed + i)
@@ -158,13 +160,13 @@ def recordings(contestant, clips, task):
     return [load_clip(clip, cfg.vae, seconds) for clip in clips]
 
 
-def speak_texts(contestant, clips, kind):
-    """Generations from the clips' texts."""
+def speak_texts(contestant, clips, kind, seed):
+    """Generations from the clips' texts: with seed s those of evaluate.py's repeat s."""
     cfg = contestant.cfg
     voices = {clip.text: voice_prompt(clip, clips, contestant.lm, contestant.vae, cfg)
               for clip in clips}
     found = generate_texts(contestant.lm, contestant.vae, cfg, kind, list(voices), voices, 1,
-                           contestant.options)
+                           contestant.options, first=seed)
     wavs = {text: wav for text, _, wav in found}
     return [wavs[clip.text] for clip in clips]
 

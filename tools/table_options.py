@@ -28,15 +28,22 @@ def reference_arguments():
                    help="of FAD and MMD²: mel (default), birdnet or a model of transformers")
     p.add_argument("--fad-dims", type=number(int, 0), default=8,
                    help="principal axes that FAD is taken on (default 8; 0 = all)")
+    return p
+
+
+def seed_argument():
+    """A parent parser: which draw of generations."""
+    p = Parser(add_help=False)
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the generations (default 0)")
     return p
 
 
 def table_arguments(kind="music"):
-    """A parent parser: what all tables share. kind: by default."""
+    """A parent parser: what all tables share. kind: by default; "" = the table has all kinds."""
     p = Parser(add_help=False)
     p.add_argument("--manifest", help="held-out clips; default: those of the first run")
-    p.add_argument("--kind", choices=KINDS, default=kind, help=f"default {kind}")
+    if kind:
+        p.add_argument("--kind", choices=KINDS, default=kind, help=f"default {kind}")
     p.add_argument("--json", help="write the figures here")
     p.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 = torch's choice")
     return p
@@ -56,11 +63,17 @@ def run_options(*roles):
     return p
 
 
-def generation_arguments(task="continue"):
-    """A parent parser: what is generated for a table, and how it is timed. task: by default."""
+def task_argument(task="continue"):
+    """A parent parser: what is generated for a table. task: by default."""
     p = Parser(add_help=False)
     p.add_argument("--task", choices=["continue", "text"], default=task,
                    help=f"continue clips, or speak their texts (default {task})")
+    return p
+
+
+def timing_arguments():
+    """A parent parser: how generations are timed."""
+    p = Parser(add_help=False)
     p.add_argument("--seconds", type=number(float, above=0), default=30.0,
                    help="audio that is generated to measure the time (default 30)")
     p.add_argument("--repeats", type=number(int, 1), default=3,
@@ -83,43 +96,47 @@ def temperatures_of(text):
 
 def add_tables(studies):
     """The commands of tables.py."""
-    def judged(kind="music"):
+    def compared(kind="music"):
         return [table_arguments(kind), samples_argument(40), reference_arguments()]
+
+    def generated(kind="music", task="continue"):
+        return [*compared(kind), seed_argument(), task_argument(task)]
 
     def add(name, table, help_text, parents):
         s = studies.add_parser(name, help=help_text, parents=parents)
         s.set_defaults(run_command=tables.run_table, table=table, answers=[], whisper="",
-                       text_model="", picture=None)
+                       text_model="", picture=None, threads=0)
         return s
 
     s = add("table2", tables.table2, "CALM Table 2: speech, RQ-Transformer and consistency",
-            [*judged("speech"), generation_arguments(), run_options("calm", "rq")])
+            [*generated("speech"), timing_arguments(), run_options("calm", "rq")])
     s.add_argument("--whisper", default="", help="faster-whisper model, for VERT, PPX and WER")
     s.add_argument("--text-model", default="", help="causal model of transformers, for PPX")
     s.add_argument("--answers", nargs="+", default=[], help="of a listening test (tools/listen.py)")
 
-    s = add("table3", tables.table3, "CALM Table 3: VAEs and codecs", judged())
+    s = add("table3", tables.table3, "CALM Table 3: VAEs and codecs", compared())
     s.add_argument("runs", nargs="+", help="run folders with a vae.pt")
     s.add_argument("--visqol", action="store_true", help="ViSQOL, audio mode (extra eval)")
 
     s = add("table4", tables.table4, "CALM Table 4: music, six models",
-            [*judged(), generation_arguments(),
+            [*generated(), timing_arguments(),
              run_options("calm", "flow", "rq", "rq16", "delay")])
     s.add_argument("--answers", nargs="+", default=[], help="of a listening test (tools/listen.py)")
 
     s = add("table6", tables.table6, "CALM Table 6: steps of the head",
-            [*judged(), generation_arguments(), run_options("calm", "flow")])
+            [*generated(), timing_arguments(), run_options("calm", "flow")])
     s.add_argument("--steps", type=steps_of, default=[1, 4, 10, 25, 50, 100],
                    help="separated by commas (default 1,4,10,25,50,100)")
     s.add_argument("--picture", help="draw the distances into this file (png)")
 
-    add("table8", tables.table8, "CALM Table 8: sizes of the backbones", [table_arguments()])
+    s = add("table8", tables.table8, "CALM Table 8: sizes of the backbones", [])
+    s.add_argument("--json", help="write the figures here")
 
     s = add("fig3", tables.fig3, "CALM Fig. 3: similarity over the temperature",
-            [table_arguments("speech"), samples_argument(100), run_options("calm", "rq")])
+            [table_arguments("speech"), samples_argument(100), seed_argument(),
+             run_options("calm", "rq")])
     s.add_argument("--seconds", type=number(float, above=0), default=10.0,
                    help="longest generation and recording (default 10)")
-    s.add_argument("--seed", type=number(int, 0), default=0, help="of the generations (default 0)")
     s.add_argument("--temperatures", type=temperatures_of, default=[0.2, 0.4, 0.6, 0.8, 1.0],
                    help="separated by commas (default 0.2,0.4,0.6,0.8,1)")
     s.add_argument("--speaker", default="mel", help="mel (default), resemblyzer, or a speaker "
@@ -127,7 +144,7 @@ def add_tables(studies):
     s.add_argument("--picture", help="draw the curves into this file (png)")
 
     s = add("audiocalm", tables.audiocalm, "AudioCALM's table: three kinds",
-            [*judged(), generation_arguments("text"), run_options("calm")])
+            [*generated("", "text"), run_options("calm")])
     s.add_argument("--whisper", default="", help="faster-whisper model, for WER")
 
 

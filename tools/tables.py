@@ -34,12 +34,15 @@ from reconstruction import load_clip, si_sdr
 from report import pyplot, save_picture
 from speech_metrics import AUDIO_RATE, SPEECH_RATE, Visqol, open_speaker
 from tools import listen, systems
-from tools.measure import (Listener, Yardstick, facts, mean_similarity, split_reference,
-                           time_generations, unit_vectors)
+from tools.measure import (Listener, Yardstick, facts, mean_similarity, opening,
+                           split_reference, time_generations, unit_vectors)
 from tools.paper_tables import TABLES
 from tools.systems import Contestant, System
 
 PAPER_CONFIGS = "configs/paper"
+# head that a row's run must have
+OBJECTIVES = {"calm": "consistency", "flow": "trigflow", "rq": "rq", "rq16": "rq",
+              "delay": "delay"}
 # how numbers of a column are printed, others with three digits
 FORMATS = {"overall": "x{:.1f}", "sampler": "x{:.1f}", "share": "{:.1%}"}
 
@@ -50,12 +53,24 @@ FORMATS = {"overall": "x{:.1f}", "sampler": "x{:.1f}", "share": "{:.1%}"}
 def run_of(role, a):
     """(run, stage) of a row's role on the command line; ("", "") where it is not given.
 
-    TrigFlow is the stage lm of --calm, where --flow names no other run.
+    TrigFlow is the stage lm of --flow, or of --calm where a stage went on from it.
     """
-    if role == "flow" and not a.flow and a.calm:
-        stages = systems.find_stages(a.calm)
-        return (a.calm, "lm") if "lm" in stages and stages[-1] != "lm" else ("", "")
-    return (vars(a).get(role) or "", "")
+    if role != "flow":
+        return (vars(a).get(role) or "", "")
+    if a.flow:
+        return (a.flow, "lm")
+    stages = systems.find_stages(a.calm) if a.calm else []
+    return (a.calm, "lm") if "lm" in stages and stages[-1] != "lm" else ("", "")
+
+
+def open_role(role, system):
+    """The Contestant of a row's system; BadInput where its head is not what the row says."""
+    contestant = systems.open_system(system)
+    objective = contestant.lm.cfg.head.objective
+    if objective != OBJECTIVES[role]:
+        raise BadInput(f"--{role} {system.run}: its last stage has a head of {objective}, and the "
+                       f"row '{system.name}' is of {OBJECTIVES[role]}")
+    return contestant
 
 
 def system_of(row, a):
@@ -72,7 +87,7 @@ def open_rows(rows, a):
     for row in rows:
         system = system_of(row, a)
         if system and system.run:
-            found[row.label] = systems.open_system(system)
+            found[row.label] = open_role(row.role, system)
     if not found:
         raise BadInput("no run is given; name at least one, e.g. --calm out/quickstart")
 
@@ -141,22 +156,33 @@ def speed_columns(speeds, baseline):
     return found
 
 
-def heard_columns(paths):
-    """{system: {"quality", "elo", "rank"}} of the answers of a listening test."""
+def heard_columns(paths, labels):
+    """{row: {"quality", "elo", "rank"}} of the answers of a listening test, whose systems are named
+    as rows of the table; commas, which a system's name cannot have, and capitals do not count.
+    """
     if not paths:
         return {}
     scores = listen.score_answers(listen.read_answers(paths))
+    rows = {label.replace(",", "").lower(): label for label in labels}
+    unknown = [name for name in scores if name.lower() not in rows]
+    if unknown:
+        raise BadInput(f"--answers: no row of the table is named {', '.join(unknown)}; in the test, "
+                       f"name=... is one of {', '.join(rows)}")
+
     found = {}
     for name, row in scores.items():
         points = [round(value) for value in row["elo"]]
-        found[name] = {"elo": Figure(*points, row["comparisons"]), "quality": row["quality"],
-                       "rank": row["rank"]}
+        found[rows[name.lower()]] = {"elo": Figure(*points, row["comparisons"]),
+                                     "quality": row["quality"], "rank": row["rank"]}
     return found
 
 
 def compare(name, a, with_words=False):
     """Tables 2 and 4: figures, seconds and votes of every row that has a run."""
     table = TABLES[name]
+    if a.text_model and not a.whisper:
+        raise BadInput("--text-model: PPX is that of transcripts; give --whisper as well")
+    heard = heard_columns(a.answers, [row.label for row in table.rows])
     contestants = open_rows(table.rows, a)
     clips, yardstick = choose(contestants, a.kind, a)
     listener = Listener(a.whisper, a.text_model) if with_words and a.whisper else None
@@ -172,9 +198,8 @@ def compare(name, a, with_words=False):
                     next(iter(speeds)))
     for label, columns in speed_columns(speeds, baseline).items():
         ours[label] |= columns
-    for label, columns in heard_columns(a.answers).items():
-        if label in ours:
-            ours[label] |= columns
+    for label in ours:
+        ours[label] |= heard.get(label, {})
     print(f"{len(clips)} generations of {a.kind} per row ({a.task}); {len(yardstick.vectors)} real "
           f"clips, {a.embedding}; speed relative to {baseline}, {a.seconds:g} s of audio")
     return finish(name, ours, a)
@@ -228,10 +253,8 @@ def table3(a):
 
 def open_visqol():
     """ViSQOL in audio mode, the paper's."""
-    try:
+    with opening("--visqol"):
         return Visqol("audio")
-    except ImportError as e:
-        raise BadInput(f"--visqol: {e.name} is not installed: pip install -e .[eval]") from None
 
 
 def codec_columns(cfg):
@@ -250,7 +273,7 @@ def table6(a):
     """Seconds and quality over the steps of the head, of TrigFlow and of consistency."""
     rows = {"calm": System("consistency", *run_of("calm", a)),
             "flow": System("TrigFlow", *run_of("flow", a))}
-    opened = {role: systems.open_system(s) for role, s in rows.items() if s.run}
+    opened = {role: open_role(role, s) for role, s in rows.items() if s.run}
     if "calm" not in opened:
         raise BadInput("table6: needs --calm, a run with a consistency stage")
     clips, yardstick = choose(opened, a.kind, a)
@@ -327,7 +350,7 @@ def count(module):
 def fig3(a):
     """Similarity of unprompted generations over the temperature (CALM Fig. 3)."""
     labels = {"calm": "CALM", "rq": "RQ-Transformer"}
-    opened = {labels[role]: systems.open_system(System(labels[role], *run_of(role, a)))
+    opened = {labels[role]: open_role(role, System(labels[role], *run_of(role, a)))
               for role in labels if run_of(role, a)[0]}
     if not opened:
         raise BadInput("fig3: needs --calm, --rq or both")
@@ -368,11 +391,8 @@ def open_voice(name):
     if name == "mel":
         model = open_embedding(name)
         return lambda wav, rate: embed_clip(model, wav, rate).mean(0)
-    try:
+    with opening(f"--speaker {name}"):
         speaker = open_speaker(name)
-    except ImportError as e:
-        raise BadInput(f"--speaker {name}: {e.name} is not installed; use mel, or pip install -e "
-                       ".[eval,hf]") from None
     return lambda wav, rate: speaker.embed(resample(wav, rate, SPEECH_RATE))
 
 
@@ -401,6 +421,8 @@ def draw_similarity(path, ours):
 
 def audiocalm(a):
     """AudioCALM's table: speech, sound and music of one run."""
+    if not a.calm:
+        raise BadInput("audiocalm: needs --calm, a run of AudioCALM")
     ours = {}
     for kind in KINDS:
         contestants = {kind: systems.open_system(System(kind, a.calm))}

@@ -4,6 +4,8 @@ shell.
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import types
 
@@ -29,6 +31,16 @@ def trained(tmp_path_factory):
                "--toy.digits_max", "4", "--sample.prompt_seconds", "1", "--sample.seconds", "1")
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def taught(trained):
+    """The same run with a consistency stage."""
+    shutil.copytree(f"{trained}/run", f"{trained}/taught")
+    done = run("train.py", "--config", f"{trained}/run/config.toml", "--out", f"{trained}/taught",
+               "--stages", '["vae", "lm", "consistency"]', "--train.consistency.steps", "2")
+    assert done.returncode == 0, done.stderr
+    return trained
 
 
 def study(folder, name, *arguments):
@@ -80,8 +92,56 @@ def test_generations_are_compared_with_other_real_clips_of_their_kind(trained, m
         assert set(row) == {"fad", "mmd", "facts"} and len(row["fad"]) == 3
 
 
-def test_the_steps_of_table_6_have_a_row_each_beside_the_papers(trained, monkeypatch, capsys):
-    found = table(trained, monkeypatch, "table6", "--calm", f"{trained}/run", "--task", "text",
+def test_equal_seeds_speak_a_text_alike_and_others_do_not(trained):
+    contestant = systems.open_system(systems.System("lm", f"{trained}/run"))
+    [clip] = systems.choose_clips([contestant], "speech", "text", 1)
+    [a, b, c] = [systems.generate(contestant, [clip], "speech", "text", seed)[0]
+                 for seed in (0, 0, 1)]
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_row_is_refused_a_run_of_another_head(trained, monkeypatch):
+    with pytest.raises(BadInput, match="a head of trigflow, and the row 'consistency' is of cons"):
+        table(trained, monkeypatch, "table6", "--calm", f"{trained}/run")
+    with pytest.raises(BadInput, match="a head of trigflow, and the row .* is of rq"):
+        table(trained, monkeypatch, "table4", "--rq", f"{trained}/run")
+
+
+def test_table_4_has_figures_and_seconds_of_every_row_with_a_run(taught, monkeypatch):
+    found = table(taught, monkeypatch, "table4", "--calm", f"{taught}/taught", "--samples", "4",
+                  "--seconds", "0.1", "--repeats", "1", "--task", "text", "--reference", "train")
+    assert list(found["table4"]) == ["Reference", "Consistency, 1 step", "Consistency, 4 steps",
+                                     "TrigFlow, 100 steps"]
+    for label, row in found["table4"].items():
+        assert ("overall" in row) == (label != "Reference") and len(row["fad"]) == 3
+
+
+def test_the_table_of_audiocalm_has_a_row_per_kind_and_needs_a_run(trained, monkeypatch):
+    found = table(trained, monkeypatch, "audiocalm", "--calm", f"{trained}/run", "--samples", "4",
+                  "--reference", "train")["audiocalm"]
+    assert set(found) == {"speech", "sound", "music"}
+    with pytest.raises(BadInput, match="needs --calm, a run of AudioCALM"):
+        table(trained, monkeypatch, "audiocalm")
+
+
+@pytest.mark.parametrize("name, arguments, line", [
+    ("sweep", ["--run", "run", "--setting", "steps", "--steps", "4"],
+     "--steps: is what the sweep varies; give --values"),
+    ("distance", ["--run", "run", "--limit", "4", "--embedding", "./no/such/model"],
+     "--embedding ./no/such/model: cannot be loaded"),
+    ("table2", ["--calm", "run", "--text-model", "no/such"],
+     "--text-model: PPX is that of transcripts; give --whisper as well")])
+def test_what_a_study_cannot_read_is_refused_in_one_line(trained, monkeypatch, name, arguments,
+                                                         line):
+    arguments = [f"{trained}/run" if word == "run" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["studies", name, *arguments])
+    with pytest.raises(BadInput, match=re.escape(line)) as error:
+        studies.main()
+    assert "\n" not in str(error.value)
+
+
+def test_the_steps_of_table_6_have_a_row_each_beside_the_papers(taught, monkeypatch, capsys):
+    found = table(taught, monkeypatch, "table6", "--calm", f"{taught}/taught", "--task", "text",
                   "--steps", "1,3", "--samples", "4", "--seconds", "0.2", "--repeats", "1",
                   "--reference", "train")["table6"]
     assert list(found) == ["1", "3"]
@@ -91,12 +151,12 @@ def test_the_steps_of_table_6_have_a_row_each_beside_the_papers(trained, monkeyp
     assert ["1", "paper", "16.7", "1.80"] in [line[:4] for line in lines]
 
 
-def test_figure_3_has_a_similarity_per_temperature_and_that_of_recordings(trained, monkeypatch):
+def test_figure_3_has_a_similarity_per_temperature_and_that_of_recordings(taught, monkeypatch):
     monkeypatch.setattr(sys, "argv", [
-        "studies", "fig3", "--calm", f"{trained}/run", "--samples", "8", "--seconds", "0.2",
-        "--temperatures", "0,1", "--kind", "music", "--json", f"{trained}/fig3.json"])
+        "studies", "fig3", "--calm", f"{taught}/taught", "--samples", "8", "--seconds", "0.2",
+        "--temperatures", "0,1", "--kind", "music", "--json", f"{taught}/fig3.json"])
     studies.main()
-    with open(f"{trained}/fig3.json") as f:
+    with open(f"{taught}/fig3.json") as f:
         found = json.load(f)["fig3"]
     assert set(found["CALM"]) == {"0", "1"} and found["recordings"]["-"][0] < 1
     assert found["CALM"]["0"][0] == pytest.approx(1)            # no noise: all alike
@@ -110,9 +170,9 @@ def test_reconstructions_are_compared_with_the_clips_of_reference(trained, monke
         table(trained, monkeypatch, "table3", f"{trained}/run")
 
 
-def test_too_few_real_clips_are_refused_with_what_to_do(trained, monkeypatch):
+def test_too_few_real_clips_are_refused_with_what_to_do(taught, monkeypatch):
     with pytest.raises(BadInput, match="left to compare with; lower --samples or give --reference"):
-        table(trained, monkeypatch, "table6", "--calm", f"{trained}/run", "--task", "text",
+        table(taught, monkeypatch, "table6", "--calm", f"{taught}/taught", "--task", "text",
               "--samples", "40")
 
 

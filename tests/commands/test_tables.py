@@ -113,7 +113,7 @@ def arguments(**values):
 def test_trigflow_is_the_stage_before_consistency_unless_a_run_is_named(monkeypatch):
     monkeypatch.setattr(systems, "find_stages", lambda run: ["lm", "consistency"])
     assert tables.run_of("flow", arguments(calm="a")) == ("a", "lm")
-    assert tables.run_of("flow", arguments(calm="a", flow="b")) == ("b", "")
+    assert tables.run_of("flow", arguments(calm="a", flow="b")) == ("b", "lm")
     monkeypatch.setattr(systems, "find_stages", lambda run: ["lm"])
     assert tables.run_of("flow", arguments(calm="a")) == ("", "")
 
@@ -162,13 +162,16 @@ def test_a_table_has_two_lines_per_row_and_rows_that_only_we_have(capsys):
 
 def test_votes_become_columns_of_the_rows_that_bear_the_systems_names(tmp_path):
     answer = {"format": tables.listen.FORMAT, "study": "s", "listener": "ann",
-              "systems": ["one", "two"], "ratings": [{"system": "one", "score": 4}],
-              "pairs": [{"left": "one", "right": "two", "choice": "left"}]}
+              "systems": ["one 1 step", "two"], "ratings": [{"system": "one 1 step", "score": 4}],
+              "pairs": [{"left": "one 1 step", "right": "two", "choice": "left"}]}
+    path = str(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps(answer))
-    found = tables.heard_columns([str(tmp_path / "a.json")])
-    assert found["one"]["elo"].value == round(2000 + 400 * np.log10(1.1 / 0.6))
-    assert found["one"]["quality"].value == 4 and found["two"]["quality"] is None
+    found = tables.heard_columns([path], ["One, 1 step", "Two"])
+    assert found["One, 1 step"]["elo"].value == round(2000 + 400 * np.log10(1.1 / 0.6))
+    assert found["One, 1 step"]["quality"].value == 4 and found["Two"]["quality"] is None
     assert [found[name]["rank"] for name in found] == [1, 2]
+    with pytest.raises(BadInput, match="no row of the table is named one 1 step; in the test, nam"):
+        tables.heard_columns([path], ["Two", "Three"])
 
 
 # ---------------------------------------------------------------- ablations
