@@ -14,6 +14,12 @@ Formulas and sources: speech_metrics.py (one or two clips, sim), transcripts.py 
 embeddings.py (clap), distances.py (fad, fad_inf, mmd, kld), abx.py; intervals: intervals.py.
 All but visqol, clap and the distances are of speech only. Every process judges its own clips;
 pop() gathers them (workers.py).
+
+Silence and scraps: a clip that pesq, stoi or visqol cannot score is left out of that metric. Of
+opinion scores a recording without sound (all below -80 dB of full scale, or shorter than 0.1 s) is
+left out, and so is its reconstruction. Lines count both. A generation without sound, or such a
+reconstruction of a recording that has some, stays in with 1, the bottom of the scale: nobody is
+rewarded for silence.
 """
 import json
 import os
@@ -29,7 +35,7 @@ from distances import fad, fad_inf, kl_divergence, mmd
 from embeddings import BUILT_IN, Clap, Tagger, embed_clip, open_embedding, resample
 from intervals import Figures, exp_ratio, geometric_mean
 from speech_metrics import (SPEECH_RATE, DistillMos, Dnsmos, Pesq, Stoi, Utmos, Visqol,
-                            open_speaker)
+                            is_audible, open_speaker)
 from transcripts import Recogniser, TextModel, Words, auto_bleu, self_bleu
 from workers import gather, gather_dict, mine
 
@@ -37,6 +43,11 @@ SPEECH = ("pesq", "stoi", "dnsmos", "distillmos", "utmos", "wer", "sim", "abx", 
 DISTANCES = {"fad": fad, "fad_inf": fad_inf, "mmd": mmd}
 METRICS = ("pesq", "stoi", "visqol", "dnsmos", "distillmos", "utmos", "wer", "sim", "abx", "vert",
            "ppx", *DISTANCES, "kld", "clap")
+# metrics that need the recording itself, or its latents
+OF_RECONSTRUCTIONS = ("pesq", "stoi", "visqol", "abx")
+# opinion scores, and the lowest one, of a generation without sound
+OPINIONS = ("dnsmos", "distillmos", "utmos")
+LOWEST = 1.0
 # metrics that need a model to be named, and the option that names it
 NEED = {"utmos": "utmos", "ppx": "text-model", "kld": "tags", "clap": "clap"}
 # the models of a metric, where they have other names
@@ -52,8 +63,27 @@ def spoken(clip):
     return clip.transcript or clip.text
 
 
+def refuse_unjudged(metrics, reconstructed, generated, prompted):
+    """BadInput where nothing that is judged can have a metric. reconstructed, generated: whether
+    such clips are judged; prompted: whether generations have a voice prompt.
+    """
+    asked = [metric for metric in metrics if metric in OF_RECONSTRUCTIONS]
+    if asked and not reconstructed:
+        raise BadInput(f"--metrics {','.join(asked)}: for reconstructions, and only generations "
+                       "are judged, which have no recording to compare with; leave out, or run "
+                       "evaluate.py with --what vae")
+    if "sim" in metrics and not generated:
+        raise BadInput("--metrics sim: compares generations with their voice prompts, and only the "
+                       "VAE is judged; leave out, or judge a language model (--what lm)")
+    if "sim" in metrics and not prompted:
+        raise BadInput("--metrics sim: compares generations with their voice prompts, and the run "
+                       "was trained without (data.prompt_frames); leave out")
+
+
 def refuse_without_material(metrics, clips):
-    """BadInput where no clip is speech, or has a text, and a metric needs that."""
+    """BadInput where no clip is speech, has a text, or shares its speaker with another one, and a
+    metric needs that.
+    """
     asked = [metric for metric in metrics if metric in SPEECH]
     if asked and not any(clip.kind == "speech" for clip in clips):
         raise BadInput(f"--metrics {','.join(asked)}: no held-out clip is speech; give a "
@@ -62,6 +92,15 @@ def refuse_without_material(metrics, clips):
         if metric in metrics and not any(clip.text or clip.transcript for clip in clips):
             raise BadInput(f"--metrics {metric}: no held-out clip has a text; give a --manifest "
                            "with texts, or other metrics")
+    voices = Counter(clip.speaker for clip in clips if clip.kind == "speech" and clip.speaker)
+    if "sim" in metrics and max(voices.values(), default=0) < 2:
+        raise BadInput("--metrics sim: no two held-out clips of speech have the same `speaker`, so "
+                       "there are no voice prompts; give a --manifest that has some")
+
+
+def metrics_of(figures):
+    """The metrics of figures by name: {"wer original": ..., "pesq": ...} -> {"wer", "pesq"}."""
+    return {name.split()[0] for name in figures}
 
 
 # ---------------------------------------------------------------------------- real clips
@@ -141,6 +180,7 @@ class Judges:
         self.real = {}                               # (audio path, rate) -> windows of a real clip
 
         self.refused = []                            # lines about what a metric could not do
+        self.missing = set(metrics)                  # metrics that have had no figure yet
         self.clear()
         for metric in metrics if models else ():
             self.load(metric)
@@ -218,7 +258,9 @@ class Judges:
     # ------------------------------------------------------------------------ one clip
 
     def compare(self, original, reconstruction, rate, clip):
-        """Add an original and its reconstruction, tensors (ch, S) at `rate` Hz, of a Clip."""
+        """Add an original and its reconstruction, tensors (ch, S) at `rate` Hz, of a Clip. Opinion
+        scores of a recording without sound are left out, on both sides.
+        """
         names = [name for name in ("pesq", "stoi") if name in self.metrics
                  and clip.kind == "speech"]
         if "visqol" in self.metrics:
@@ -235,15 +277,21 @@ class Judges:
             else:
                 self.figures.add(figure, clip.kind, clip.audio, score, 1)
 
-        self.judge("original", original, rate, clip)
-        self.judge("reconstruction", reconstruction, rate, clip, original=original)
+        opinions = [metric for metric in OPINIONS if metric in self.metrics]
+        if clip.kind == "speech" and not is_audible(original[0].numpy(), rate):
+            self.unheard.update(opinions)
+            opinions = []
+        self.judge("original", original, rate, clip, opinions=opinions)
+        self.judge("reconstruction", reconstruction, rate, clip, original=original,
+                   opinions=opinions)
 
-    def judge(self, name, wav, rate, clip, voice=None, original=None, repeat=0):
+    def judge(self, name, wav, rate, clip, voice=None, original=None, repeat=0, opinions=OPINIONS):
         """Add one wav (ch, S) that was made for a Clip, the repeat-th one. voice: the clip
-        (ch, S') that gave its voice, original: the real clip.
+        (ch, S') that gave its voice, original: the real clip, opinions: the opinion scores that
+        it gets, of those asked for.
         """
         if clip.kind == "speech":
-            self.judge_speech(name, resample(wav, rate, SPEECH_RATE), clip, repeat)
+            self.judge_speech(name, resample(wav, rate, SPEECH_RATE), clip, repeat, opinions)
         if "sim" in self.metrics and voice is not None:
             similarity = (self.embed_voice(resample(wav, rate, SPEECH_RATE))
                           @ self.embed_voice(resample(voice, rate, SPEECH_RATE)))
@@ -264,11 +312,14 @@ class Judges:
             vectors = embed_clip(self.models["embedding"], wav, rate)               # (n, F)
             self.windows[name, clip.kind][clip.audio, repeat] = vectors
 
-    def judge_speech(self, name, wav, clip, repeat):
-        """Add opinion scores and the transcript of one wav (S,) at 16 kHz."""
-        for metric in ("dnsmos", "distillmos", "utmos"):
+    def judge_speech(self, name, wav, clip, repeat, opinions):
+        """Add opinion scores and the transcript of one wav (S,) at 16 kHz. Without sound its
+        scores are 1: the models' own, of silence, lie above those of poor speech.
+        """
+        audible = is_audible(wav, SPEECH_RATE)
+        for metric in opinions:
             if metric in self.metrics:
-                score = self.models[metric].score(wav)
+                score = self.models[metric].score(wav) if audible else LOWEST
                 self.figures.add(f"{metric} {name}", "speech", clip.audio, score, 1, repeat=repeat)
         if "whisper" not in self.models:
             return
@@ -299,7 +350,8 @@ class Judges:
 
     def pop(self):
         """{figure: {kind: Figure}} of the clips added since the last call, of all processes. What a
-        metric refuses is left out, and stands in `refused`, one line each.
+        metric refuses is left out, and stands in `refused`, one line each; a line is printed of the
+        clips that a metric left out.
         """
         merged = Figures(self.seed)
         merged.merge(gather(self.figures))
@@ -309,9 +361,11 @@ class Judges:
             self.add_abx(merged)
         found = merged.read()
         for metric, clips in sum(gather(self.unheard), Counter()).items():
-            if metric not in found:
+            if metric not in metrics_of(found):
                 self.refused.append(f"--metrics {metric}: heard nothing in any of {clips} clips; "
                                     "give a --manifest with longer or louder ones")
+            else:
+                print(f"{metric}: {clips} clip{'s' * (clips > 1)} left out, silent or too short")
 
         # distances come last
         for name, kind in sorted(set().union(*gather(set(self.windows)))):
@@ -323,18 +377,30 @@ class Judges:
                         found.setdefault(figure, {})[kind] = value
                 except BadInput as e:
                     self.refused.append(f"{e} ({name}, {kind})")
+        self.missing -= metrics_of(found)
         self.clear()
         return found
 
+    def refuse_missing(self):
+        """Add a line to `refused` for each metric that no pop() gave, and that has no line yet."""
+        for metric in self.metrics:
+            refused = any(line.startswith(f"--metrics {metric}:") for line in self.refused)
+            if metric in self.missing and not refused:
+                why = ("no text had another clip of its speaker to give the voice"
+                       if metric == "sim" else "nothing that was judged could have it")
+                self.refused.append(f"--metrics {metric}: {why}; give a --manifest with other "
+                                    "clips, or leave out")
+
     def pop_figures(self):
         """pop() as {figure: number}: metrics of speech by their name, others with the kind.
-        BadInput: a metric refuses.
+        BadInput: a metric refuses, or has no figure.
         """
         numbers = {}
         for figure, kinds in self.pop().items():
             for kind, found in kinds.items():
                 name = figure if figure.split()[0] in SPEECH else f"{figure} {kind}"
                 numbers[name] = round(found.value, 4)
+        self.refuse_missing()
         if self.refused:
             raise BadInput(self.refused[0])
         return numbers

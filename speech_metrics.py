@@ -1,29 +1,35 @@
 """Published metrics of single clips of audio, none of them ours: one class each, at its own rate.
 
-    original, reconstruction ─► pesq, stoi, visqol          score(x, y) -> number or None
+    original, reconstruction ─► pesq, stoi, visqol          score(x, y) -> number or None: left out
     any wav ──────────────────► dnsmos, distillmos, utmos   score(x)    -> a number
     generation, voice clip ───► sim                         embed(x)    -> a unit vector
 
 pesq: ITU-T P.862.2, wide band, 1 .. 4.64 (package pesq); None where it finds no speech.
-stoi: short-time objective intelligibility, 0 .. 1 (Taal et al. 2011; pystoi).
+stoi: short-time objective intelligibility, 0 .. 1 (Taal et al. 2011; pystoi). None for originals
+  that are silent, or have less than 30 frames of 25.6 ms, half overlapping, within 40 dB of their
+  loudest one (some 0.42 s of speech); a silent reconstruction is 0.
 visqol: ViSQOL v3 (Chinen et al. 2020; visqol-python), MOS-LQO 1 .. 5: speech mode with the lattice
   at 16 kHz, audio mode at 48 kHz for sound and music (CALM Table 3). None for originals below
   0.75 s or silent; a silent reconstruction is 1.
 dnsmos: DNSMOS P.835, overall (Reddy et al. 2022; speechmos), 1 .. 5.
 distillmos: DistillMOS (Stahl & Gamper 2025; extra mos, weights in its package), 1 .. 5.
 utmos: UTMOS22 strong (Saeki et al. 2022), 1 .. 5, from a checkout of github.com/tarepan/SpeechMOS.
-  These two stand for CALM Table 1's MOSNet, whose weights are in no package.
+  These two stand for CALM Table 1's MOSNet, whose weights are in no package. None of the three
+  knows silence: all zeros are 1.84 to DNSMOS and 1.97 to DistillMOS, more than poor speech; so
+  what is_audible() denies is not shown to them (judges.py).
 sim: cosine of speaker embeddings of a generation and of the clip that gave its voice (AudioCALM's
   SIM; CALM Fig. 3 is the mean over pairs of generations). resemblyzer: d-vectors (Wan et al. 2018),
   after its own preprocessing, weights in the package. Or a model of transformers with an x-vector
   head, as microsoft/wavlm-base-plus-sv (Chen et al. 2022), or speechbrain/spkrec-ecapa-voxceleb
-  (Desplanques et al. 2020; package speechbrain). Different embeddings cannot be compared.
+  (Desplanques et al. 2020; package speechbrain, in none of our extras: pip install speechbrain).
+  Different embeddings cannot be compared.
 
 All on the first channel, of wavs in +-1. A package is imported when its metric is asked for.
 """
 import math
 import os
 import sys
+import warnings
 from types import ModuleType
 
 import numpy as np
@@ -33,6 +39,13 @@ from cli import BadInput
 
 SPEECH_RATE = 16000                 # Hz
 AUDIO_RATE = 48000                  # Hz, ViSQOL's audio mode
+SILENCE = 1e-4                      # -80 dB of full scale
+SHORTEST = 0.1                      # seconds; no word is shorter
+
+
+def is_audible(wav, rate):
+    """Whether a wav (S,) lasts 0.1 s and has a sample above -80 dB of full scale."""
+    return len(wav) >= SHORTEST * rate and bool(abs(wav).max() > SILENCE)
 
 
 # ---------------------------------------------------------------------------- against an original
@@ -61,7 +74,16 @@ class Stoi:
         self.stoi = stoi
 
     def score(self, x, y):
-        return self.stoi(x, y, self.rate)
+        if not is_audible(x, self.rate):
+            return None
+
+        # with too few frames it warns, and returns 1e-5
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
+            try:
+                return self.stoi(x, y, self.rate)
+            except RuntimeWarning:
+                return None
 
 
 class Visqol:
@@ -173,7 +195,7 @@ class XVector:
 
 
 class Ecapa:
-    """A speaker encoder of SpeechBrain."""
+    """A speaker encoder of SpeechBrain, which is in none of our extras: pip install speechbrain."""
 
     def __init__(self, name, device="cpu"):
         from speechbrain.inference.speaker import EncoderClassifier

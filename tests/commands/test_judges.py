@@ -2,6 +2,7 @@
 import json
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from cli import BadInput
 from data import Clip
 from intervals import Figure
-from judges import Judges, match_sources, read_sources, refuse_without_material
-from speech_metrics import Ecapa, Pesq, Resemblyzer, Utmos, Visqol
+from judges import (Judges, match_sources, read_sources, refuse_unjudged,
+                    refuse_without_material)
+from speech_metrics import Ecapa, Pesq, Resemblyzer, Stoi, Utmos, Visqol, is_audible
 from transcripts import Recogniser
 
 SPEECH = Clip("a.wav", "one two three")
@@ -44,6 +46,75 @@ def test_a_metric_that_hears_nothing_at_all_says_so():
     judges.compare(WAV, WAV, 24000, Clip("b.wav", "one"))
     assert judges.pop() == {}
     assert judges.refused[0].startswith("--metrics pesq: heard nothing in any of 2 clips")
+
+
+def test_clips_that_a_metric_leaves_out_are_counted_in_one_line(capsys):
+    scores = iter([None, 3.0, None])
+    judges = judges_of(["pesq"], pesq=lambda x, y: next(scores))
+    for name in "abc":
+        judges.compare(WAV, WAV, 24000, Clip(f"{name}.wav", "one"))
+    judges.pop()
+    assert capsys.readouterr().out == "pesq: 2 clips left out, silent or too short\n"
+    assert judges.refused == []
+
+
+def test_stoi_of_too_few_frames_or_of_silence_is_no_score(monkeypatch):
+    """Fault: pystoi's 1e-5, which stands for "too short", and its 0 of a silent original counted
+    as scores; below 256 samples it ended in an AxisError.
+    """
+    package = types.ModuleType("pystoi")
+    def stoi(x, y, rate):
+        if len(x) < 6800:
+            warnings.warn("Not enough STFT frames to compute ...", RuntimeWarning)
+            return 1e-5
+        return 0.9 if y.any() else 0.0
+    package.stoi = stoi
+    monkeypatch.setitem(sys.modules, "pystoi", package)
+    model, wav = Stoi(), np.full(8000, 0.1, np.float32)
+    assert model.score(wav, wav) == 0.9 and model.score(wav, 0 * wav) == 0.0
+    assert model.score(0 * wav, wav) is None
+    assert [model.score(wav[:n], wav[:n]) for n in (100, 1600, 6000)] == [None] * 3
+
+
+def test_the_real_stoi_gives_no_score_where_it_has_too_few_frames():
+    pytest.importorskip("pystoi", reason="pystoi (extra eval) is not installed")
+    wav = noise(0)[0].numpy()
+    model = Stoi()
+    assert [model.score(wav[:n], wav[:n]) for n in (0, 100, 1600, 6000)] == [None] * 4
+    assert model.score(0 * wav, wav) is None
+    assert model.score(wav, wav) == pytest.approx(1, abs=1e-6)
+    assert model.score(wav, 0 * wav) == 0
+
+
+def test_sound_is_above_80_db_below_full_scale_for_a_tenth_of_a_second():
+    wav = np.full(1600, 2e-4, np.float32)
+    assert is_audible(wav, 16000)
+    assert not is_audible(wav / 4, 16000) and not is_audible(wav[:1599], 16000)
+    assert not is_audible(wav[:0], 16000)
+
+
+@pytest.mark.parametrize("wav", [torch.zeros(1, 16000), torch.full((1, 800), 0.1)])
+def test_a_generation_without_sound_has_the_lowest_opinion_score(wav):
+    """Fault: silence was 1.84 to DNSMOS and 1.97 to DistillMOS, more than poor speech."""
+    judges = judges_of(["dnsmos", "utmos"], dnsmos=lambda wav: 3.0, utmos=lambda wav: 2.0)
+    judges.judge("generation", wav, 16000, SPEECH)
+    judges.judge("generation", WAV, 24000, Clip("b.wav", "one"))
+    assert judges.pop_figures() == {"dnsmos generation": 2.0, "utmos generation": 1.5}
+
+
+def test_a_recording_without_sound_has_no_opinion_score_and_neither_has_its_reconstruction(capsys):
+    judges = judges_of(["dnsmos"], dnsmos=lambda wav: 3.0)
+    judges.compare(0 * WAV, WAV, 24000, SPEECH)
+    judges.compare(WAV, WAV, 24000, Clip("b.wav", "one"))
+    judges.compare(WAV, 0 * WAV, 24000, Clip("c.wav", "one"))      # the VAE lost it: that counts
+    found = {name: row["speech"] for name, row in judges.pop().items()}
+    assert found["dnsmos original"].value == 3.0 and found["dnsmos original"].clips == 2
+    assert found["dnsmos reconstruction"].value == 2.0
+    assert capsys.readouterr().out == "dnsmos: 1 clip left out, silent or too short\n"
+
+    judges.compare(0 * WAV, WAV, 24000, SPEECH)
+    assert judges.pop() == {}
+    assert judges.refused[0].startswith("--metrics dnsmos: heard nothing in any of 1 clip")
 
 
 def test_word_errors_are_counted_over_all_words():
@@ -91,8 +162,8 @@ def test_a_generation_louder_than_full_scale_is_judged_as_it_would_be_played():
     """Guards a sweep that ended in DNSMOS's complaint about samples above 1."""
     wavs = []
     judges = judges_of(["dnsmos"], dnsmos=lambda wav: wavs.append(wav) or 2.0)
-    judges.judge("generation", torch.tensor([[-1.5, 0.5, 1.01]]), 16000, SPEECH)
-    assert wavs[0].tolist() == [-1.0, 0.5, 1.0]
+    judges.judge("generation", torch.tensor([[-1.5, 0.5, 1.01] * 600]), 16000, SPEECH)
+    assert wavs[0][:3].tolist() == [-1.0, 0.5, 1.0]
 
 
 def test_a_generation_is_compared_with_the_voice_that_it_was_given():
@@ -283,6 +354,43 @@ def test_metrics_of_speech_need_speech():
     refuse_without_material(["fad", "clap"], [Clip("a.wav", "a bell", "sound")])
     with pytest.raises(BadInput, match="--metrics wer: no held-out clip has a text"):
         refuse_without_material(["wer"], [Clip("a.wav")])
+
+
+@pytest.mark.parametrize("metrics, what, line", [
+    (["sim", "pesq", "abx", "stoi", "visqol"], (False, True, True),
+     "--metrics pesq,abx,stoi,visqol: for reconstructions, .*--what vae"),
+    (["sim"], (True, False, True), "--metrics sim: .*only the VAE is judged"),
+    (["sim"], (True, True, False), "--metrics sim: .*trained without")])
+def test_a_metric_that_nothing_judged_can_have_is_refused(metrics, what, line):
+    """Fault: --what lm --metrics sim,pesq,abx,stoi,visqol printed none of them, and ended well."""
+    with pytest.raises(BadInput, match=line):
+        refuse_unjudged(metrics, *what)
+    refuse_unjudged(metrics, True, True, True)
+    refuse_unjudged(["wer", "fad", "kld"], False, True, False)
+
+
+def test_voices_need_two_clips_of_a_speaker():
+    pair = [Clip("a.wav", "one", speaker="s"), Clip("b.wav", "two", speaker="s")]
+    refuse_without_material(["sim"], pair)
+    with pytest.raises(BadInput, match="--metrics sim: no two held-out clips of speech"):
+        refuse_without_material(["sim"], [*pair[:1], Clip("c.wav", "two", speaker="t")])
+
+
+def test_a_metric_without_any_figure_is_named_at_the_end():
+    judges = judges_of(["sim", "stoi"], stoi=lambda x, y: 0.5)
+    judges.compare(WAV, WAV, 24000, SPEECH)
+    judges.pop()
+    judges.judge("generation", WAV, 24000, SPEECH)                 # without a voice
+    judges.pop()
+    judges.refuse_missing()
+    assert len(judges.refused) == 1
+    assert judges.refused[0].startswith("--metrics sim: no text had another clip of its speaker")
+
+    # so it is where a sweep asks
+    judges = judges_of(["sim"])
+    judges.judge("generation", WAV, 24000, SPEECH)
+    with pytest.raises(BadInput, match="--metrics sim: no text had another clip"):
+        judges.pop_figures()
 
 
 def test_a_metric_that_cannot_be_loaded_is_the_one_that_is_named(monkeypatch):
