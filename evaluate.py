@@ -38,6 +38,8 @@ its speaker where the run was trained with voice prompts
     against the held-out clip; of reconstructions visqol
   Without --reference reconstructions are compared with their originals, generations with held-out
   clips. What a metric refuses is the last line; the other figures are printed and written.
+A metric that nothing of what is judged can have, and an option that nothing reads, are refused at
+the start. A generation without sound has opinion scores of 1 (judges.py).
 
 Processes (--jobs, torchrun) share the clips and find the same figures as one; on CUDA the models
 run in bf16 (--dtype).
@@ -65,7 +67,8 @@ from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, se
 from discrete import DISCRETE
 from generate import render, sampling_options, what_was_seen
 from intervals import Figure, Figures, drawn_evenly
-from judges import DISTANCES, METRICS, Judges, read_sources, refuse_without_material
+from judges import (DISTANCES, METRICS, Judges, read_sources, refuse_unjudged,
+                    refuse_without_material)
 from page import keep_evaluation
 from prompts import encode_voice
 from reconstruction import (clip_name, count_right_facts, judge_vae, load_clip, with_interval)
@@ -74,6 +77,14 @@ from workers import Place, choose_place, gather, gather_dict, mine, rank, shared
 
 BATCH = 32                          # texts generated at once
 LENGTH_TOLERANCE = 2                # latent frames
+REPEATS = 6                         # generations per text
+# options of generating, and other options -> the metrics that read them
+GENERATING = ("stage", "steps", "temperature", "cfg", "noise", "repeats")
+WORDS = ("wer", "vert", "ppx")
+READERS = {"whisper": WORDS, "language": WORDS, "text_model": ("ppx",), "sim": ("sim",),
+           "embedding": tuple(DISTANCES), "reference": tuple(DISTANCES),
+           "fad_dims": ("fad", "fad_inf"), "tags": ("kld",), "clap": ("clap",),
+           "utmos": ("utmos",)}
 
 
 # ---------------------------------------------------------------------------- one clip
@@ -309,10 +320,12 @@ def sampling_arguments(wavs=True):
 
 
 def judging_arguments():
-    """A parent parser: how often texts are generated, and which metrics judge them."""
+    """A parent parser: how often texts are generated, and which metrics judge them. Options of a
+    metric that are not given are None; their defaults are those of Judges.
+    """
     p = Parser(add_help=False)
-    p.add_argument("--repeats", type=number(int, 1), default=6,
-                   help="generations per text (default 6)")
+    p.add_argument("--repeats", type=number(int, 1), default=REPEATS,
+                   help=f"generations per text (default {REPEATS})")
     p.add_argument("--seed", type=number(int, 0), default=0,
                    help="of the draws for the intervals (default 0)")
 
@@ -320,38 +333,63 @@ def judging_arguments():
     m = p.add_argument_group("published metrics (judges.py)")
     m.add_argument("--metrics", type=metric_names, default=[],
                    help=f"any of {','.join(METRICS)}; most need the extra eval or hf")
-    m.add_argument("--whisper", default="base",
+    m.add_argument("--whisper",
                    help="faster-whisper model for wer, vert and ppx (default base)")
-    m.add_argument("--language", default="en", help="of the speech, as Whisper names it")
-    m.add_argument("--sim", default="resemblyzer",
+    m.add_argument("--language", help="of the speech, as Whisper names it (default en)")
+    m.add_argument("--sim",
                    help="resemblyzer (default), a transformers model with an x-vector head, or "
-                        "speechbrain/...")
-    m.add_argument("--embedding", default="mel",
+                        "speechbrain/... (pip install speechbrain)")
+    m.add_argument("--embedding",
                    help="for fad, fad_inf and mmd: mel (default), birdnet, or an audio model of "
                         "transformers")
-    m.add_argument("--fad-dims", type=number(int, 0), default=0,
+    m.add_argument("--fad-dims", type=number(int, 0),
                    help="principal axes for fad and fad_inf; 0 = all dimensions (default)")
     m.add_argument("--reference", help="manifest of real clips for the distances, matched by "
                                        "source; default: originals, held-out clips")
-    m.add_argument("--text-model", default="", help="causal text model for ppx")
-    m.add_argument("--tags", default="", help="audio classifier for kld")
-    m.add_argument("--clap", default="", help="CLAP model for clap")
-    m.add_argument("--utmos", default="", help="checkout of SpeechMOS for utmos")
+    m.add_argument("--text-model", help="causal text model for ppx")
+    m.add_argument("--tags", help="audio classifier for kld")
+    m.add_argument("--clap", help="CLAP model for clap")
+    m.add_argument("--utmos", help="checkout of SpeechMOS for utmos")
     return p
 
 
-def open_judges(a, cfg, device="cpu"):
-    """The Judges that the command line asks for; None without --metrics. cfg: Config."""
+def options_of_metrics(a):
+    """{name: value} of the options for metrics that were given; BadInput where none of --metrics
+    reads one.
+    """
+    options = {name: value for name, value in vars(a).items()
+               if name in READERS and value is not None}
+    for name in options:
+        if not set(READERS[name]) & set(a.metrics):
+            raise BadInput(f"--{name.replace('_', '-')}: is for --metrics "
+                           f"{' or '.join(READERS[name])}; leave it out, or add that metric")
+    return options
+
+
+def refuse_generating(a):
+    """BadInput where an option of generating was given, and only the VAE is judged."""
+    for name in GENERATING:
+        if vars(a)[name] is not None:
+            raise BadInput(f"--{name}: is for generations, and only the VAE is judged; leave it "
+                           "out, or judge a language model (--what lm)")
+
+
+def open_judges(a, cfg, device="cpu", reconstructed=False, generated=True):
+    """The Judges that the command line asks for; None without --metrics. cfg: Config.
+    reconstructed, generated: what they will judge. BadInput: a metric that nothing of it can have,
+    an option that no metric reads.
+    """
+    options = options_of_metrics(a)
+    refuse_unjudged(a.metrics, reconstructed, generated, cfg.data.prompt_frames > 0)
     if not a.metrics:
         return None
+    options.pop("reference", None)
     reference = load_manifest(a.reference) if a.reference else None
     sources = {}
     if set(a.metrics) & set(DISTANCES):
         sources = read_sources(a.manifest or cfg.data.valid or cfg.data.manifest)
         sources |= read_sources(a.reference)
-    return Judges(a.metrics, a.whisper, language=a.language, sim=a.sim, embedding=a.embedding,
-                  fad_dims=a.fad_dims, text_model=a.text_model, tags=a.tags, clap=a.clap,
-                  utmos=a.utmos, reference=reference, sources=sources, device=device,
+    return Judges(a.metrics, **options, reference=reference, sources=sources, device=device,
                   seed=a.seed)
 
 
@@ -465,9 +503,9 @@ def model_name(stage, figures):
     return name if figures["objective"] in DISCRETE else f"{name}, {count_steps(figures['steps'])}"
 
 
-def print_table(rows):
+def print_table(rows, seed=0):
     """Print [(name, {kind: number, Figure or None})], a column per kind that has any; rows without
-    numbers are left out.
+    numbers are left out. seed: of the intervals.
     """
     rows = [(name, row) for name, row in rows if any(v is not None for v in row.values())]
     kinds = [kind for kind in KINDS if any(row.get(kind) is not None for _, row in rows)]
@@ -480,7 +518,7 @@ def print_table(rows):
     for (name, _), line in zip(rows, cells):
         print(f"{name:{left}s}" + "".join(f"{cell:>{width}s}" for cell in line))
     if any("[" in cell for line in cells for cell in line):
-        print("[low, high]: 95 % bootstrap interval over clips")
+        print(f"[low, high]: 95 % bootstrap interval over clips, seed {seed}")
 
 
 def shown(value):
@@ -506,6 +544,7 @@ def parse():
                    help="of the models; auto = bf16 on NVIDIA GPUs from Ampere on (default)")
     p.add_argument("--jobs", type=number(int, 1, 1024), default=1,
                    help="processes that share the clips; with torchrun its processes (default 1)")
+    p.set_defaults(**dict.fromkeys(GENERATING))      # None = not given
     return p.parse_args()
 
 
@@ -516,12 +555,15 @@ def judge_run(a, place):
     stages = [] if a.what == "vae" else find_stages(a.run, a.stage)
     if a.what == "lm" and not stages:
         raise BadInput(f"{a.run}: has no language model to generate with")
+    if not stages:
+        refuse_generating(a)
+    clips = held_out_clips(a.run, a.manifest, cfg)
+    generated = of_trained_kinds(clips, a.run, stages, cfg) if stages else clips
 
     # what judges it
-    clips = held_out_clips(a.run, a.manifest, cfg)
-    refuse_without_material(a.metrics, clips)
-    judges = open_judges(a, cfg, place.device)
-    figures = {"run": a.run, "clips": len(clips)}
+    judges = open_judges(a, cfg, place.device, a.what != "lm", bool(stages))
+    refuse_without_material(a.metrics, generated if a.what == "lm" else clips)
+    figures = {"run": a.run, "clips": len(clips), "seed": a.seed}
     rows = []
 
     # the VAE
@@ -533,13 +575,12 @@ def judge_run(a, place):
 
     # the language models
     models = {}
-    clips = of_trained_kinds(clips, a.run, stages, cfg) if stages else clips
     for stage in stages:
         lm = open_stage(a.run, stage, place.device)
         options = chosen_sampling(a, cfg, lm)
         folder = f"{a.wavs}/{stage}" if a.wavs else ""
-        found = judge_lm(lm, vae, cfg, clips, options, a.repeats, a.limit, folder, judges, place,
-                         a.seed)
+        found = judge_lm(lm, vae, cfg, generated, options, a.repeats or REPEATS, a.limit, folder,
+                         judges, place, a.seed)
         published = judges.pop() if judges else {}
 
         # what is written, what is printed
@@ -554,12 +595,14 @@ def judge_run(a, place):
     # printed, drawn and written by one process
     if rank() > 0:
         return
-    print_table(rows)
+    print_table(rows, a.seed)
     if a.wavs:
-        draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, clips, place)
+        draw_overview(f"{a.wavs}/overview.png", vae, models, cfg, generated, place)
     if a.json:
         write_json(a.json, figures)
-    keep_evaluation(a.run, figures, a.wavs, {clip_name(clip): clip.audio for clip in clips})
+    keep_evaluation(a.run, figures, a.wavs, {clip_name(clip): clip.audio for clip in generated})
+    if judges:
+        judges.refuse_missing()
     if judges and judges.refused:                    # the other figures are there
         more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
         raise BadInput(judges.refused[0] + more)

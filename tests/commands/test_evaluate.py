@@ -9,11 +9,16 @@ import soundfile as sf
 import torch
 
 import evaluate
+from cli import BadInput
+from clips import corpus
 from config import Config, build
+from conftest import run
 from data import Clip, DataConfig
 from intervals import Figure
 from judges import Judges
 from reconstruction import information_rate, si_sdr
+from tools import studies
+from untrained import untrained_run
 from vae import VAE, VAEConfig
 
 
@@ -81,8 +86,6 @@ def test_texts_are_as_long_as_those_of_training_with_a_kind_token_or_without(kin
     assert list(evaluate.choose_targets(clips, "speech", cfg, 9)) == ["four"]
 
 
-
-
 def test_the_table_prints_intervals_beside_figures(capsys):
     evaluate.print_table([("wer", {"speech": Figure(0.161, 0.118, 0.207, 40)}),
                           ("facts", {"speech": 0.5, "sound": None}),
@@ -91,4 +94,99 @@ def test_the_table_prints_intervals_beside_figures(capsys):
         "                     speech",
         "wer    0.161 [0.118, 0.207]",
         "facts                 0.500",
-        "[low, high]: 95 % bootstrap interval over clips"]
+        "[low, high]: 95 % bootstrap interval over clips, seed 0"]
+    evaluate.print_table([("wer", {"speech": Figure(0.161, 0.118, 0.207, 40)})], seed=3)
+    assert capsys.readouterr().out.endswith("over clips, seed 3\n")
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with an untrained run, and a manifest of six clips of speech, five of sound."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    untrained_run(folder)
+    clips = corpus(folder, 6) + corpus(folder, 5, "sound")
+    rows = [{"audio": clip.audio, "text": clip.text, "kind": clip.kind, "speaker": clip.speaker}
+            for clip in clips]
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def command(place, *arguments):
+    return ["evaluate.py", "--run", f"{place}/run", "--manifest", f"{place}/clips.jsonl",
+            "--threads", "1", "--repeats", "1", *arguments]
+
+
+def evaluated(place, monkeypatch, *arguments):
+    """evaluate.py in this process -> what it writes with --json."""
+    monkeypatch.setattr("sys.argv", command(place, "--json", f"{place}/f.json", *arguments))
+    evaluate.main()
+    with open(f"{place}/f.json") as f:
+        return json.load(f)
+
+
+def test_metrics_of_reconstructions_are_refused_before_generations_are_made(place, monkeypatch):
+    """Fault: five metrics were asked for, none was printed, and the exit status was 0."""
+    monkeypatch.setattr(evaluate, "judge_lm", None)
+    with pytest.raises(BadInput, match="--metrics pesq,abx,stoi,visqol: for reconstructions"):
+        evaluated(place, monkeypatch, "--what", "lm", "--metrics", "sim,pesq,abx,stoi,visqol")
+
+    # so they are in a sweep
+    monkeypatch.setattr("sys.argv", ["studies.py", "sweep", "--setting", "steps", "--metrics",
+                                     "pesq", *command(place)[1:]])
+    with pytest.raises(BadInput, match="--metrics pesq: for reconstructions"):
+        studies.main()
+
+
+@pytest.mark.parametrize("option", sorted(evaluate.READERS))
+def test_an_option_that_no_metric_reads_is_refused(option, monkeypatch):
+    """Fault: --clap without --metrics clap was taken, and nothing came of it. Also where the value
+    is the default.
+    """
+    value = {"whisper": "base", "language": "en", "sim": "resemblyzer", "embedding": "mel",
+             "fad_dims": "0"}.get(option, "x")
+    flag = f"--{option.replace('_', '-')}"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "r", "--metrics", "stoi", flag, value])
+    with pytest.raises(BadInput, match=f"{flag}: is for --metrics {evaluate.READERS[option][0]}"):
+        evaluate.options_of_metrics(evaluate.parse())
+
+    metrics = evaluate.READERS[option][-1]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "r", "--metrics", metrics, flag,
+                                     value])
+    assert list(evaluate.options_of_metrics(evaluate.parse())) == [option]
+
+
+@pytest.mark.parametrize("option, value", [("stage", "lm"), ("steps", "0"), ("temperature", "1"),
+                                           ("cfg", "1"), ("noise", "0"), ("repeats", "6")])
+def test_an_option_of_generating_is_refused_where_only_the_vae_is_judged(
+        place, option, value, monkeypatch):
+    arguments = ["evaluate.py", "--run", f"{place}/run", "--manifest", f"{place}/clips.jsonl",
+                 "--what", "vae", f"--{option}", value]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(BadInput, match=f"--{option}: is for generations, and only the VAE"):
+        evaluate.main()
+
+
+def test_options_that_are_not_given_have_the_defaults_of_the_judges(place, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "r", "--metrics", "fad,mmd"])
+    judges = evaluate.open_judges(evaluate.parse(), build(Config, {}), reconstructed=True)
+    assert (judges.embedding, judges.fad_dims, judges.language) == ("mel", 0, "en")
+
+
+def test_the_seed_of_the_intervals_is_printed_and_written(place, monkeypatch, capsys):
+    figures = evaluated(place, monkeypatch, "--what", "lm", "--limit", "2", "--seed", "5")
+    assert figures["seed"] == 5
+    assert "bootstrap interval over clips, seed 5" in capsys.readouterr().out
+
+
+def test_two_processes_find_the_figures_of_one(place, monkeypatch):
+    """Texts and repeats, and a distance whose windows come from both."""
+    more = ["--metrics", "mmd", "--limit", "5", "--repeats", "2"]
+    one = evaluated(place, monkeypatch, *more)
+    done = run(*command(place, "--json", f"{place}/two.json", "--jobs", "2", *more))
+    assert done.returncode == 0, done.stderr
+    with open(f"{place}/two.json") as f:
+        assert json.load(f) == one
+    assert "mmd mel generation" in one["lm"]["speech"] and "log_mel" in one["vae"]["sound"]
