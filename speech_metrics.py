@@ -4,7 +4,8 @@
     any wav ──────────────────► dnsmos, distillmos, utmos   score(x)    -> a number
     generation, voice clip ───► sim                         embed(x)    -> a unit vector
 
-pesq: ITU-T P.862.2, wide band, 1 .. 4.64 (package pesq); None where it finds no speech.
+pesq: ITU-T P.862.2, wide band, 1 .. 4.64 (package pesq); None for originals that are
+  silent or in which it finds no speech; a silent reconstruction is 1.
 stoi: short-time objective intelligibility, 0 .. 1 (Taal et al. 2011; pystoi). None for originals
   that are silent, or have less than 30 frames of 25.6 ms, half overlapping, within 40 dB of their
   loudest one (some 0.42 s of speech); a silent reconstruction is 0.
@@ -60,6 +61,10 @@ class Pesq:
         self.no_speech = (pesq.NoUtterancesError, pesq.BufferTooShortError)
 
     def score(self, x, y):
+        if not is_audible(x, self.rate):
+            return None
+        if not y.any():
+            return 1.0                               # the package ends in a NaN
         try:
             return self.pesq(self.rate, x, y, "wb")
         except self.no_speech:

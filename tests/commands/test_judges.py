@@ -158,6 +158,17 @@ def test_pesq_that_finds_no_speech_gives_no_score():
     assert model.score(np.zeros(16000, np.float32), np.zeros(16000, np.float32)) is None
 
 
+def test_a_silent_reconstruction_has_the_lowest_pesq(monkeypatch):
+    """Fault: the package ended in "ValueError: cannot convert float NaN to integer"."""
+    package = types.ModuleType("pesq")
+    package.NoUtterancesError = package.BufferTooShortError = RuntimeError
+    package.pesq = lambda rate, x, y, band: int(float("nan")) if not (x.any() and y.any()) else 3.0
+    monkeypatch.setitem(sys.modules, "pesq", package)
+    wav = np.full(16000, 0.1, np.float32)
+    assert Pesq().score(wav, wav) == 3.0 and Pesq().score(wav, 0 * wav) == 1.0
+    assert Pesq().score(0 * wav, wav) is None
+
+
 def test_a_generation_louder_than_full_scale_is_judged_as_it_would_be_played():
     """Guards a sweep that ended in DNSMOS's complaint about samples above 1."""
     wavs = []
