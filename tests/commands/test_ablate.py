@@ -52,10 +52,13 @@ def test_the_rows_of_a_family_differ_and_share_a_vae(name, monkeypatch):
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
 
-def test_audiocalms_rows_can_use_the_vae_of_the_toy_rows(monkeypatch):
+@pytest.mark.parametrize("name", ["toy", "consistency", "audiocalm"])
+def test_rows_on_the_toy_corpus_have_the_vae_of_their_config(name, monkeypatch):
+    """Fault: two families set losses of the waveform on phases that nobody asks for."""
     monkeypatch.chdir(ROOT)
-    toy, audiocalm = (resolve(name) for name in ("toy", "audiocalm"))
-    assert ablate.vae_settings(toy["full"]) == ablate.vae_settings(audiocalm["amome"])
+    cfg = load(FAMILIES[name].config)
+    for row in resolve(name).values():
+        assert (row.vae, row.gan, row.train.vae) == (cfg.vae, cfg.gan, cfg.train.vae)
 
 
 @pytest.mark.parametrize("name, base, row, key, value", [
@@ -193,7 +196,7 @@ def test_the_rows_of_every_family_take_the_vae_of_a_given_run(name, tmp_path, mo
         assert load(family.config, run.options) == run.resolved
     says = capsys.readouterr().err
     assert says.startswith(f"rows take the VAE of {folder}: ") and "mel = 3.5" in says
-    if name == "toy":
+    if name == "speech":
         assert "vae.stft_size = 320 instead of 0" in says
     [row, *_] = family.rows
     [own] = ablate.plan(name, family, [row], [0], "out", ["--vae.width", "48"], folder)
