@@ -89,8 +89,8 @@ def refuse_too_few(metric, counts, need, why, what_to_do):
     """BadInput where one of {side: windows} has fewer windows than `need`."""
     for side, count in counts.items():
         if count < need:
-            raise BadInput(f"--metrics {metric}: needs {need} windows {why}, the {side} clips have "
-                           f"{count}; {what_to_do}")
+            raise BadInput(f"{metric}: needs {need} windows {why}, the {side} clips have {count}; "
+                           f"{what_to_do}")
 
 
 def check_fad(metric, judged, reference, dims):
@@ -100,11 +100,10 @@ def check_fad(metric, judged, reference, dims):
     features = y.shape[1]
     k = dims or features
     if k > features:
-        raise BadInput(f"--fad-dims {dims}: the embedding has {features}")
+        raise BadInput(f"{metric}: on {dims} dimensions, and the embedding has {features}; take "
+                       "fewer")
     refuse_too_few(metric, {"judged": len(x), "reference": len(y)}, k + 1,
-                   f"of each side for {k} dimensions",
-                   "give more clips (--limit, --manifest, --reference), or fewer dimensions "
-                   "(--fad-dims)")
+                   f"of each side for {k} dimensions", "give more clips, or fewer dimensions")
     if dims:
         axes = principal_axes(y, dims)
         x = x @ axes
@@ -142,10 +141,10 @@ def fad_inf(judged, reference, dims=0, seed=0):
     root = square_root(covariance)
     need = x.shape[1] + 1
     refuse_too_few("fad_inf", {"judged": len(x)}, 3 * need, f"for subsets of at least {need}",
-                   "give more clips, or fewer dimensions (--fad-dims)")
+                   "give more clips, or fewer dimensions")
     if len(judged) < SIZES:
-        raise BadInput(f"--metrics fad_inf: needs {SIZES} clips for subsets of several sizes, has "
-                       f"{len(judged)}; give more clips (--limit, --manifest)")
+        raise BadInput(f"fad_inf: needs {SIZES} clips for subsets of several sizes, has "
+                       f"{len(judged)}; give more clips")
 
     # sizes in clips, evenly spaced in 1/n, from a half of the clips, or a quarter if that is enough
     n = len(judged)
@@ -197,7 +196,7 @@ def mmd(judged, reference, paired=False, seed=0):
     x, owner = stack(judged)
     y, _ = stack(reference)
     refuse_too_few("mmd", {"judged": len(x), "reference": len(y)}, MMD_LEAST, "of each side",
-                   "give more clips (--limit, --manifest, --reference)")
+                   "give more clips")
     chosen = drawn_evenly(range(len(x)), MMD_WINDOWS)
     x, owner = x[chosen], owner[chosen]
     y = y[drawn_evenly(range(len(y)), MMD_WINDOWS)]
@@ -206,7 +205,7 @@ def mmd(judged, reference, paired=False, seed=0):
     within = squared_distances(y, y)
     width = np.median(within[np.triu_indices(len(y), 1)])
     if width == 0:
-        raise BadInput("--metrics mmd: the reference windows are all the same; give other clips")
+        raise BadInput("mmd: the reference windows are all the same; give other clips")
     kernel_xx = np.exp(-squared_distances(x, x) / (2 * width))
     kernel_xy = np.exp(-squared_distances(x, y) / (2 * width))
     if paired:

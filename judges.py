@@ -376,7 +376,7 @@ class Judges:
                         figure, value = self.distance(metric, name, kind, judged)
                         found.setdefault(figure, {})[kind] = value
                 except BadInput as e:
-                    self.refused.append(f"{e} ({name}, {kind})")
+                    self.refused.append(f"--metrics {e} ({name}, {kind})")
         self.missing -= metrics_of(found)
         self.clear()
         return found

@@ -30,7 +30,8 @@ Runs with the same manifest and equal [vae], [gan], [toy] and [train.vae] tables
 its latents: the first trains it, the others link to it. Seeds and rows then differ in the language
 model alone; --own-vae trains one VAE per run. With --vae RUN all rows take the VAE of that run and
 its [vae] and [gan] in place of the family's; what that changes is printed.
-Finished runs are not repeated (choose another --out for other settings); interrupted ones resume.
+Finished trainings are not repeated (choose another --out for other settings), interrupted ones
+resume; a run is judged again where the words of --evaluate or --study are others.
 Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
@@ -231,21 +232,35 @@ def train(run):
 
 
 def evaluate(run, evaluate_options, study):
-    """Write figures.json, study.json or both into the run folder, unless they are there.
+    """Write figures.json, study.json or both into the run folder, unless they are there, judged
+    with the same words.
 
     evaluate_options, study: lists of words. A study takes the place of evaluate.py, unless there
     are options for evaluate.py too.
     """
-    figures = f"{run.folder}/figures.json"
-    if (evaluate_options or not study) and not os.path.exists(figures):
-        run_command(f"{HOME}/evaluate.py", "--run", run.folder, "--what", "lm", "--json", figures,
-                    *evaluate_options)
+    if evaluate_options or not study:
+        judge(run.folder, "figures", evaluate_options, f"{HOME}/evaluate.py", "--what", "lm")
+    if study:
+        judge(run.folder, "study", study[1:], "-m", "tools.studies", study[0])
 
-    figures = f"{run.folder}/study.json"
-    if study and not os.path.exists(figures):
-        name, *study_options = study
-        run_command("-m", "tools.studies", name, "--run", run.folder, "--json", figures,
-                    *study_options)
+
+def judge(folder, name, options, *command):
+    """Let a command write folder/NAME.json, and keep its words beside, in NAME.words."""
+    figures = f"{folder}/{name}.json"
+    words = shlex.join([*command[1:], *options])
+    if os.path.exists(figures) and read_words(f"{folder}/{name}.words") == words:
+        return
+    run_command(*command, "--run", folder, "--json", figures, *options)
+    os.makedirs(folder, exist_ok=True)
+    write_file(f"{folder}/{name}.words", words)
+
+
+def read_words(path):
+    """The words of an earlier command; None where they were not kept."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return f.read()
 
 
 def train_all(runs, vae=None, own_vae=False):
@@ -472,6 +487,9 @@ def main():
     family = families[arguments.family]
     rows = parse_rows(arguments.rows, family)
     evaluate_options, study = parse_evaluation(arguments, family)
+    if arguments.vae and arguments.own_vae:
+        raise BadInput("--own-vae: trains a VAE in each run, and --vae names one for all; leave "
+                       "one of them out")
     runs = plan(arguments.family, family, rows, parse_seeds(arguments.seeds),
                 os.path.abspath(arguments.out), overrides, arguments.vae)
 

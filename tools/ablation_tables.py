@@ -20,14 +20,14 @@ Finished runs are not trained again. Another family with the same rows: --family
 """
 import json
 import os
-import statistics
 
 from cli import BadInput
 from config import read_log
+from intervals import Figure
 from report import pyplot, save_picture
 from tools import ablate
 from tools.paper_tables import TABLES
-from tools.tables import print_rows
+from tools.tables import draw_figures, print_rows, value_of
 
 FILE = "configs/ablation.toml"
 BASE = "full"
@@ -46,6 +46,9 @@ def plan_rows(rows, a):
     ablate.check_names(rows, family.rows, f"family {a.family}, row")
     overrides = ablate.split_options(a.train, "--train")
     study = ablate.split_options(a.study or family.study, "--study")
+    shared = ["--threads", str(a.threads)] if a.threads else []
+    overrides = [*shared, *overrides]
+    study = [study[0], *shared, *(["--manifest", a.manifest] if a.manifest else []), *study[1:]]
 
     runs = ablate.plan(a.family, family, rows, ablate.parse_seeds(a.seeds), os.path.abspath(a.out),
                        overrides, a.vae)
@@ -99,39 +102,61 @@ def energy_curve(folder, kind):
     return [(row["step"], row[name]) for row in rows if row["stage"] == "lm" and name in row]
 
 
+def figure_of(values):
+    """Figures of several seeds -> their mean with its 95 % interval, a Figure."""
+    mean, error = ablate.mean_and_error(values)
+    if error is None:
+        return Figure(mean)
+    return Figure(mean, mean - error, mean + error, len(values))
+
+
 def mean_curve(curves):
-    """The mean over seeds of curves of the same steps."""
-    return [(points[0][0], statistics.fmean(value for _, value in points))
-            for points in zip(*curves)]
+    """Curves of the same steps, one per seed -> [(step, Figure)]."""
+    return [(points[0][0], figure_of([value for _, value in points])) for points in zip(*curves)]
+
+
+def ends_less(curves, base):
+    """{multiplier: [curve of each seed]} -> {multiplier: the last value less that of `base`, seed
+    by seed, a Figure}.
+    """
+    return {multiplier: figure_of([curve[-1][1] - other[-1][1]
+                                   for curve, other in zip(by_seed, curves[base])])
+            for multiplier, by_seed in curves.items() if multiplier != base}
 
 
 def fig2(a):
     """The head batch multiplier: energy score over the training steps."""
+    a.study, a.manifest = "", None
     chosen = {multiplier: MULTIPLIERS[multiplier] for multiplier in a.multipliers}
     runs, _ = plan_rows(list(chosen.values()), a)
     runs = list(ablate.train_all(runs, a.vae))
     curves = {}
     for multiplier, row in chosen.items():
-        found = [energy_curve(run.folder, a.kind) for run in runs if run.row == row]
-        curves[multiplier] = mean_curve(found)
-    if not any(curves.values()):
+        curves[multiplier] = [energy_curve(run.folder, a.kind) for run in runs if run.row == row]
+    if not all(all(by_seed) for by_seed in curves.values()):
         raise BadInput(f"fig2: the runs have no held-out energy score of {a.kind}; train them with "
                        "--train \"--train.lm.valid_every 100\"")
 
-    print(f"CALM Fig. 2: energy score of {a.kind}, held out, 4 steps; multiplier, then by step")
-    for multiplier, curve in curves.items():
-        cells = [f"{step:>7d}: {value:.4f}" for step, value in curve]
-        print(f"x{multiplier:<5d}" + "".join(cells))
+    print(f"CALM Fig. 2: energy score of {a.kind}, held out; multiplier, then by step")
+    means = {multiplier: mean_curve(by_seed) for multiplier, by_seed in curves.items()}
+    for multiplier, curve in means.items():
+        print(f"x{multiplier:<5d}" + "".join(f"{step:>7d}: {figure}" for step, figure in curve))
+    most = max(curves)
+    less = ends_less(curves, most)
+    for multiplier, figure in less.items():
+        print(f"x{multiplier} less x{most} at the end, seed by seed: {figure}")
     if a.picture:
-        draw_multipliers(a.picture, curves, a.kind)
-    return {"fig2": {f"x{multiplier}": curve for multiplier, curve in curves.items()}}
+        draw_multipliers(a.picture, means, a.kind)
+    return {"fig2": {f"x{multiplier}": [(step, value_of(figure)) for step, figure in curve]
+                     for multiplier, curve in means.items()},
+            f"less x{most}": {f"x{m}": value_of(figure) for m, figure in less.items()}}
 
 
 def draw_multipliers(path, curves, kind):
-    """Fig. 2: a curve per multiplier -> a png."""
+    """Fig. 2: a curve per multiplier, [(step, Figure)] -> a png."""
     fig, ax = pyplot().subplots(figsize=(5, 3.2), layout="constrained")
     for multiplier, curve in curves.items():
-        ax.plot(*zip(*curve), "o-", ms=3, label=f"x{multiplier}")
+        draw_figures(ax, curve, f"x{multiplier}")
     ax.set_xlabel("training step")
     ax.set_ylabel(f"energy score, {kind}")
     ax.legend(title="head batch multiplier", fontsize=8, title_fontsize=8)

@@ -30,6 +30,7 @@ from evaluate import write_json
 from intervals import drawn_evenly
 from judges import SECONDS, match_sources, read_sources
 from report import pyplot, save_picture
+from tools.measure import opening
 
 RATE = 16000
 LOW_PASS = (4000, 2000, 1000)       # Hz
@@ -75,15 +76,22 @@ def load(clip):
 
 
 def measure(name, clips, reference, vae, dims):
-    """{"fad mel": {damage: Figure}, "fad_inf mel": ..., "mmd mel": ...} of one embedding."""
-    model = open_embedding(name)
+    """{"fad mel": {damage: Figure}, "fad_inf mel": ..., "mmd mel": ...} of one embedding; fad_inf,
+    which needs three times the windows of fad, is None with fewer, and a line says so.
+    """
+    with opening(f"--embedding {name}"):
+        model = open_embedding(name)
     real = [embed_clip(model, load(clip), RATE)
             for clip in tqdm(reference, desc=f"{name}: reference", leave=False)]
     found = {f"{metric} {name}": {} for metric in ("fad", "fad_inf", "mmd")}
     for damage, apply in damages(vae).items():
         judged = [embed_clip(model, apply(load(clip)), RATE)
                   for clip in tqdm(clips, desc=f"{name}: {damage}", leave=False)]
-        figures = fad(judged, real, dims), fad_inf(judged, real, dims), mmd(judged, real)
+        figures = fad(judged, real, dims), None, mmd(judged, real)
+        try:
+            figures = figures[0], fad_inf(judged, real, dims), figures[2]
+        except BadInput as e:
+            print(e)
         for row, figure in zip(found.values(), figures):
             row[damage] = figure
         print(f"{name:10s}{damage:16s}fad {figures[0]}   fad_inf {figures[1]}   mmd {figures[2]}",
@@ -151,7 +159,7 @@ def main():
     if a.picture:
         draw(a.picture, figures)
     if a.json:
-        write_json(a.json, {name: {damage: [figure.value, figure.low, figure.high]
+        write_json(a.json, {name: {damage: figure and [figure.value, figure.low, figure.high]
                                    for damage, figure in row.items()}
                             for name, row in figures.items()})
 

@@ -38,10 +38,13 @@ def seed_argument():
     return p
 
 
-def table_arguments(kind="music"):
-    """A parent parser: what all tables share. kind: by default; "" = the table has all kinds."""
+def table_arguments(kind="music", manifest=True):
+    """A parent parser: what all tables share. kind: by default; "" = the table has all kinds.
+    manifest: whether clips are judged.
+    """
     p = Parser(add_help=False)
-    p.add_argument("--manifest", help="held-out clips; default: those of the first run")
+    if manifest:
+        p.add_argument("--manifest", help="held-out clips; default: those of the first run")
     if kind:
         p.add_argument("--kind", choices=KINDS, default=kind, help=f"default {kind}")
     p.add_argument("--json", help="write the figures here")
@@ -154,7 +157,8 @@ def add_ablations(studies):
             ("table5", ablation_tables.table5, "CALM Table 5: ablation"),
             ("table7", ablation_tables.table7, "CALM Table 7: length of the short context"),
             ("fig2", ablation_tables.fig2, "CALM Fig. 2: head batch multiplier")):
-        s = studies.add_parser(name, help=help_text, parents=[table_arguments()])
+        s = studies.add_parser(name, help=help_text,
+                               parents=[table_arguments(manifest=name != "fig2")])
         s.add_argument("--family", default="consistency",
                        help="of configs/ablation.toml (default consistency)")
         s.add_argument("--seeds", default="0,1,2", help="separated by commas (default 0,1,2)")
@@ -162,10 +166,11 @@ def add_ablations(studies):
                        help="parent of the run folders (default out/ablation)")
         s.add_argument("--vae", help="a run with the VAE that all rows use")
         s.add_argument("--train", default="", help="options of train.py for all rows, in quotes")
-        s.add_argument("--study", default="", help="how rows are judged, in quotes; default: the "
-                                                   "family's, e.g. \"distance --limit 40\"")
         s.set_defaults(run_command=tables.run_table, table=table)
-        if name == "fig2":
+        if name != "fig2":
+            s.add_argument("--study", default="", help="how rows are judged, in quotes; default: "
+                                                       "the family's, e.g. \"distance --limit 40\"")
+        else:
             s.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4, 8],
                            choices=[1, 2, 4, 8], help="those to compare (default 1 2 4 8)")
             s.add_argument("--picture", help="draw the curves into this file (png)")

@@ -234,14 +234,15 @@ def test_a_study_takes_the_place_of_evaluate_unless_both_are_asked_for(
         assert commands[-1] == ("-m", "tools.studies", "continue", "--run", planned.folder,
                                 "--json", f"{planned.folder}/study.json", *study[1:])
 
-    # figures that are there are kept
-    os.makedirs(planned.folder)
+    # figures that are there are kept, but not those of other words
     for name in ("figures.json", "study.json"):
         with open(f"{planned.folder}/{name}", "w") as f:
             f.write("{}")
     commands.clear()
     ablate.evaluate(planned, evaluation, study)
     assert commands == []
+    ablate.evaluate(planned, [*evaluation, "--seed", "1"], study)
+    assert len(commands) == 1 and commands[0][-2:] == ("--seed", "1")
 
 
 def test_a_continuation_gives_its_first_and_last_three_seconds(tmp_path):

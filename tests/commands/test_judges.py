@@ -311,7 +311,7 @@ def test_a_distance_with_too_few_clips_is_refused_and_the_other_figures_stay():
     assert judges.pop()["visqol"]["music"].value == 4.0
     assert judges.refused == [
         "--metrics fad: needs 161 windows of each side for 160 dimensions, the judged clips have 2;"
-        " give more clips (--limit, --manifest, --reference), or fewer dimensions (--fad-dims) "
+        " give more clips, or fewer dimensions "
         "(reconstruction, music)"]
     with pytest.raises(BadInput, match="needs 161 windows"):
         judges.compare(noise(0), noise(1), 16000, Clip("a.wav", "", "music"))

@@ -200,8 +200,17 @@ def test_the_curve_of_figure_2_is_the_held_out_energy_score_of_the_language_mode
             {"stage": "lm", "step": 20, "valid_energy_music": 0.4}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert ablation_tables.energy_curve(str(tmp_path), "music") == [(10, 0.5), (20, 0.4)]
-    assert ablation_tables.mean_curve([[(10, 0.5), (20, 0.4)], [(10, 0.7), (20, 0.2)]]) == [
-        (10, pytest.approx(0.6)), (20, pytest.approx(0.3))]
+
+
+def test_figure_2_has_intervals_over_seeds_and_differences_seed_by_seed():
+    """Two seeds: the interval is the mean ± 12.706 standard errors, half of their difference."""
+    curves = {1: [[(10, 0.5), (20, 0.4)], [(10, 0.7), (20, 0.2)]],
+              8: [[(20, 0.3)], [(20, 0.1)]]}
+    (step, figure), _ = ablation_tables.mean_curve(curves[1])
+    assert (step, figure.value) == (10, pytest.approx(0.6))
+    assert figure.high - figure.value == pytest.approx(12.706 * 0.1, rel=1e-3)
+    less = ablation_tables.ends_less(curves, 8)[1]
+    assert [less.value, less.low, less.high] == pytest.approx([0.1] * 3)
 
 
 def test_the_pictures_are_drawn(tmp_path):
@@ -210,7 +219,7 @@ def test_the_pictures_are_drawn(tmp_path):
         "1": {"calm_fad": figure, "flow_fad": figure, "calm_mmd": Figure(1.0)}})
     tables.draw_similarity(str(tmp_path / "fig3.png"), {
         "recordings": {"-": figure}, "CALM": {"0.2": figure, "1": figure}})
-    curves = {1: [(10, 0.5), (20, 0.4)]}
+    curves = {1: [(10, figure), (20, figure)]}
     ablation_tables.draw_multipliers(str(tmp_path / "fig2.png"), curves, "music")
     for name in ("steps", "fig3", "fig2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 3000

@@ -116,7 +116,7 @@ def test_too_few_windows_are_refused_with_the_number_that_is_needed():
         fad_inf(clips(rng, 2, 8, per_clip=50), many)
     with pytest.raises(BadInput, match="mmd: needs 4 windows"):
         mmd(few[:1], many)
-    with pytest.raises(BadInput, match="--fad-dims 9: the embedding has 8"):
+    with pytest.raises(BadInput, match="fad: on 9 dimensions, and the embedding has 8"):
         fad(many, many, dims=9)
 
 
