@@ -51,7 +51,7 @@ def test_the_more_a_clip_is_damaged_the_larger_is_every_distance(tmp_path, monke
 def test_clips_that_are_enough_for_fad_alone_have_it(tmp_path, monkeypatch, capsys):
     found = damaged(tmp_path, monkeypatch, "--limit", "6")
     assert found["fad_inf mel"]["real"] is None and found["fad mel"]["real"][0] >= 0
-    assert "fad_inf: needs 8 clips for subsets of several sizes, has 6" in capsys.readouterr().out
+    assert "fad_inf: needs 15 windows for subsets of at least 5" in capsys.readouterr().out
 
 
 def test_an_embedding_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, monkeypatch):
