@@ -24,6 +24,7 @@ rewarded for silence.
 import json
 import os
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -61,6 +62,22 @@ SECONDS = 20.0
 def spoken(clip):
     """The words of a Clip of speech, without the description around them."""
     return clip.transcript or clip.text
+
+
+@contextmanager
+def opening(option, extra):
+    """`with opening("--embedding NAME", "hf"):` what a model's loading raises becomes one line.
+    extra: of this project, that has its package.
+    """
+    try:
+        yield
+    except ImportError as e:
+        package = (e.name or str(e)).partition(".")[0]
+        install = package if package == "speechbrain" else f"-e .[{extra}]"
+        raise BadInput(f"{option}: {package} is not installed: pip install {install}") from None
+    except (RuntimeError, OSError, ValueError, KeyError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise BadInput(f"{option}: cannot be loaded ({reason})") from None
 
 
 def refuse_unjudged(metrics, reconstructed, generated, prompted):
@@ -245,15 +262,8 @@ class Judges:
             option = f"--sim {self.names[name]}"
             extra = "eval" if self.names[name] == "resemblyzer" else "hf"
 
-        try:
+        with opening(option, extra):
             return make()
-        except ImportError as e:
-            package = (e.name or str(e)).partition(".")[0]
-            install = package if package == "speechbrain" else f"-e .[{extra}]"
-            raise BadInput(f"{option}: {package} is not installed: pip install {install}") from None
-        except (RuntimeError, OSError, ValueError, KeyError) as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise BadInput(f"{option}: cannot be loaded ({reason})") from None
 
     # ------------------------------------------------------------------------ one clip
 

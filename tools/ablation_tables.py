@@ -48,7 +48,9 @@ def plan_rows(rows, a):
     study = ablate.split_options(a.study or family.study, "--study")
     shared = ["--threads", str(a.threads)] if a.threads else []
     overrides = [*shared, *overrides]
-    study = [study[0], *shared, *(["--manifest", a.manifest] if a.manifest else []), *study[1:]]
+    if study:
+        clips = ["--manifest", a.manifest] if a.manifest else []
+        study = [study[0], *shared, *clips, *study[1:]]
 
     runs = ablate.plan(a.family, family, rows, ablate.parse_seeds(a.seeds), os.path.abspath(a.out),
                        overrides, a.vae)
@@ -126,7 +128,6 @@ def ends_less(curves, base):
 
 def fig2(a):
     """The head batch multiplier: energy score over the training steps."""
-    a.study, a.manifest = "", None
     chosen = {multiplier: MULTIPLIERS[multiplier] for multiplier in a.multipliers}
     runs, _ = plan_rows(list(chosen.values()), a)
     runs = list(ablate.train_all(runs, a.vae))

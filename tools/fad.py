@@ -28,9 +28,8 @@ from distances import fad, fad_inf, mmd
 from embeddings import embed_clip, open_embedding
 from evaluate import write_json
 from intervals import drawn_evenly
-from judges import SECONDS, match_sources, read_sources
+from judges import SECONDS, match_sources, opening, read_sources
 from report import pyplot, save_picture
-from tools.measure import opening
 
 RATE = 16000
 LOW_PASS = (4000, 2000, 1000)       # Hz
@@ -75,11 +74,20 @@ def load(clip):
     return torch.tensor(load_audio(clip.audio, RATE, seconds=SECONDS, allow_silence=True))
 
 
+def extrapolated(judged, real, dims):
+    """fad_inf, or None and a line where the clips are too few for it."""
+    try:
+        return fad_inf(judged, real, dims)
+    except BadInput as e:
+        print(e)
+        return None
+
+
 def measure(name, clips, reference, vae, dims):
     """{"fad mel": {damage: Figure}, "fad_inf mel": ..., "mmd mel": ...} of one embedding; fad_inf,
     which needs three times the windows of fad, is None with fewer, and a line says so.
     """
-    with opening(f"--embedding {name}"):
+    with opening(f"--embedding {name}", "eval,hf"):
         model = open_embedding(name)
     real = [embed_clip(model, load(clip), RATE)
             for clip in tqdm(reference, desc=f"{name}: reference", leave=False)]
@@ -87,11 +95,7 @@ def measure(name, clips, reference, vae, dims):
     for damage, apply in damages(vae).items():
         judged = [embed_clip(model, apply(load(clip)), RATE)
                   for clip in tqdm(clips, desc=f"{name}: {damage}", leave=False)]
-        figures = fad(judged, real, dims), None, mmd(judged, real)
-        try:
-            figures = figures[0], fad_inf(judged, real, dims), figures[2]
-        except BadInput as e:
-            print(e)
+        figures = fad(judged, real, dims), extrapolated(judged, real, dims), mmd(judged, real)
         for row, figure in zip(found.values(), figures):
             row[damage] = figure
         print(f"{name:10s}{damage:16s}fad {figures[0]}   fad_inf {figures[1]}   mmd {figures[2]}",

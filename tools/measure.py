@@ -11,7 +11,6 @@ Figures are intervals.Figure: a value and the ends of its interval over clips. T
 over the repeats of generations of one row, without the decoder; a first repeat is not counted.
 """
 import statistics
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ from distances import fad, mmd
 from embeddings import embed_clip, open_embedding, resample
 from intervals import (bootstrap, bootstrap_distance, drawn_evenly, exp_ratio,
                        geometric_mean)
+from judges import opening
 from reconstruction import count_right_facts, load_clip
 from speech_metrics import SPEECH_RATE
 from tools.bench.timing import clock
@@ -30,18 +30,6 @@ from transcripts import Recogniser, TextModel, Words, auto_bleu, self_bleu
 
 SECONDS = 20.0                          # of a real clip that are compared
 LEAST_SIMILAR = 8                       # clips that a mean similarity needs
-
-
-@contextmanager
-def opening(option):
-    """`with opening("--embedding NAME"):` what a model's loading raises becomes one line."""
-    try:
-        yield
-    except ImportError as e:
-        raise BadInput(f"{option}: {e.name} is not installed: pip install -e .[eval,hf]") from None
-    except (RuntimeError, OSError, ValueError, KeyError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise BadInput(f"{option}: cannot be loaded ({reason})") from None
 
 
 # ---------------------------------------------------------------------------- distances
@@ -54,7 +42,7 @@ class Yardstick:
         """embedding: mel, birdnet or a model of transformers. dims: principal axes that FAD is
         taken on, 0 = all.
         """
-        with opening(f"--embedding {embedding}"):
+        with opening(f"--embedding {embedding}", "eval,hf"):
             self.model = open_embedding(embedding)
         self.dims = dims
         rate = vae_config.sample_rate
@@ -88,10 +76,10 @@ class Listener:
     """Whisper and, where one is named, a text model: what is said, and how likely it is."""
 
     def __init__(self, whisper, text_model=""):
-        with opening(f"--whisper {whisper}"):
+        with opening(f"--whisper {whisper}", "eval"):
             self.words = Words()
             self.recogniser = Recogniser(whisper)
-        with opening(f"--text-model {text_model}"):
+        with opening(f"--text-model {text_model}", "hf"):
             self.text_model = TextModel(text_model) if text_model else None
 
     def judge(self, wavs, clips, rate, with_text):

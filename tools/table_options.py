@@ -166,7 +166,7 @@ def add_ablations(studies):
                        help="parent of the run folders (default out/ablation)")
         s.add_argument("--vae", help="a run with the VAE that all rows use")
         s.add_argument("--train", default="", help="options of train.py for all rows, in quotes")
-        s.set_defaults(run_command=tables.run_table, table=table)
+        s.set_defaults(run_command=tables.run_table, table=table, study="", manifest=None)
         if name != "fig2":
             s.add_argument("--study", default="", help="how rows are judged, in quotes; default: "
                                                        "the family's, e.g. \"distance --limit 40\"")

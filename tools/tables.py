@@ -30,12 +30,13 @@ from data import KINDS
 from embeddings import embed_clip, log_mel, open_embedding, resample
 from evaluate import held_out_clips, write_json
 from intervals import Figure, bootstrap, drawn_evenly
+from judges import opening
 from reconstruction import load_clip, si_sdr
 from report import pyplot, save_picture
 from speech_metrics import AUDIO_RATE, SPEECH_RATE, Visqol, open_speaker
 from tools import listen, systems
-from tools.measure import (Listener, Yardstick, facts, mean_similarity, opening,
-                           split_reference, time_generations, unit_vectors)
+from tools.measure import (Listener, Yardstick, facts, mean_similarity, split_reference,
+                           time_generations, unit_vectors)
 from tools.paper_tables import TABLES
 from tools.systems import Contestant, System
 
@@ -253,7 +254,7 @@ def table3(a):
 
 def open_visqol():
     """ViSQOL in audio mode, the paper's."""
-    with opening("--visqol"):
+    with opening("--visqol", "eval"):
         return Visqol("audio")
 
 
@@ -391,7 +392,7 @@ def open_voice(name):
     if name == "mel":
         model = open_embedding(name)
         return lambda wav, rate: embed_clip(model, wav, rate).mean(0)
-    with opening(f"--speaker {name}"):
+    with opening(f"--speaker {name}", "eval,hf"):
         speaker = open_speaker(name)
     return lambda wav, rate: speaker.embed(resample(wav, rate, SPEECH_RATE))
 

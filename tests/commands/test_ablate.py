@@ -107,7 +107,8 @@ def test_a_rows_options_follow_the_common_ones_and_the_command_line_comes_last(t
     (["{file}", "tiny", "--seeds", "one"], "--seeds one: must be whole numbers"),
     (["{file}", "tiny", "--lm.noise", "2"], "tiny, row a: lm.noise: must lie in"),
     (["{file}", "tiny", "--lm.noise"], "--lm.noise: needs a value"),
-    (["{file}", "tiny", "--study", "sweep --limit 2"], "--study sweep: unknown; valid: continue, distance"),
+    (["{file}", "tiny", "--study", "sweep --limit 2"],
+     "--study sweep: unknown; valid: continue, distance"),
     (["{file}", "tiny", "--evaluate", "--metrics 'wer"], "--evaluate: No closing quotation"),
     (["{none}", "tiny"], "no such file")])
 def test_a_mistake_is_found_before_anything_trains(arguments, says, tmp_path, monkeypatch):

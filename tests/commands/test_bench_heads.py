@@ -104,7 +104,7 @@ def test_figures_are_ratios_of_the_same_repeats_and_only_calm_pays_for_the_short
 
 
 def test_the_delay_pattern_pays_for_its_frame_rate_with_the_backbone():
-    """50 frames per second beside 25: a second of audio has twice the backbone, no short context."""
+    """50 frames per second beside 25: a second has twice the backbone, and no short context."""
     times = {"backbone": [0.004], "short context": [0.001], "consistency 1 step": [0.002],
              "rq 32 levels": [0.012], bench.DELAY: [0.001]}
     figures = bench.head_figures(times, "rq 32 levels", 25.0, {bench.DELAY: 50.0})

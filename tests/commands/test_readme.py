@@ -47,7 +47,8 @@ PAGES = ("README.md", "RESULTS.md", "docs/recipes.md", "docs/gpus.md", "docs/dif
 COMMANDS = [command for name in PAGES for command in commands(read(name))]
 RUN = [words for words, long in COMMANDS if not long]
 PARSED = {" ".join(words): words for words, long in COMMANDS if long}.values()
-WRITTEN = ("train.jsonl", "described.jsonl", "figures.json", "listen.html", "some.wav", "hello.wav", "out/mine")
+WRITTEN = ("train.jsonl", "described.jsonl", "figures.json", "listen.html", "some.wav", "hello.wav",
+           "out/mine")
 
 
 @pytest.fixture(scope="module")

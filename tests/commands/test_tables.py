@@ -193,6 +193,17 @@ def test_an_ablation_prints_means_and_differences_beside_the_paper(monkeypatch, 
     assert found["table5"]["less full"]["none"]["fad music"]["mean"] == 4
 
 
+def test_threads_and_clips_reach_both_children_and_a_family_without_a_study_has_none(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    a = types.SimpleNamespace(family="consistency", seeds="0", out="out", vae=None, train="",
+                              study="distance --limit 4", threads=1, manifest="valid.jsonl")
+    [run], study = ablation_tables.plan_rows(["full"], a)
+    assert run.resolved.threads == 1
+    assert study == "distance --threads 1 --manifest valid.jsonl --limit 4".split()
+    a.family, a.study = "toy", ""
+    assert ablation_tables.plan_rows(["full"], a)[1] == []
+
+
 def test_the_curve_of_figure_2_is_the_held_out_energy_score_of_the_language_model(tmp_path):
     rows = [{"stage": "vae", "step": 5, "valid_energy_music": 9.0},
             {"stage": "lm", "step": 10, "valid_energy_music": 0.5, "valid_energy_speech": 0.1},
