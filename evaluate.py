@@ -65,7 +65,7 @@ from config import load_checkpoint, open_run, trained_stages
 from corpora import oracle
 from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
 from discrete import DISCRETE
-from generate import render, sampling_options, what_was_seen
+from generate import refuse_steps, render, sampling_options, what_was_seen
 from intervals import Figure, Figures, drawn_evenly
 from judges import (DISTANCES, METRICS, Judges, read_sources, refuse_unjudged,
                     refuse_without_material)
@@ -447,6 +447,7 @@ def chosen_sampling(a, cfg, lm):
     """The sampling options of a model: the command line's, else the config's; steps: the command
     line's, else the objective's own.
     """
+    refuse_steps(lm, a.steps, "--steps")
     options = sampling_options(cfg.sample, a.steps, a.temperature, a.cfg, a.noise)
     return options | {"steps": a.steps or lm.cfg.head.sample_steps}
 

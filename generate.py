@@ -26,6 +26,7 @@ from audio import from_array, limit, refuse_poison
 from cli import BadInput, Failure
 from config import load_checkpoint, open_run
 from data import KINDS, encode_text, pad_id
+from discrete import DISCRETE
 from prompts import PIECE_SECONDS, best_voice, encode_prompt, encode_voice, length, read
 from replay import Fast
 from sentences import texts_to_generate
@@ -304,6 +305,7 @@ class Model:
         unknown = sampling.keys() - self.defaults.keys()
         if unknown:
             raise BadInput(f"{min(unknown)}: is no option; choose from {', '.join(self.defaults)}")
+        refuse_steps(self.lm, sampling.get("steps"), "steps")
         return self.defaults | {name: v for name, v in sampling.items() if v is not None}
 
     def tokens(self, texts, kind):
@@ -411,6 +413,16 @@ def sampling_options(cfg, steps=None, temperature=None, guidance=None, noise=Non
             "noise": cfg.noise if noise is None else noise,
             "text_temperature": cfg.text_temperature,
             "text_top_k": cfg.text_top_k}
+
+
+def refuse_steps(lm, steps, what):
+    """BadInput where `steps` are asked of a head of codes, which draws each code once. what: the
+    option's name in that line.
+    """
+    objective = lm.cfg.head.objective
+    if steps and objective in DISCRETE:
+        raise BadInput(f"{what}: the codes of a head of {objective} are drawn once each; leave it "
+                       "out")
 
 
 def to_int8(lm, vae=None):

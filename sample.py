@@ -46,7 +46,7 @@ from cli import (BadInput, Parser, check_writable, cli, is_stream, number, print
                  threads)
 from config import LM_STAGES
 from data import KINDS
-from generate import INT8_WEIGHTS, choose_device, load, to_int8
+from generate import INT8_WEIGHTS, choose_device, load, refuse_steps, to_int8
 from output import Output, free_names, numbered_names, play
 from replay import HOW
 
@@ -310,6 +310,7 @@ def main():
         print(f"--int8: {count} matrices rounded" if count else
               f"--int8: no matrix has {INT8_WEIGHTS} weights, from which 8 bits are faster; "
               "none is rounded")
+    refuse_steps(model.lm, a.steps, "--steps")
     for name, value in (("steps", a.steps), ("temperature", a.temperature), ("guidance", a.cfg),
                         ("noise", a.noise)):
         if value is not None:

@@ -50,6 +50,7 @@ from discrete import DISCRETE
 from evaluate import (chosen_sampling, count_steps, find_stages, held_out_clips, judge_lm,
                       judging_arguments, of_trained_kinds, open_judges, open_stage, prepare,
                       print_table, rounded_mean, run_arguments, sampling_arguments, write_json)
+from generate import refuse_steps
 from intervals import drawn_evenly
 from report import draw_continuation, draw_sweep
 from tools import tables
@@ -76,6 +77,8 @@ def sweep(a, cfg, vae, clips, stages):
     option = "guidance" if a.setting == "cfg" else a.setting
     if vars(a)[a.setting] != (0 if a.setting == "steps" else None):
         raise BadInput(f"--{a.setting}: is what the sweep varies; give --values")
+    if a.setting == "steps":
+        refuse_steps(lm, values[0], "--setting steps")
 
     rows = {}
     intervals = {}

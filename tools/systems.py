@@ -25,7 +25,7 @@ from evaluate import (choose_targets, find_stages, generate_texts, held_out_clip
                       voice_prompt)
 from intervals import drawn_evenly
 from reconstruction import load_clip
-from generate import render, sampling_options
+from generate import refuse_steps, render, sampling_options
 from prompts import encode_prompt
 
 TASKS = ("text", "continue", "free")
@@ -99,6 +99,7 @@ def open_system(system):
     if not stages:
         raise BadInput(f"{system.run}: has no language model to generate with")
     lm = open_stage(system.run, stages[-1])
+    refuse_steps(lm, system.options.get("steps"), f"{system.name}: steps")
     options = sampling_options(cfg.sample) | {"steps": lm.cfg.head.sample_steps} | system.options
     return Contestant(system, cfg, vae, lm, options)
 

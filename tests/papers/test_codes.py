@@ -235,6 +235,11 @@ def test_training_sampling_and_judging_work_as_with_latents(tmp_path, monkeypatc
             command(sample, "--run", out, "--out", wav, "--seconds", 0.3, *extra)
             made, rate = sf.read(wav)
             assert rate == cfg.vae.sample_rate and len(made) >= cfg.vae.hop
+
+        # there are no steps to choose. Fault: --steps was taken and ignored
+        for module, *rest in ((sample, "--text", "one", "--out", wav), (evaluate, "--limit", 1)):
+            with pytest.raises(BadInput, match=f"--steps: .* head of {objective} are drawn once"):
+                command(module, "--run", out, "--steps", 4, *rest)
         if objective == "rq":
             os.remove(f"{out}/lm.pt")
     command(evaluate, "--run", out, "--limit", 1, "--repeats", 1, "--json", f"{tmp_path}/f.json")
