@@ -47,36 +47,28 @@ Sweeps of a sampling setting, continuations of audio and the diversity of sample
 Exit status: 0 done, 2 your mistake (one line says which).
 """
 import argparse
-import json
-import math
 import os
 
-from audio import load_audio, save_audio
 from cli import check_packages
 
 if __name__ == "__main__":
     check_packages()                # before the imports that need them
 
 import torch
-from tqdm import tqdm
 
-from cli import BadInput, Parser, check_writable, cli, number, threads, write_file
+from cli import BadInput, Parser, check_writable, cli, number, threads
 from config import load_checkpoint, open_run, trained_stages
-from corpora import oracle
-from data import KINDS, encode_text, fits, load_clips, load_manifest, pad_id, seconds_of
-from discrete import DISCRETE
-from generate import refuse_steps, render, sampling_options, what_was_seen
-from intervals import Figure, Figures, drawn_evenly
+from data import load_clips, load_manifest
+from figures import (joined, lm_rows, merge_intervals, model_name, print_table, published_json,
+                     vae_rows, write_json)
+from generate import refuse_steps, sampling_options, what_was_seen
+from generations import draw_overview, judge_lm
 from judges import (DISTANCES, METRICS, Judges, read_sources, refuse_unjudged,
                     refuse_without_material)
 from page import keep_evaluation
-from prompts import encode_voice
-from reconstruction import (clip_name, count_right_facts, judge_vae, load_clip, with_interval)
-from report import draw_spectrograms
-from workers import Place, choose_place, gather, gather_dict, mine, rank, shared
+from reconstruction import clip_name, judge_vae
+from workers import choose_place, rank, shared
 
-BATCH = 32                          # texts generated at once
-LENGTH_TOLERANCE = 2                # latent frames
 REPEATS = 6                         # generations per text
 # options of generating, and other options -> the metrics that read them
 GENERATING = ("stage", "steps", "temperature", "cfg", "noise", "repeats")
@@ -85,193 +77,6 @@ READERS = {"whisper": WORDS, "language": WORDS, "text_model": ("ppx",), "sim": (
            "embedding": tuple(DISTANCES), "reference": tuple(DISTANCES),
            "fad_dims": ("fad", "fad_inf"), "tags": ("kld",), "clap": ("clap",),
            "utmos": ("utmos",)}
-
-
-# ---------------------------------------------------------------------------- one clip
-
-
-def length_is_right(wav, clip, cfg):
-    """Does wav (ch, S) end within two latent frames of the clip's end? cfg: VAEConfig."""
-    frames = wav.shape[-1] // cfg.hop
-    target = math.ceil(round(seconds_of(clip) * cfg.sample_rate) / cfg.hop)
-    return abs(frames - target) <= LENGTH_TOLERANCE
-
-
-def rounded_mean(values):
-    """Mean to four decimals; None for an empty list."""
-    return round(sum(values) / len(values), 4) if values else None
-
-
-# ---------------------------------------------------------------------------- the language models
-
-
-@torch.no_grad()
-def voice_prompt(clip, clips, lm, vae, cfg):
-    """The voice prompt for a clip's text: another held-out clip of its speaker -> (its latents
-    (1, P, D), the wav (ch, S)), or None where there is none or the run was trained without.
-    """
-    seconds = cfg.data.prompt_frames / vae.cfg.frame_rate
-    others = [c for c in clips if c.speaker == clip.speaker != "" and c.audio != clip.audio
-              and seconds_of(c) >= seconds]
-    if clip.kind != "speech" or not cfg.data.prompt_frames or not others:
-        return None
-
-    # the first one that is not silent; the same window of it that sample.py would take
-    for other in others:
-        latents, _ = encode_voice(lm, vae, other.audio, cfg.data.prompt_frames)     # (1, P, D)
-        if latents is not None:
-            return latents, torch.tensor(load_audio(other.audio, vae.cfg.sample_rate,
-                                                    vae.cfg.channels))
-    return None
-
-
-def choose_targets(clips, kind, cfg, limit):
-    """At most `limit` distinct held-out texts of a kind -> {text: clip}, in alphabetical order.
-    cfg: DataConfig; texts longer than its text_len are left out.
-    """
-    targets = {clip.text: clip for clip in clips if clip.kind == kind and clip.text
-               and fits(clip.text, kind, cfg)}
-    return {text: targets[text] for text in drawn_evenly(sorted(targets), limit)}
-
-
-def batch_texts(texts, voices, kind, lm, cfg):
-    """Lists of at most 32 texts that the model can generate together. cfg: DataConfig.
-
-    The model takes no padding when it generates, so a batch has texts of equal length, all with or
-    all without a voice prompt; with an inner monologue texts of every length.
-    """
-    groups = {}
-    for text in texts:
-        any_length = kind == "speech" and lm.monologue
-        length = 0 if any_length else len(encode_text(text, kind, cfg))
-        groups.setdefault((length, voices[text] is not None), []).append(text)
-
-    return [group[i:i + BATCH] for _, group in sorted(groups.items())
-            for i in range(0, len(group), BATCH)]
-
-
-def generate_batch(lm, vae, cfg, kind, texts, voices, seed, options, place=Place()):
-    """Generate one batch of texts -> list of waveforms (ch, S)."""
-    # monologues differ in length: padding at the end adds no words
-    ids = [encode_text(text, kind, cfg.data) for text in texts]
-    longest = max(map(len, ids))
-    pad = pad_id(cfg.data)
-    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], dtype=torch.long,
-                          device=place.device)
-
-    prompt = None
-    if voices[texts[0]] is not None:
-        prompt = torch.cat([voices[text][0] for text in texts])                 # (B, P, D)
-    generator = torch.Generator(place.device).manual_seed(seed)
-    with place.autocast():
-        wavs = render(lm, vae, tokens, kind=KINDS.index(kind), seconds=cfg.sample.seconds,
-                      prompt=prompt, generator=generator, **options)
-    return [wav.float().cpu() for wav in wavs]
-
-
-def generate_texts(lm, vae, cfg, kind, texts, voices, repeats, options, place=Place(), first=0):
-    """Generate every text `repeats` times, this process its share; yields (text, repeat, waveform
-    (ch, S)). A repeat is a draw of its own; they count from `first`.
-    """
-    batches = [(repeat, i, batch) for i, batch in enumerate(batch_texts(texts, voices, kind, lm,
-                                                                        cfg.data))
-               for repeat in range(first, first + repeats)]
-    for repeat, i, batch in tqdm(mine(batches), desc=f"generate {kind}", leave=False,
-                                 disable=rank() > 0):
-        wavs = generate_batch(lm, vae, cfg, kind, batch, voices, 1000 * repeat + i, options, place)
-        for text, wav in zip(batch, wavs):
-            yield text, repeat, wav
-
-
-def save_generation(folder, wav, clip, rate):
-    """Write one generation of a clip's text to folder -> its row of a manifest."""
-    name = clip_name(clip)
-    save_audio(f"{folder}/{name}.wav", wav.numpy(), rate)
-    return {"id": name, "text": clip.transcript or clip.text, "kind": clip.kind,
-            "audio": f"{name}.wav", "speaker": clip.speaker}
-
-
-def judge_lm(lm, vae, cfg, clips, options, repeats, limit, folder="", judges=None, place=Place(),
-             seed=0):
-    """Generate at most `limit` held-out texts of each kind, `repeats` times each -> {"facts":
-    {kind: share of facts right}, "chance": {kind: the same by guessing}, "length": {kind: share
-    that ends on time}, "intervals": {"facts": {kind: [low, high]}, ...}}.
-
-    options: steps, temperature, guidance, noise. folder: for the first wav of each text and a
-    manifest per kind, "" = none. judges: Judges that score the audio too, or None.
-    """
-    own = Figures(seed)
-    if judges is not None:
-        judges.held_out = clips
-    for kind in KINDS:
-        targets = choose_targets(clips, kind, cfg.data, limit)
-        voices = {text: voice_prompt(clip, clips, lm, vae, cfg) for text, clip in targets.items()}
-        saved = {}                                   # id -> row of the manifest
-
-        # judge wav by wav
-        generated = generate_texts(lm, vae, cfg, kind, list(targets), voices, repeats, options,
-                                   place)
-        for text, repeat, wav in generated:
-            clip = targets[text]
-            add_generation(own, wav, clip, cfg.vae, repeat)
-            if judges is not None:
-                _, voice = voices[text] or (None, None)
-                real = load_clip(clip, cfg.vae, seconds=20.0) if "kld" in judges.metrics else None
-                judges.judge("generation", wav, cfg.vae.sample_rate, clip, voice, real, repeat)
-            if folder and repeat == 0:
-                saved[text] = save_generation(folder, wav, clip, cfg.vae.sample_rate)
-
-        # the manifest of this kind
-        rows = gather_dict(saved).values()
-        if rows and rank() == 0:
-            write_file(f"{folder}/{kind}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-    figures = Figures(seed)
-    figures.merge(gather(own))
-    return split_figures(figures.read(), ("facts", "chance", "length"))
-
-
-def add_generation(figures, wav, clip, cfg, repeat):
-    """Add one generation (ch, S) of a Clip's text to Figures. cfg: VAEConfig."""
-    facts = count_right_facts(wav, clip, cfg.sample_rate)
-    if facts is not None:
-        figures.add("facts", clip.kind, clip.text, *facts, repeat=repeat)
-        figures.add("chance", clip.kind, clip.text, oracle.chance(clip.text, clip.kind), 1,
-                    repeat=repeat)
-    figures.add("length", clip.kind, clip.text, length_is_right(wav, clip, cfg), 1, repeat=repeat)
-
-
-def split_figures(figures, names):
-    """{name: {kind: Figure}} -> {name: {kind: number}, "intervals": {name: {kind: [low, high]}}}.
-    """
-    values = {name: {kind: round(found.value, 4) for kind, found in figures.get(name, {}).items()}
-              for name in names}
-    ends = {name: {kind: found.ends() for kind, found in figures[name].items()}
-            for name in names if name in figures}
-    return values | {"intervals": ends}
-
-
-@torch.no_grad()
-def draw_overview(path, vae, models, cfg, clips, place=Place()):
-    """Spectrograms of one text per kind: the held-out clip, its reconstruction, and the generation
-    of each model. models: {name: (model, its options)}.
-    """
-    texts = {kind: [c for c in clips if c.kind == kind and c.text] for kind in KINDS}
-    examples = [min(texts[kind], key=lambda clip: clip.text) for kind in KINDS if texts[kind]]
-    if not examples:
-        return
-    wavs = [load_clip(clip, vae.cfg, seconds=cfg.sample.seconds) for clip in examples]
-
-    # one row of pictures after the other
-    pictures = [(f"{clip.kind}: {clip.text}", wav) for clip, wav in zip(examples, wavs)]
-    pictures += [("reconstruction", vae.decode(vae.encode(wav[None].to(place.device))[0])[0])
-                 for wav in wavs]
-    for name, (lm, options) in models.items():
-        for clip in examples:
-            voices = {clip.text: voice_prompt(clip, clips, lm, vae, cfg)}
-            wav, = generate_batch(lm, vae, cfg, clip.kind, [clip.text], voices, 0, options, place)
-            pictures.append((f"generated from the text, {name}", wav))
-    draw_spectrograms(path, pictures, cfg.vae.sample_rate, columns=len(examples))
 
 
 # ---------------------------------------------------------------------------- command line
@@ -452,88 +257,6 @@ def chosen_sampling(a, cfg, lm):
     return options | {"steps": a.steps or lm.cfg.head.sample_steps}
 
 
-def vae_rows(figures, published, unit):
-    """Rows of print_table: judge_vae's figures and the published metrics. unit: nats or bits."""
-    def row(name, key):
-        return name, {kind: with_interval(values, key, values["clips"])
-                      for kind, values in figures.items()}
-
-    return [row("log-mel distance (0 perfect, 1 another clip)", "log_mel"),
-            row("STFT distance", "stft"),
-            row("SI-SDR, dB", "si_sdr"),
-            row(f"rate, {unit} per second", "rate"),
-            *published.items(),
-            row("original: facts right", "original"),
-            row("reconstruction: facts right", "reconstruction")]
-
-
-def lm_rows(name, figures, published):
-    """Rows of print_table: judge_lm's figures of one model and the published metrics."""
-    return [(f"generation, {name}: facts right", joined(figures, "facts")),
-            (f"generation, {name}: length right", joined(figures, "length")),
-            *[(f"{key}, {name}", row) for key, row in published.items()]]
-
-
-def joined(figures, name):
-    """{kind: Figure} of judge_lm's figures."""
-    ends = figures["intervals"].get(name, {})
-    return {kind: Figure(value, *(ends[kind] or (None, None)))
-            for kind, value in figures[name].items()}
-
-
-def by_kind(published):
-    """{figure: {kind: Figure}} -> {"speech": {figure: number}, ..., "intervals": {kind: {figure:
-    [low, high]}}}, for --json; kinds without figures are left out.
-    """
-    found = {}
-    for name, row in published.items():
-        for kind, figure in row.items():
-            found.setdefault(kind, {})[name] = round(figure.value, 4)
-            found.setdefault("intervals", {}).setdefault(kind, {})[name] = figure.ends()
-    return found
-
-
-def count_steps(steps):
-    """1 -> "1 step", 4 -> "4 steps"."""
-    return f"{steps} step{'s' * (steps > 1)}"
-
-
-def model_name(stage, figures):
-    """"lm: trigflow, 20 steps"; heads of codes have no steps."""
-    name = f"{stage}: {figures['objective']}"
-    return name if figures["objective"] in DISCRETE else f"{name}, {count_steps(figures['steps'])}"
-
-
-def print_table(rows, seed=0):
-    """Print [(name, {kind: number, Figure or None})], a column per kind that has any; rows without
-    numbers are left out. seed: of the intervals.
-    """
-    rows = [(name, row) for name, row in rows if any(v is not None for v in row.values())]
-    kinds = [kind for kind in KINDS if any(row.get(kind) is not None for _, row in rows)]
-    cells = [[shown(row.get(kind)) for kind in kinds] for _, row in rows]
-    left = max((len(name) for name, _ in rows), default=0)
-    width = 2 + max((len(cell) for line in cells for cell in line), default=0)
-    width = max(width, 9)
-    if rows:
-        print(" " * left + "".join(f"{kind:>{width}s}" for kind in kinds))
-    for (name, _), line in zip(rows, cells):
-        print(f"{name:{left}s}" + "".join(f"{cell:>{width}s}" for cell in line))
-    if any("[" in cell for line in cells for cell in line):
-        print(f"[low, high]: 95 % bootstrap interval over clips, seed {seed}")
-
-
-def shown(value):
-    """A cell of the table."""
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, Figure) else f"{value:.3f}"
-
-
-def write_json(path, figures):
-    """Write the figures as JSON, whole or not at all."""
-    write_file(path, json.dumps(figures, indent=1))
-
-
 def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                parents=[run_arguments(), sampling_arguments(), judging_arguments()])
@@ -616,18 +339,6 @@ def vae_figures(a, cfg, vae, clips, judges, place):
         raise BadInput(f"{len(clips)} held-out clips: the log-mel distance needs two clips of "
                        "a kind, of 1024 samples; give --manifest with more")
     return found, judges.pop() if judges else {}
-
-
-def published_json(published, judges):
-    """The published figures for --json: "speech" is there wherever judges were asked."""
-    return {"speech": {}} | by_kind(published) if judges else {}
-
-
-def merge_intervals(figures, published):
-    """Add published figures, their intervals to those that are there."""
-    ends = published.pop("intervals", {})
-    figures |= published
-    figures["intervals"] |= ends
 
 
 def main():

@@ -26,7 +26,7 @@ from config import open_run
 from data import KINDS, load_manifest
 from distances import fad, fad_inf, mmd
 from embeddings import embed_clip, open_embedding
-from evaluate import write_json
+from figures import write_json
 from intervals import drawn_evenly
 from judges import SECONDS, match_sources, opening, read_sources
 from report import pyplot, save_picture

@@ -47,10 +47,12 @@ from cli import BadInput, Parser, cli, number
 from config import STAGES, open_run
 from data import KINDS, encode_text
 from discrete import DISCRETE
-from evaluate import (chosen_sampling, count_steps, find_stages, held_out_clips, judge_lm,
-                      judging_arguments, of_trained_kinds, open_judges, open_stage, prepare,
-                      print_table, rounded_mean, run_arguments, sampling_arguments, write_json)
+from evaluate import (chosen_sampling, find_stages, held_out_clips, judging_arguments,
+                      of_trained_kinds, open_judges, open_stage, prepare, run_arguments,
+                      sampling_arguments)
+from figures import count_steps, print_table, write_json
 from generate import refuse_steps
+from generations import judge_lm
 from intervals import drawn_evenly
 from report import draw_continuation, draw_sweep
 from tools import tables
@@ -189,7 +191,8 @@ def judge_draws(flow, model, cfg, clips, step_counts, repeats, limit, frames=8):
         if texts:
             for steps in step_counts:
                 distances, spreads = zip(*figures[steps])
-                found[steps][kind] = (rounded_mean(distances), rounded_mean(spreads))
+                found[steps][kind] = (round(sum(distances) / len(distances), 4),
+                                      round(sum(spreads) / len(spreads), 4))
     return found
 
 

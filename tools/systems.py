@@ -21,12 +21,12 @@ import torch
 from cli import BadInput, number
 from config import Config, open_run
 from data import KINDS, encode_text, seconds_of
-from evaluate import (choose_targets, find_stages, generate_texts, held_out_clips, open_stage,
-                      voice_prompt)
-from intervals import drawn_evenly
-from reconstruction import load_clip
+from evaluate import find_stages, held_out_clips, open_stage
 from generate import refuse_steps, render, sampling_options
+from generations import choose_targets, generate_texts, voice_prompt
+from intervals import drawn_evenly
 from prompts import encode_prompt
+from reconstruction import load_clip
 
 TASKS = ("text", "continue", "free")
 BATCH = 32                              # clips continued at once

@@ -28,7 +28,8 @@ from cli import BadInput, check_writable
 from config import load, make_model, open_run
 from data import KINDS
 from embeddings import embed_clip, log_mel, open_embedding, resample
-from evaluate import held_out_clips, write_json
+from evaluate import held_out_clips
+from figures import write_json
 from intervals import Figure, bootstrap, drawn_evenly
 from judges import opening
 from reconstruction import load_clip, si_sdr

@@ -9,6 +9,8 @@ import soundfile as sf
 import torch
 
 import evaluate
+import figures
+import generations
 from cli import BadInput
 from clips import corpus
 from config import Config, build
@@ -49,10 +51,10 @@ def test_lengths_are_compared_in_whole_latents(tmp_path, monkeypatch, extra, rig
     sf.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6592), 16000)
     clip = Clip(str(tmp_path / "a.wav"), "two six", "speech")
     model = types.SimpleNamespace(monologue=False)
-    monkeypatch.setattr(evaluate, "render", lambda lm, vae, tokens, **options: [
+    monkeypatch.setattr(generations, "render", lambda lm, vae, tokens, **options: [
         torch.zeros(1, (11 + extra) * 640) for _ in tokens])
     vae = types.SimpleNamespace(cfg=cfg.vae)
-    found = evaluate.judge_lm(model, vae, cfg, [clip], {}, repeats=1, limit=1)
+    found = generations.judge_lm(model, vae, cfg, [clip], {}, repeats=1, limit=1)
     assert found["length"] == {"speech": right}
 
 
@@ -63,15 +65,15 @@ def test_judges_compare_with_the_transcript_and_not_with_its_description(tmp_pat
     clip = Clip(str(tmp_path / "a.wav"), 'Speaker a says: "two six"', "speech",
                 transcript="two six")
     model = types.SimpleNamespace(monologue=False)
-    monkeypatch.setattr(evaluate, "render", lambda lm, vae, tokens, **options: [
+    monkeypatch.setattr(generations, "render", lambda lm, vae, tokens, **options: [
         torch.zeros(1, 6400) for _ in tokens])
     texts = []
     judges = Judges(["wer"], models=False)
     judges.models["whisper"] = types.SimpleNamespace(transcribe=lambda wav: "two")
     judges.models["words"] = types.SimpleNamespace(
         errors=lambda text, transcript: texts.append(text) or (1, 2))
-    evaluate.judge_lm(model, types.SimpleNamespace(cfg=cfg.vae), cfg, [clip], {}, 1, 1,
-                      str(tmp_path / "out"), judges)
+    generations.judge_lm(model, types.SimpleNamespace(cfg=cfg.vae), cfg, [clip], {}, 1, 1,
+                         str(tmp_path / "out"), judges)
     assert texts == ["two six"]
     assert judges.pop_figures() == {"wer generation": 0.5}
     with open(tmp_path / "out" / "speech.jsonl") as f:
@@ -83,11 +85,11 @@ def test_texts_are_as_long_as_those_of_training_with_a_kind_token_or_without(kin
     """Fault: without the token a text of text_len + 1 was generated from."""
     cfg = build(DataConfig, {"text_len": 4, "kind_token": kind_token})
     clips = [Clip(f"{text}.wav", text) for text in ("four", "fives")]
-    assert list(evaluate.choose_targets(clips, "speech", cfg, 9)) == ["four"]
+    assert list(generations.choose_targets(clips, "speech", cfg, 9)) == ["four"]
 
 
 def test_the_table_prints_intervals_beside_figures(capsys):
-    evaluate.print_table([("wer", {"speech": Figure(0.161, 0.118, 0.207, 40)}),
+    figures.print_table([("wer", {"speech": Figure(0.161, 0.118, 0.207, 40)}),
                           ("facts", {"speech": 0.5, "sound": None}),
                           ("nothing", {"music": None})])
     assert capsys.readouterr().out.splitlines() == [
@@ -95,7 +97,7 @@ def test_the_table_prints_intervals_beside_figures(capsys):
         "wer    0.161 [0.118, 0.207]",
         "facts                 0.500",
         "[low, high]: 95 % bootstrap interval over clips, seed 0"]
-    evaluate.print_table([("wer", {"speech": Figure(0.161, 0.118, 0.207, 40)})], seed=3)
+    figures.print_table([("wer", {"speech": Figure(0.161, 0.118, 0.207, 40)})], seed=3)
     assert capsys.readouterr().out.endswith("over clips, seed 3\n")
 
 

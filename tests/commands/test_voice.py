@@ -10,6 +10,7 @@ import torch
 
 import calm
 import evaluate
+import generations
 import prompts
 import sample
 from audio import load_audio
@@ -91,10 +92,10 @@ def test_evaluation_takes_the_same_window_as_sampling_and_passes_over_silent_cli
     sf.write(untrained / "half.wav", np.concatenate([tone(1), silence(2)]), RATE, subtype="FLOAT")
     clips = [Clip(f"{untrained}/{name}.wav", "one", "speech", "anna")
              for name in ("target", "mute", "half")]
-    latents, wav = evaluate.voice_prompt(clips[0], clips, lm, vae, cfg)
+    latents, wav = generations.voice_prompt(clips[0], clips, lm, vae, cfg)
     torch.testing.assert_close(latents, encoded(untrained, tone(1)[:4 * HOP]))
     assert wav.shape == (1, 3 * RATE)                     # the whole clip, to compare voices with
-    assert evaluate.voice_prompt(clips[0], clips[:2], lm, vae, cfg) is None
+    assert generations.voice_prompt(clips[0], clips[:2], lm, vae, cfg) is None
 
 
 def test_later_sentences_take_the_voice_where_the_first_one_speaks():

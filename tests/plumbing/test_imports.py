@@ -15,7 +15,8 @@ ORDER = ["signals", "cli", "locks", "weights", "schema", "checkpoint", "noise", 
          "page", "report", "prompts", "sentences", "generate", "output", "serve", "sample",
          "stages", "parallel", "plan", "checks", "corpora.scan", "trackers", "runs", "train",
          "intervals", "workers", "transcripts", "abx", "embeddings", "distances",
-         "speech_metrics", "judges", "reconstruction", "evaluate", "tools"]
+         "speech_metrics", "judges", "reconstruction", "figures", "generations",
+         "evaluate", "tools"]
 NOBODY_IMPORTS = {"train", "evaluate", "tools", "corpora.scan"}
 
 
