@@ -325,9 +325,11 @@ def judge_run(a, place):
     if a.json:
         write_json(a.json, figures)
     keep_evaluation(a.run, figures, a.wavs, {clip_name(clip): clip.audio for clip in generated})
+
+    # what a metric refused ends the command, now that the other figures are there
     if judges:
         judges.refuse_missing()
-    if judges and judges.refused:                    # the other figures are there
+    if judges and judges.refused:
         more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
         raise BadInput(judges.refused[0] + more)
 

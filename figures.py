@@ -59,12 +59,17 @@ def print_table(rows, seed=0):
     """Print [(name, {kind: number, Figure or None})], a column per kind that has any; rows without
     numbers are left out. seed: of the intervals.
     """
+    # what has figures
     rows = [(name, row) for name, row in rows if any(v is not None for v in row.values())]
     kinds = [kind for kind in KINDS if any(row.get(kind) is not None for _, row in rows)]
     cells = [[shown(row.get(kind)) for kind in kinds] for _, row in rows]
+
+    # how wide the columns are
     left = max((len(name) for name, _ in rows), default=0)
     width = 2 + max((len(cell) for line in cells for cell in line), default=0)
     width = max(width, 9)
+
+    # kinds, rows, and what the brackets are
     if rows:
         print(" " * left + "".join(f"{kind:>{width}s}" for kind in kinds))
     for (name, _), line in zip(rows, cells):
