@@ -4,8 +4,9 @@
     python -m corpora.scan check train.jsonl --out clean.jsonl             read every file, drop bad
     python -m corpora.scan info train.jsonl                                hours, durations, ...
     python -m corpora.scan describe train.jsonl --out described.jsonl      texts as descriptions
+    python -m corpora.scan join a.jsonl b.jsonl --out both.jsonl           two corpora as one
 
-    folder of a corpus ── layout ──> [Clip] ──> train.jsonl ──> check, info, describe, train.py
+    folder of a corpus ── layout ──> [Clip] ──> train.jsonl ──> check, info, describe, join, train.py
 
 COMMAND -h explains a command, scan -h the layouts. A folder that has the name of a command is given
 as ./check.
@@ -26,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from audio import inspect
-from cli import BadInput, Parser, check_writable, cli
+from cli import BadInput, Parser, check_writable, cli, number
 from config import load
 from corpora.layouts import LAYOUTS, Left, speaker_of
 from corpora.pieces import Piece, file_of
@@ -409,6 +410,31 @@ def describe(manifest, out, seed, rewritten, text_len):
               f"{math.ceil(np.quantile(after, 0.99))} holds 99 %, {after.max()} all")
 
 
+def join(manifests, out, most):
+    """Writes the clips of several manifests as one, of each at most `most` (None: all), drawn
+    evenly over its lines.
+
+    Names of speakers that stand in several manifests are printed: training takes each for one
+    voice.
+    """
+    joined = []
+    speakers = Counter()
+    for manifest in manifests:
+        clips = load_manifest(manifest)
+        n = min(len(clips), most or len(clips))
+        taken = [clips[i * len(clips) // n] for i in range(n)]
+        speakers.update({clip.speaker for clip in taken} - {""})
+        print(f"{manifest}: {n} of {len(clips)} clips")
+        joined += taken
+    write_manifest(out, joined)
+    print(f"{len(joined)} clips -> {out}")
+
+    shared = sorted(name for name, count in speakers.items() if count > 1)
+    if shared:
+        print(f"note: {len(shared)} names of speakers stand in several manifests, e.g. "
+              f"{shared[0]}; each is one voice in training, so rename those of different people")
+
+
 # ---------------------------------------------------------------------------- command line
 
 ABOUT = {
@@ -448,6 +474,9 @@ ABOUT = {
         with paraphrases, or sentences from another tool. Train on it, and give sample.py such
         sentences. The words of speech stay in the field "transcript". Descriptions are longer than
         their texts: how many exceed --text-len is printed.""",
+    "join": """\
+        Write the clips of several manifests as one, to train on more than one corpus. Their audio
+        stays where it is.""",
 }
 
 
@@ -495,11 +524,18 @@ def arguments():
     for name in ("check", "info", "describe"):
         commands[name].add_argument("manifest", metavar="MANIFEST",
                                     help=".jsonl, or a folder of audio")
-    for name in ("scan", "describe"):
+    for name in ("scan", "describe", "join"):
         commands[name].add_argument("--out", required=True, metavar="FILE",
                                     help="the manifest to write, .jsonl")
     commands["check"].add_argument("--out", metavar="FILE",
                                    help="write the good clips here, with their durations")
+
+    # join
+    j = commands["join"]
+    j.add_argument("manifests", metavar="MANIFEST", nargs="+",
+                   help=".jsonl, or folders of audio")
+    j.add_argument("--most", type=number(int, 1), metavar="N",
+                   help="at most N clips of each, drawn evenly over its lines; default: all")
 
     # describe
     d = commands["describe"]
@@ -538,6 +574,8 @@ def main(argv=None):
         check(a.manifest, a.out)
     elif a.command == "info":
         info(a.manifest)
+    elif a.command == "join":
+        join(a.manifests, a.out, a.most)
     else:
         describe(a.manifest, a.out, a.seed, a.rewritten, a.text_len)
 

@@ -347,7 +347,38 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
     assert code == 0 and "speech        3" in out
 
 
-@pytest.mark.parametrize("command", ["scan", "check", "describe"])
+def test_two_manifests_become_one_whose_paths_hold_from_where_it_lies(tmp_path, capsys):
+    """Also words and transcripts stay, and of a long manifest clips are drawn evenly."""
+    for name, count in (("a", 2), ("b", 6)):
+        for i in range(count):
+            tone(tmp_path / name / f"{i}.wav")
+    write_text(tmp_path / "a" / "m.jsonl", "".join(json.dumps(
+        {"audio": f"{i}.wav", "text": "hi", "speaker": "me", "words": [["hi", 0.0, 0.1]]}) + "\n"
+        for i in range(2)))
+    write_text(tmp_path / "b" / "m.jsonl", "".join(json.dumps(
+        {"audio": f"{i}.wav", "text": "x", "transcript": "y"}) + "\n" for i in range(6)))
+    code, out, _ = run(capsys, "join", tmp_path / "a" / "m.jsonl", tmp_path / "b" / "m.jsonl",
+                       "--out", tmp_path / "b" / "both.jsonl", "--most", 3)
+    assert code == 0 and "m.jsonl: 3 of 6 clips" in out and "note" not in out
+
+    joined = load_manifest(tmp_path / "b" / "both.jsonl")
+    assert [clip.audio for clip in joined] == [str(tmp_path / name) for name in (
+        "a/0.wav", "a/1.wav", "b/0.wav", "b/2.wav", "b/4.wav")]
+    assert joined[0].words == [["hi", 0.0, 0.1]] and joined[0].speaker == "me"
+    assert joined[4].text == "x" and joined[4].transcript == "y"
+
+
+def test_a_speaker_of_several_joined_manifests_is_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        tone(tmp_path / name / "1.wav")
+        write_text(tmp_path / f"{name}.jsonl",
+                   json.dumps({"audio": f"{name}/1.wav", "text": "hi", "speaker": "19"}) + "\n")
+    code, out, _ = run(capsys, "join", tmp_path / "a.jsonl", tmp_path / "b.jsonl",
+                       "--out", tmp_path / "both.jsonl")
+    assert code == 0 and "note: 1 names of speakers stand in several manifests, e.g. 19" in out
+
+
+@pytest.mark.parametrize("command", ["scan", "check", "describe", "join"])
 def test_an_out_that_is_a_folder_is_refused_before_the_work(command, tmp_path, capsys):
     """Fault: a traceback after every file had been read."""
     corpus(tmp_path / "c", 2)
@@ -366,7 +397,7 @@ def test_a_first_word_that_is_no_command_is_a_folder_and_check_is_one_as_a_path(
     assert code == 2 and "MANIFEST" in err
 
 
-@pytest.mark.parametrize("command", ["scan", "check", "info", "describe"])
+@pytest.mark.parametrize("command", ["scan", "check", "info", "describe", "join"])
 def test_every_command_explains_itself(command, capsys):
     code, out, _ = run(capsys, command, "-h")
     assert code == 0 and len(out.splitlines()) > 8
