@@ -119,7 +119,8 @@ class CALMConfig:
     # weight of the text's cross-entropy (monologue only)
     monologue_weight: Annotated[float, Range(0)] = 0.1
     # frames without text after which generation begins the next word whatever the model predicts: a
-    # model that missed a word's beginning has never seen a pause so long and may wait for ever
+    # model that missed a word's beginning has never seen a pause so long and may wait for ever. A
+    # clip ends at the latest so long after its last word is spoken
     longest_pause: Annotated[int, Range(1, 1_000_000)] = 25
 
 
@@ -498,9 +499,9 @@ class CALM(nn.Module):
         latents to continue. All latents are normalised. noise: share of the training noise that
         the latents get before they are read, 0 (the paper) to 1. Monologue: the bytes of a
         speech's text run beside the latents, and nothing beside a history; a row cannot end before
-        its text is complete. text_temperature (the paper: 0.8) and text_top_k (0 = all): of a text
-        that the model writes itself. fast: a replay.Fast, to generate in fixed memory; None = in a
-        cache that grows.
+        its text is complete, and ends at the latest longest_pause after it is spoken.
+        text_temperature (the paper: 0.8) and text_top_k (0 = all): of a text that the model writes
+        itself. fast: a replay.Fast, to generate in fixed memory; None = in a cache that grows.
         """
         B = text.shape[0]
         history = self.no_frames(B) if history is None else history
@@ -535,6 +536,7 @@ class CALM(nn.Module):
         """
         z_long, Z = first
         ended = torch.zeros(len(Z), dtype=torch.bool, device=Z.device)
+        last_frame = self.cfg.acoustic_delay + self.cfg.longest_pause       # after the text
         for i in range(count):
             # z_long: the next text token, and whether the clip is over
             if i > 0:
@@ -542,6 +544,7 @@ class CALM(nn.Module):
             token = monologue.step(z_long, generator)
             if i > 0:                                                       # at least one latent
                 ended = ended | (over & monologue.finished(over.device))
+                ended = ended | monologue.overdue(last_frame, over.device)
             frame_ended = line.advance(ended)
             if look and frame_ended.all():
                 return

@@ -51,10 +51,14 @@ def announce_data(cfg, clips, valid, say):
 def announce_words(cfg, speech, held_out, say):
     """How many clips have an inner monologue. BadInput where no training clip has one."""
     aligned = int(speech.column("has_words").sum())
+    where = cfg.data.manifest or "the toy corpus"
+    if not speech.column("has_text").any():
+        raise BadInput(f"lm.monologue: no speech in {where} has a text, which a monologue speaks; "
+                       "add the texts, or set lm.monologue = false")
     if not aligned:
-        raise BadInput(f"lm.monologue: no speech in {cfg.data.manifest or 'the toy corpus'} has "
-                       "word times; `python -m corpora.align train.jsonl --out aligned.jsonl` "
-                       "measures them; or set lm.monologue = false")
+        other = "" if cfg.train.lm.init else "; or set lm.monologue = false"
+        raise BadInput(f"lm.monologue: no speech in {where} has word times; `python -m "
+                       f"corpora.align {where} --out aligned.jsonl` measures them{other}")
     if aligned < len(speech):
         say(f"data: {aligned} of {len(speech)} clips of speech have word times; the text of the "
             "others stands before the audio, as without a monologue (see corpora.align)")
@@ -183,7 +187,7 @@ def training_changes(saved, cfg, name):
     """[("lr = 0.01", 0.02), ...] of [train.NAME], without what does not change the weights."""
     old, new = (dataclasses.asdict(getattr(c.train, name)) for c in (saved, cfg))
     return [(f"{key} = {old[key]}", new[key]) for key in old
-            if old[key] != new[key] and not key.endswith("_every")]
+            if old[key] != new[key] and key != "init" and not key.endswith("_every")]
 
 
 def data_changes(saved, cfg):

@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -57,13 +58,23 @@ ADVICE = {
 
 
 def check_packages():
-    """End a script with one line where a package is missing; call it before the imports."""
+    """End a script with one line where a package is missing; call it before the imports, which
+    Ctrl-C then ends as it ends cli().
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(f"error: {', '.join(missing)} not installed in {sys.executable}; activate the "
               "environment (source .venv/bin/activate) or pip install -r requirements.txt",
               file=sys.stderr)
         sys.exit(2)
+
+
+def leave(number, frame):
+    """The answer to Ctrl-C while there is nothing to lose: a line, and the end."""
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def explain_library():
@@ -117,6 +128,8 @@ def cli(main, outlives_screen=False):
     `| head`); other commands then end with exit status 1.
     """
     prepare_screen(outlives_screen)
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
@@ -272,6 +285,8 @@ def append_line(path, line):
 def check_writable(path):
     """Raise BadInput at the start, not after hours of work, where `path` cannot be written."""
     path = os.fspath(path)
+    if not path:
+        raise BadInput("the file to write has an empty name; give it one")
     with write_errors(path):
         if not is_stream(path):
             with open_temp(os.path.realpath(path)) as file:

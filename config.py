@@ -456,6 +456,7 @@ def open_run(run, stage="", device="cpu", kind=None):
         raise BadInput(f"run {run}: no such folder; "
                        "train one first: python train.py --config configs/quickstart.toml")
     vae_path = f"{run}/vae.pt"
+    refuse_other_folder(run)
     state = load_stage(vae_path, "vae")
     cfg = saved_config(state, vae_path)
     weights = vae_weights(state)
@@ -468,6 +469,8 @@ def open_run(run, stage="", device="cpu", kind=None):
 
     # the language model, of this VAE's latents
     stage = stage or trained[-1]
+    if stage not in trained:
+        raise BadInput(f"run {run}: has no '{stage}'; it has {', '.join(trained) or 'none'}")
     path = f"{run}/{stage}.pt"
     encoder = encoder_id(weights)
     state = load_stage(path, stage)
@@ -480,6 +483,20 @@ def open_run(run, stage="", device="cpu", kind=None):
     lm = build_saved(cfg, stage, weights, path, kind)
     load_weights(lm, lm.wanted(weights), path)
     return cfg, vae, lm.to(device).eval(), stage
+
+
+def refuse_other_folder(run):
+    """BadInput where a folder is no run but holds some, naming one."""
+    if is_run(run):
+        return
+    runs = [name for name in sorted(os.listdir(run)) if is_run(f"{run}/{name}")]
+    if runs:
+        raise BadInput(f"run {run}: is a folder of runs; give one, e.g. {run}/{runs[0]}")
+
+
+def is_run(folder):
+    """Whether a folder has a VAE, trained or exported."""
+    return os.path.exists(f"{folder}/vae.pt") or bool(exported_file(f"{folder}/vae.pt"))
 
 
 def trained_stages(run):

@@ -67,6 +67,7 @@ from judges import (DISTANCES, METRICS, Judges, read_sources, refuse_unjudged,
                     refuse_without_material)
 from page import keep_evaluation
 from reconstruction import clip_name, judge_vae
+from remote import is_remote
 from workers import choose_place, rank, shared
 
 REPEATS = 6                         # generations per text
@@ -234,6 +235,10 @@ def held_out_clips(run, manifest, cfg):
         manifest = f"{run}/toy/valid.jsonl"
     if manifest:
         return load_manifest(manifest)
+    path = cfg.data.valid or cfg.data.manifest
+    if not os.path.exists(path) and not is_remote(path):
+        raise BadInput(f"{run}: its clips, {path}, are not here; give held-out clips, --manifest "
+                       "FILE")
     _, held_out = load_clips(cfg.data)
     return held_out
 
@@ -287,6 +292,12 @@ def judge_run(a, place):
     # what judges it
     judges = open_judges(a, cfg, place.device, a.what != "lm", bool(stages))
     refuse_without_material(a.metrics, generated if a.what == "lm" else clips)
+    if stages and not any(clip.text for clip in generated):
+        without = f"none of {len(clips)} held-out clips has a text to generate from"
+        if a.what == "lm":
+            raise BadInput(f"{without}; give a --manifest with texts, or --what vae")
+        print(without)
+        stages = []
     figures = {"run": a.run, "clips": len(clips), "seed": a.seed}
     rows = []
 

@@ -91,6 +91,7 @@ class Model:
         self.sample_rate = cfg.vae.sample_rate
         self.kinds = [kind for kind in seen["kinds"] if kind in KINDS]
         self.defaults = sampling_options(cfg.sample)
+        self.cut_short = []             # texts that the last generate() did not get to the end of
 
     @property
     def comment(self):
@@ -236,6 +237,7 @@ class Model:
         vae = self.vae
         prompt = voice.latents if voice else None
         decoder_state = {}
+        self.cut_short = []
         if history is not None:
             parts = vae.denormalize(history).split(round(PIECE_SECONDS * cfg.vae.frame_rate), 1)
             lead = torch.cat([vae.decode(part, decoder_state) for part in parts], -1)
@@ -256,6 +258,8 @@ class Model:
                     refuse_poisoned_latent(latents, self.stage, cfg.vae.frame_rate)
                 wavs.append(wav)
                 yield wav[0], n
+            if kind == "speech" and text and len(latents) == max_frames:
+                self.cut_short.append(text)
 
             # the next sentence takes the voice of the prompt, or else of this one
             if cfg.data.prompt_frames and prompt is None:

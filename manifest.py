@@ -481,6 +481,7 @@ def check_row(row, where):
         raise BadInput(f"{where}: duration must be positive seconds; it is {shown(seconds)}")
     if "words" in row:
         check_words(row["words"], where)
+        refuse_words_behind(row["words"], row.get("duration", math.inf), where)
 
 
 def check_characters(text, where):
@@ -511,6 +512,14 @@ def check_words(words, where):
     starts = [start for _, start, _ in words]
     if starts != sorted(starts) or any(end < start for _, start, end in words):
         raise BadInput(f"{where}: the times of words must not go backwards")
+
+
+def refuse_words_behind(words, seconds, where):
+    """Raise BadInput where a word begins more than 0.1 s behind the end of its clip."""
+    if words and words[-1][1] > seconds + 0.1:
+        word, start, _ = words[-1]
+        raise BadInput(f"{where}: words are of other audio; {word!r} begins at {start:g} s, and the "
+                       f"clip has {seconds:g} s")
 
 
 # ---------------------------------------------------------------------------- folders, writing

@@ -147,6 +147,9 @@ class NoMonologue:
     def finished(self, device):
         return torch.ones((), dtype=torch.bool, device=device)              # any row may end
 
+    def overdue(self, most, device):
+        return torch.zeros((), dtype=torch.bool, device=device)             # none must
+
 
 class Monologue:
     """The text stream during generation: n tokens per row and position, PAD between words.
@@ -222,3 +225,8 @@ class Monologue:
         return torch.tensor([not (current or remaining)
                              for current, remaining in zip(self.current, self.remaining)],
                             device=device)
+
+    def overdue(self, most, device):
+        """Rows (B,) whose given text has been complete for `most` positions."""
+        return torch.tensor([not own and not remaining and pause >= most for own, remaining, pause
+                             in zip(self.writes_own, self.remaining, self.pause)], device=device)

@@ -57,13 +57,13 @@ def information_rate(vae, mean, logvar):
 
 def count_right_facts(wav, clip, rate):
     """Measure the facts stated by the clip's text in wav (ch, S) -> (right, total), or None where
-    the text is not from the toy corpus.
+    the text is not from the toy corpus, or states none.
     """
     try:
         found = oracle.judge(wav[0].numpy(), clip.text, clip.kind, rate)
     except BadInput:
         return None
-    return found["right"], found["total"]
+    return (found["right"], found["total"]) if found["total"] else None
 
 
 # ---------------------------------------------------------------------------- all clips

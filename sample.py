@@ -32,9 +32,9 @@ Exit status: 0 done, 2 your mistake, 1 the model gives no finite audio or nobody
 import argparse
 import math
 import os
+import textwrap
 import time
 
-from audio import FORMATS, format_of
 from cli import check_packages
 
 if __name__ == "__main__":
@@ -42,6 +42,7 @@ if __name__ == "__main__":
 
 import torch
 
+from audio import FORMATS, format_of
 from cli import (BadInput, Parser, check_writable, cli, is_stream, number, print_to_stderr,
                  threads)
 from config import LM_STAGES
@@ -161,6 +162,7 @@ def check_arguments(a):
     # what
     if a.texts and a.text is not None:
         raise BadInput("--texts: give it or --text, not both")
+    a.texts_file = a.texts
     a.texts = read_texts(a.texts) if a.texts else [a.text]
     check_prompt(a)
     choose_paths(a)
@@ -178,7 +180,7 @@ def refuse_beside_serve(a):
 def read_texts(path):
     """The lines of a text file that are not empty."""
     try:
-        with open(path, encoding="utf8") as f:
+        with open(path, encoding="utf-8-sig") as f:         # Windows may write a mark first
             texts = [line.strip() for line in f if line.strip()]
     except OSError as e:
         raise BadInput(f"--texts {path}: cannot be read ({e.strerror})") from None
@@ -272,6 +274,17 @@ def load_prompt(a, model):
     return voice, None
 
 
+def pieces_of(a, model, text):
+    """Model.pieces of a text, whose errors name the line of --texts."""
+    try:
+        return model.pieces(text, a.kind, a.prompt_text)
+    except BadInput as e:
+        if not a.texts_file:
+            raise
+        mistake = str(e).removeprefix("--text: ")
+        raise BadInput(f"--texts {a.texts_file}, text {1 + a.texts.index(text)}: {mistake}") from e
+
+
 def write_audio(a, model, pieces, path, seconds):
     """pieces, as Model.generate gives them, into a file -> (seconds of new audio, seconds of work
     until the first of it, seconds of work). seconds: the most that can come.
@@ -323,7 +336,7 @@ def main():
         return
 
     # every text is checked before the first is generated
-    every = [model.pieces(text, a.kind, a.prompt_text) for text in a.texts]
+    every = [pieces_of(a, model, text) for text in a.texts]
     voice, history = load_prompt(a, model)
 
     # each text is a file
@@ -338,6 +351,9 @@ def main():
         new, first, took = write_audio(a, model, pieces, path, most)
         print(f"{path}: {new:.2f} s from {model.stage}, {took:.2f} s of work = {new / took:.1f} x "
               f"real time, first audio after {1000 * first:.0f} ms", flush=True)
+        for text in model.cut_short:
+            print(f'note: "{textwrap.shorten(text, 60)}" was cut at '
+                  f"{a.seconds or model.cfg.sample.seconds:g} s; --seconds gives it more", flush=True)
         if a.play:
             play(path, a.format)
 

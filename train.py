@@ -454,6 +454,9 @@ def start_from(cfg, run, fresh=False):
         raise BadInput(f"--from {run}: no such folder; give the run folder of a trained model")
     if os.path.realpath(run) == os.path.realpath(cfg.out):
         raise BadInput(f"--from {run}: is the run itself; name another folder, --out DIR")
+    if "vae" not in cfg.stages and not os.path.exists(f"{cfg.out}/vae.pt"):
+        raise BadInput(f"--stages {','.join(cfg.stages)}: {cfg.out} has no VAE yet; put vae before "
+                       f"them, it begins as that of {run}")
 
     stages_of_run = {}
     for name in cfg.stages:

@@ -29,11 +29,13 @@ def judge(wav, text, kind, rate=16000):
     """Compare mono audio (S,) with its text -> {"right": , "total": , "text": what it says}.
 
     right, total count the attributes of the text. A spoken answer consists of digits when the text
-    does, else of digits and words. "text" is empty for silence, broken or very short audio.
+    does, else of digits and words. "text" is empty for silence, broken or very short audio, and
+    where there is nothing to compare with.
     """
     expected = attributes(text, kind)
     wav = np.asarray(wav, np.float32).reshape(-1)
-    if not np.isfinite(wav).all() or len(wav) < 0.1 * rate or np.abs(wav).max() < 1e-4:
+    broken = not np.isfinite(wav).all() or len(wav) < 0.1 * rate or np.abs(wav).max() < 1e-4
+    if broken or not expected:
         return dict(right=0, total=len(expected), text="")
 
     if kind == "speech":

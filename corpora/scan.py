@@ -35,7 +35,7 @@ from corpora.tables import CAPTIONS, captions, table
 from data import DataConfig, encode_text, rng, seconds_of, texts_left_out, texts_tokens
 from decoder import seconds_in_file
 from manifest import (FFMPEG_AUDIO, KINDS, Clip, audio_endings, columns, load_manifest, read_text,
-                      walk, write_manifest)
+                      refuse_words_behind, walk, write_manifest)
 
 
 # texts that scan does not read but names
@@ -355,6 +355,7 @@ def measured(clip):
     """Reads the whole file of a clip -> (clip with its duration, what is wrong or None, notes)."""
     try:
         seconds, remarks = inspect(clip.audio, clip.duration)
+        refuse_words_behind(clip.words or [], seconds, clip.audio)
     except BadInput as e:
         return clip, str(e), []
     return replace(clip, duration=seconds), None, remarks

@@ -3,8 +3,10 @@ import errno
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,9 @@ def place(tmp_path_factory):
                        ("kind.jsonl", '{"audio": "good.wav", "kind": "noise"}\n'),
                        ("backwards.jsonl", '{"audio": "good.wav", "words": '
                                            '[["a", 0.2, 0.3], ["b", 0.1, 0.2]]}\n'),
+                       ("behind.jsonl", '{"audio": "good.wav", "duration": 0.5, "words": '
+                                        '[["a", 0.2, 0.3], ["b", 2.1, 2.2]]}\n'),
+                       ("lines.txt", "hi\n\n" + "x" * 33 + "\n"),
                        ("good.jsonl", '{"audio": "good.wav"}\n'),
                        ("words.jsonl", '{"audio": "good.wav", "words": 3}\n'),
                        ("gone.jsonl", '{"audio": "gone.wav"}\n')):
@@ -98,7 +103,7 @@ CASES = [  # command line, what the line must say
     (SAMPLE, "give --text, --prompt or both"),
     (SAMPLE + " --text=", "--text: is empty"),
     (SAMPLE + " --text hi --kind noise", "invalid choice: 'noise'"),
-    (SAMPLE + " --text hi --stage consistency", "consistency.pt: no such checkpoint"),
+    (SAMPLE + " --text hi --stage consistency", "has no 'consistency'; it has lm"),
     (SAMPLE + " --text " + "x" * 33, "is longer than this run was trained on"),
     (SAMPLE + " --kind sound --text " + "x" * 33, "33 bytes are more than this run was trained on"),
     (SAMPLE + " --text hi --seconds 0", "--seconds: must be a number above 0, got 0"),
@@ -108,6 +113,12 @@ CASES = [  # command line, what the line must say
     (SAMPLE + " --text hi --device cuda:99", "--device cuda:99: not available"),
     (SAMPLE + " --text hi --out {0}/good.wav/x.wav", "x.wav: cannot be written"),
     (SAMPLE + " --text hi --out {0}", "is a folder; name a .wav in it"),
+    (SAMPLE + " --text hi --out=", "has an empty name"),
+    (SAMPLE + " --texts {0}/lines.txt", "lines.txt, text 2: 'xxx"),
+    ("sample.py --run {0} --text hi", "is a folder of runs; give one, e.g. {0}/corrupt"),
+    ("evaluate.py --run {0}/run --what lm --manifest {0}/good.jsonl",
+     "none of 1 held-out clips has a text to generate from"),
+    ("-m corpora.scan check {0}/behind.jsonl", "'b' begins at 2.1 s, and the clip has 0.5 s"),
     (SAMPLE + " --text hi --out {0}/folder.wav", "folder.wav: is a folder"),
     (SAMPLE + " --text hi\udcff", "--text: is not UTF-8 at character 3"),
     (SAMPLE + " --text hi --out {0}/\udcff.wav", "--out: is not UTF-8"),
@@ -216,7 +227,8 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(
     # no progress bars
     lines = [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]
     assert end.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert says.format(place) in lines[0]
 
 
 @pytest.mark.parametrize("name, commands", [
@@ -260,6 +272,18 @@ def test_a_missing_package_is_named_in_one_line(script):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: torch, soxr not installed in ")
     assert "source .venv/bin/activate" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_is_a_word_and_130(script):
+    """Fault: in the first two seconds it printed fifteen lines of traceback."""
+    process = subprocess.Popen([sys.executable, script, "--run", "none", "--text", "hi"], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 2)               # 2: it had seen that there is no such run
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
 
 
 def test_the_shell_sees_exit_code_2_and_no_traceback():

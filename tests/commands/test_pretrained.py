@@ -21,6 +21,19 @@ def test_the_shipped_voice_says_a_sentence_of_the_right_length_and_level(tmp_pat
     assert 0.03 < loud < 0.12 and abs(wav).max() <= 1.0           # the corpus has an RMS of 0.06
 
 
+def test_a_word_ends_and_a_text_that_does_not_fit_into_the_seconds_is_said_to_be_cut(tmp_path):
+    """Fault: "No" was followed by six seconds of silence, and a cut text was not mentioned."""
+    done = run("sample.py", "--run", f"{ROOT}/pretrained/voice", "--text", "No",
+               "--out", f"{tmp_path}/no.wav")
+    assert done.returncode == 0 and "note" not in done.stdout
+    assert sf.info(f"{tmp_path}/no.wav").duration < 2.0
+
+    done = run("sample.py", "--run", f"{ROOT}/pretrained/voice", "--text", "He opened the box.",
+               "--seconds", "0.6", "--out", f"{tmp_path}/cut.wav")
+    assert done.returncode == 0 and sf.info(f"{tmp_path}/cut.wav").duration == 0.6
+    assert 'note: "He opened the box." was cut at 0.6 s; --seconds gives it more' in done.stdout
+
+
 @pytest.mark.skipif("WHISPER" not in os.environ, reason="WHISPER names no faster-whisper model")
 def test_the_shipped_voice_is_understood_by_whisper():
     """Needs the extra eval: WHISPER=base python -m pytest tests/commands/test_pretrained.py"""

@@ -470,6 +470,22 @@ def test_a_word_is_not_waited_for_longer_than_the_longest_pause():
     assert all(t == 256 for _, t in stream)          # a row without a text: the model's
 
 
+def test_a_clip_ends_at_the_latest_after_the_longest_pause_behind_its_text():
+    """Fault: a text of one word, which training never had, was followed by silence to the cap."""
+    net = talker(delay=3, longest_pause=4)
+    net.eos.bias.data.fill_(-100.0)                  # the model never ends a clip
+    net.word.bias.data[256] = -1e4                   # and never waits with a word
+    text = torch.tensor([[258, *b"hi"]])
+    generated = list(net.generate(text, kind=0, max_frames=40,
+                                  generator=torch.Generator().manual_seed(0)))
+    assert len(generated) == 3 + 4                   # beside "hi ", and the pause
+
+    # a text that the model writes itself has no end of its own
+    generated = list(net.generate(text[:, :1], kind=0, max_frames=40,
+                                  generator=torch.Generator().manual_seed(0)))
+    assert len(generated) == 40
+
+
 def test_the_text_loss_counts_words_up_to_the_delay_behind_an_end_and_no_unaligned_rows():
     net = talker(delay=3, prefix_dropout=0.0)
     b = spoken_batch(torch.randint(0, 256, (4, 6)))

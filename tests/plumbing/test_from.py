@@ -70,6 +70,12 @@ def test_other_sizes_are_one_line_before_anything_is_trained(source, tmp_path):
     assert line.endswith(f"give --config {source}/config.toml, or another run")
 
 
+def test_a_run_without_a_vae_is_told_to_begin_with_one(source, tmp_path):
+    """Fault: "train it first", where the VAE of --from lay ready."""
+    with pytest.raises(BadInput, match="mine has no VAE yet; put vae before them"):
+        train.start_from(config(tmp_path, "--stages", "lm,consistency"), source)
+
+
 @pytest.mark.parametrize("wrong, message", [
     ("gone", "gone: no such folder"), ("mine", "is the run itself"),
     ("empty", "empty: has no checkpoint of vae, lm, consistency")])

@@ -45,6 +45,7 @@ def test_the_oracle_survives_any_audio(kind):
         r = oracle.judge(wav, text, kind)
         assert 0 <= r["right"] <= r["total"] and isinstance(r["text"], str)
     assert oracle.judge(np.zeros(n), text, kind)["text"] == ""
+    assert oracle.judge(wav, "", kind) == dict(right=0, total=0, text="")     # fault: IndexError
 
 
 def test_every_caption_has_attributes_of_its_own():

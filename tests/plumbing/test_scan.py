@@ -347,6 +347,13 @@ def test_the_command_line_scans_checks_and_describes_a_corpus(tmp_path, capsys):
     assert code == 0 and "speech        3" in out
 
 
+def test_words_behind_the_end_of_a_file_make_a_clip_bad(tmp_path, capsys):
+    tone(tmp_path / "a.wav")
+    write_text(tmp_path / "m.jsonl", '{"audio": "a.wav", "text": "b", "words": [["b", 9, 10]]}\n')
+    code, out, err = run(capsys, "check", tmp_path / "m.jsonl")
+    assert code == 2 and "words are of other audio; 'b' begins at 9 s" in out + err
+
+
 def test_two_manifests_become_one_whose_paths_hold_from_where_it_lies(tmp_path, capsys):
     """Also words and transcripts stay, and of a long manifest clips are drawn evenly."""
     for name, count in (("a", 2), ("b", 6)):

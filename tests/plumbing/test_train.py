@@ -651,6 +651,18 @@ def test_a_monologue_without_word_times_is_refused_before_anything_trains(tmp_pa
     aligned = speech("a", words=[["a", 0.0, 0.1]])
     with pytest.raises(BadInput, match="no speech in m.jsonl has word times; `python -m corp"):
         announced(cfg, [speech("a")])
+
+    # advice that can be followed. Fault: other weights' monologue cannot be switched off, and
+    # nothing aligns clips without text
+    with pytest.raises(BadInput, match="lm.monologue = false"):
+        announced(cfg, [speech("a")])
+    begun = resolve({"lm": {"monologue": True}, "data": {"manifest": "m.jsonl"},
+                     "train": {"lm": {"init": "other.pt"}}})
+    with pytest.raises(BadInput, match="aligned.jsonl` measures them$"):
+        announced(begun, [speech("a")])
+    with pytest.raises(BadInput, match="no speech in m.jsonl has a text"):
+        announced(cfg, [dataclasses.replace(speech("a"), text="")])
+
     assert announced(cfg, [aligned]) == []
     [line] = announced(cfg, [aligned, speech("b"), speech("c")])
     assert line.startswith("data: 1 of 3 clips of speech have word times")

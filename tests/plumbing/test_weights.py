@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
+import train
 from cli import BadInput
-from config import load_checkpoint, open_run
+from config import load, load_checkpoint, open_run
 from conftest import run, write
 from weights import load_safetensors, save_safetensors
 
@@ -95,6 +96,19 @@ def test_an_export_in_fp32_generates_the_same_bytes_as_the_run(finished, tmp_pat
         assert done.returncode == 0, done.stderr
     with open(wavs[0], "rb") as a, open(wavs[1], "rb") as b:
         assert a.read() == b.read()
+
+
+def test_the_config_of_an_export_trains_on_from_it(finished, tmp_path):
+    """Fault: it named checkpoints and held-out clips of the machine that had trained it, and no
+    VAE among its stages.
+    """
+    export(finished, f"{tmp_path}/model")
+    cfg = train.start_from(load(f"{tmp_path}/model/config.toml", ["--out", f"{tmp_path}/mine"]),
+                           f"{tmp_path}/model")
+    assert cfg.stages == ["vae", "lm"] and cfg.data.valid == ""
+    assert cfg.train.vae.init == f"{tmp_path}/model/vae.pt"
+    assert cfg.train.lm.init == f"{tmp_path}/model/lm.pt"
+    assert load(f"{tmp_path}/model/config.toml", []).out == "out/run"
 
 
 def test_an_export_in_bf16_rounds_matrices_and_keeps_vectors(finished, tmp_path):

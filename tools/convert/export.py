@@ -2,7 +2,7 @@
 
     RUN/vae.pt, RUN/STAGE.pt ─► averaged weights, rounded ─► DIR/vae.safetensors,
                                                              DIR/STAGE.safetensors
-    the config in them       ─────────────────────────────► DIR/config.toml, without folders
+    the config in them       ─────────────────────────────► DIR/config.toml, to go on from it
     and --card               ─────────────────────────────► DIR/README.md, the model card
 
 DIR takes the place of a run folder in sample.py, evaluate.py and config.open_run; optimizers, logs
@@ -56,7 +56,7 @@ def run(args):
         sizes[name] = save(f"{args.out}/{name}.safetensors", state, weights, args.dtype)
         print(f"{args.out}/{name}.safetensors: {sizes[name] / 1e6:.2f}M parameters, {args.dtype}")
 
-    cfg = resolve(without_paths(states[last]["config"]))
+    cfg = resolve(to_go_on_from(without_paths(states[last]["config"])))
     write(f"{args.out}/config.toml", dump(cfg))
     write(f"{args.out}/README.md", card(args, cfg, states, sizes))
 
@@ -89,6 +89,18 @@ def without_paths(config):
         for key in ("init", "teacher"):
             if isinstance(stage.get(key), str):
                 stage[key] = os.path.basename(stage[key])
+    return config
+
+
+def to_go_on_from(config):
+    """The config with which others train on from the folder, --config DIR/config.toml --from DIR:
+    every stage, begun with the folder's weights, and held-out clips out of their own manifest.
+    """
+    config["out"] = f"out/{config['out']}"
+    config["stages"] = ["vae", *(stage for stage in config["stages"] if stage != "vae")]
+    config["data"]["valid"] = ""
+    for stage in STAGES:
+        config["train"].get(stage, {}).pop("init", None)
     return config
 
 
