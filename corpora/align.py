@@ -1,6 +1,8 @@
-"""Word times for a manifest of speech: when each word is spoken, from Whisper's attention.
+"""Word times for a manifest of speech: when each word is spoken, from Whisper's attention, or of
+English by comparison with a synthetic voice (--by flite, warping.py), which errs half as much.
 
     python -m corpora.align train.jsonl --out aligned.jsonl [--whisper base] [--threads 2]
+    python -m corpora.align train.jsonl --out aligned.jsonl --by flite    # needs apt install flite
 
     wav, quiet ends cut off ─► log-mel (80, M) ─► Whisper's encoder ─┐
     "the old farmer" ─► tokens ─► Whisper's decoder, forced to this text
@@ -37,6 +39,7 @@ from tqdm import tqdm
 
 from audio import load_audio
 from cli import BadInput, Parser, check_writable, cli, threads
+from corpora.warping import Warper
 from data import load_manifest, write_manifest
 
 # Whisper's sample rate, Hz
@@ -142,6 +145,8 @@ def parse():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("manifest", help=".jsonl or a folder of audio with texts")
     p.add_argument("--out", required=True, help="the manifest to write, .jsonl")
+    p.add_argument("--by", choices=["whisper", "flite"], default="whisper",
+                   help="whisper (default), for its languages, or flite, for English")
     p.add_argument("--whisper", default="base",
                    help="faster-whisper model, a name or a folder (default base)")
     p.add_argument("--language", default="en", help="language of the texts (default en)")
@@ -149,11 +154,22 @@ def parse():
     return p.parse_args()
 
 
+def refuse_other_languages(arguments):
+    """BadInput where --by flite is asked for what it has not."""
+    if arguments.language != "en":
+        raise BadInput(f"--language {arguments.language}: flite speaks English alone; use --by "
+                       "whisper")
+
+
 def main():
     arguments = parse()
     check_writable(arguments.out)
     clips = [*load_manifest(arguments.manifest)]
-    aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
+    if arguments.by == "flite":
+        refuse_other_languages(arguments)
+        aligner = Warper(loud_part)
+    else:
+        aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
 
     aligned = 0
     refused = []
@@ -178,8 +194,10 @@ def main():
     write_manifest(arguments.out, clips)
     print(f"{aligned} of {len(clips)} clips aligned -> {arguments.out}")
     if refused:
-        print(f"left without words: {len(refused)} clips over {LONGEST:g} s, over {TOKENS} tokens "
-              f"of text or under {FRAME:g} s, e.g. {refused[0]}")
+        limits = {"whisper": f"over {TOKENS} tokens of text or under {FRAME:g} s",
+                  "flite": "with a text that does not fit their length or that flite cannot say"}
+        print(f"left without words: {len(refused)} clips over {LONGEST:g} s, "
+              f"{limits[arguments.by]}, e.g. {refused[0]}")
 
 
 if __name__ == "__main__":

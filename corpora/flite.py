@@ -17,11 +17,14 @@ natural speech. Needs the Debian package: apt install flite.
 Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
+import bisect
 import ctypes
 import functools
 import os
 import random
+import re
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +35,8 @@ from data import Clip, write_manifest
 
 # name of a voice -> its library
 VOICES = {"slt": "cmu_us_slt", "rms": "cmu_us_rms", "awb": "cmu_us_awb", "kal16": "cmu_us_kal16"}
+# how typographers write what flite knows in ASCII
+QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")
 # sentences per voice in valid.jsonl
 HELD_OUT = 100
 # mean duration of a sentence in seconds, to turn --hours into a number of sentences
@@ -198,28 +203,48 @@ class Flite:
             function.restype = result
             function.argtypes = arguments
 
-    def speak(self, text, voice):
-        """text, a name of VOICES -> (samples int16 (S,), sample rate in Hz, words)."""
+    @contextmanager
+    def utterance(self, text, voice):
+        """Within: (flite's utterance of a text, samples int16 (S,), sample rate in Hz)."""
         utterance = self.lib.flite_synth_text(text.encode(), self.voices[voice])
         wave = self.lib.utt_wave(utterance).contents
         samples = np.ctypeslib.as_array(wave.samples, (wave.num_samples,)).copy()
-        rate = wave.sample_rate
-        words = self.words(utterance)
-
+        yield utterance, samples, wave.sample_rate
         self.lib.delete_utterance(utterance)
+
+    def speak(self, text, voice):
+        """text, a name of VOICES -> (samples int16 (S,), sample rate in Hz, words)."""
+        with self.utterance(text, voice) as (utterance, samples, rate):
+            words = [[self.lib.ffeature_string(item, b"name").decode(), start, end]
+                     for item, start, end in self.words(utterance)]
         return samples, rate, words
 
+    def speak_text(self, text, voice):
+        """As people write -> (samples int16 (S,) at 16 kHz, [start, end] in seconds of every word
+        between blanks, None for those that are not spoken). flite reads numbers and abbreviations;
+        characters beyond ASCII are blanks to it.
+        """
+        text = text.translate(QUOTES)
+        begins = [match.start() for match in re.finditer(r"\S+", text)]
+        ascii_text = "".join(c if c.isascii() and c.isprintable() else " " for c in text)
+        found = [None] * len(begins)
+        with self.utterance(ascii_text, voice) as (utterance, samples, _):
+            for item, start, end in self.words(utterance):
+                # the place in the text behind the token that the word is of
+                behind = self.lib.ffeature_float(item, b"R:Token.parent.file_pos")
+                k = bisect.bisect_left(begins, behind) - 1
+                if end > start and k >= 0:
+                    first, _ = found[k] or (start, end)
+                    found[k] = [first, end]
+        return samples, found
+
     def words(self, utterance):
-        """[[word, start, end], ...] of an utterance, in seconds."""
-        words = []
+        """Yields (flite's word, its start, its end) of an utterance, in seconds."""
         item = self.lib.relation_head(self.lib.utt_relation(utterance, b"Word"))
         while item:
-            name = self.lib.ffeature_string(item, b"name").decode()
-            start = self.lib.ffeature_float(item, WORD_START)
-            end = self.lib.ffeature_float(item, WORD_END)
-            words.append([name, round(start, 3), round(end, 3)])
+            yield (item, round(self.lib.ffeature_float(item, WORD_START), 3),
+                   round(self.lib.ffeature_float(item, WORD_END), 3))
             item = self.lib.item_next(item)
-        return words
 
 
 def load_voice(library):
