@@ -196,7 +196,7 @@ def test_each_line_of_a_file_becomes_a_file(folder, monkeypatch, tmp_path):
 @pytest.mark.parametrize("arguments, says", [
     (["--texts", "none.txt"], "--texts none.txt: cannot be read"),
     (["--texts", "/dev/null"], "has no line of text"),
-    (["--texts", f"{ROOT}/losses.png"], "is not UTF-8"),
+    (["--texts", f"{ROOT}/assets/table6.png"], "is not UTF-8"),
     (["--texts", "a", "--text", "b"], "--texts: give it or --text, not both"),
     (["--text", "b", "--out", "x.mp3"], "x.mp3: only .wav, .flac, .ogg, .raw are written"),
     (["--text", "b", "--out", "x.flac", "--stream"], "--stream: writes wav or raw, not flac"),
