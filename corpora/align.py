@@ -28,7 +28,8 @@ Where this differs from Whisper's code:
 - the last word lasts to the end of what remains
 
 Accuracy against the exact times of corpora/flite.py (575 words, Whisper base): half of the words
-begin within 0.07 s, nine of ten within 0.18 s; nearly all errors are early.
+begin within 0.07 s, nine of ten within 0.18 s; nearly all errors are early. warping.py has the same
+of a natural voice, beside that of --by flite.
 Exit status: 0 done, 2 the user's mistake.
 """
 import argparse
