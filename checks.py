@@ -186,8 +186,10 @@ def run_changes(saved, cfg):
 def training_changes(saved, cfg, name):
     """[("lr = 0.01", 0.02), ...] of [train.NAME], without what does not change the weights."""
     old, new = (dataclasses.asdict(getattr(c.train, name)) for c in (saved, cfg))
+    # without --from the second time, a run goes on from its own weights
+    ignored = {"init"} if not new["init"] else set()
     return [(f"{key} = {old[key]}", new[key]) for key in old
-            if old[key] != new[key] and key != "init" and not key.endswith("_every")]
+            if old[key] != new[key] and key not in ignored and not key.endswith("_every")]
 
 
 def data_changes(saved, cfg):

@@ -292,11 +292,7 @@ def judge_run(a, place):
     # what judges it
     judges = open_judges(a, cfg, place.device, a.what != "lm", bool(stages))
     refuse_without_material(a.metrics, generated if a.what == "lm" else clips)
-    if stages and not any(clip.text for clip in generated):
-        without = f"none of {len(clips)} held-out clips has a text to generate from"
-        if a.what == "lm":
-            raise BadInput(f"{without}; give a --manifest with texts, or --what vae")
-        print(without)
+    if stages and not has_texts(a, generated):
         stages = []
     figures = {"run": a.run, "clips": len(clips), "seed": a.seed}
     rows = []
@@ -343,6 +339,18 @@ def judge_run(a, place):
     if judges and judges.refused:
         more = f" (and {len(judges.refused) - 1} more)" if len(judges.refused) > 1 else ""
         raise BadInput(judges.refused[0] + more)
+
+
+def has_texts(a, clips):
+    """Whether there is a text to generate from; BadInput without one, where nothing else is asked.
+    """
+    found = any(clip.text for clip in clips)
+    without = "no held-out clip has a text to generate from"
+    if not found and a.what == "lm":
+        raise BadInput(f"{without}; give a --manifest with texts, or --what vae")
+    if not found and a.what == "all":
+        print(without)
+    return found
 
 
 def vae_figures(a, cfg, vae, clips, judges, place):

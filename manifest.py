@@ -518,8 +518,8 @@ def refuse_words_behind(words, seconds, where):
     """Raise BadInput where a word begins more than 0.1 s behind the end of its clip."""
     if words and words[-1][1] > seconds + 0.1:
         word, start, _ = words[-1]
-        raise BadInput(f"{where}: words are of other audio; {word!r} begins at {start:g} s, and the "
-                       f"clip has {seconds:g} s")
+        raise BadInput(f"{where}: words are of other audio; {word!r} begins at {start:g} s, and "
+                       f"the clip has {seconds:g} s")
 
 
 # ---------------------------------------------------------------------------- folders, writing

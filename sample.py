@@ -352,8 +352,9 @@ def main():
         print(f"{path}: {new:.2f} s from {model.stage}, {took:.2f} s of work = {new / took:.1f} x "
               f"real time, first audio after {1000 * first:.0f} ms", flush=True)
         for text in model.cut_short:
-            print(f'note: "{textwrap.shorten(text, 60)}" was cut at '
-                  f"{a.seconds or model.cfg.sample.seconds:g} s; --seconds gives it more", flush=True)
+            limit = a.seconds or model.cfg.sample.seconds
+            print(f'note: "{textwrap.shorten(text, 60)}" was cut at {limit:g} s; --seconds gives '
+                  "it more", flush=True)
         if a.play:
             play(path, a.format)
 

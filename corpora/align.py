@@ -40,36 +40,15 @@ from tqdm import tqdm
 
 from audio import load_audio
 from cli import BadInput, Parser, check_writable, cli, threads
-from corpora.warping import Warper
+from corpora.warping import FRAME, RATE, Warper, loud_part
 from data import load_manifest, write_manifest
 
-# Whisper's sample rate, Hz
-RATE = 16000
 # the longest audio that Whisper takes, seconds
 LONGEST = 30.0
-# one row of Whisper's encoder, two of its log-mel, seconds
-FRAME = 0.02
 # log-mel rows to which shorter audio is padded: 6 s
 PADDED = 600
 # tokens of text at most; Whisper's decoder has 448 positions
 TOKENS = 440
-# level relative to the loudest frame below which the ends are quiet: -35 dB
-QUIET = 10 ** (-35 / 20)
-
-
-def loud_part(wav):
-    """wav (S,) at 16 kHz -> (first, last + 1) sample of the 20 ms frames above -35 dB.
-
-    The level is relative to the loudest frame; (0, S) for silence and for less than one frame.
-    """
-    hop = int(FRAME * RATE)
-    frames = wav[:len(wav) // hop * hop].reshape(-1, hop)
-    rms = np.sqrt(np.mean(np.square(frames), 1))
-    if not len(rms) or not rms.max():
-        return 0, len(wav)
-
-    loud = np.flatnonzero(rms >= QUIET * rms.max())
-    return int(loud[0]) * hop, int(loud[-1] + 1) * hop
 
 
 def words_of_path(words, counts, path, offset, end):
@@ -168,7 +147,7 @@ def main():
     clips = [*load_manifest(arguments.manifest)]
     if arguments.by == "flite":
         refuse_other_languages(arguments)
-        aligner = Warper(loud_part)
+        aligner = Warper()
     else:
         aligner = Aligner(arguments.whisper, arguments.language, arguments.threads)
 

@@ -6,7 +6,7 @@
     python -m corpora.scan describe train.jsonl --out described.jsonl      texts as descriptions
     python -m corpora.scan join a.jsonl b.jsonl --out both.jsonl           two corpora as one
 
-    folder of a corpus ── layout ──> [Clip] ──> train.jsonl ──> check, info, describe, join, train.py
+    folder of a corpus ── layout ──> [Clip] ──> train.jsonl ──> the other commands, train.py
 
 COMMAND -h explains a command, scan -h the layouts. A folder that has the name of a command is given
 as ./check.

@@ -25,7 +25,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from corpora.flite import VOICES, engine
 
+# sample rate of flite and of Whisper, Hz
 RATE = 16000
+# seconds in which the level is measured; one row of Whisper's encoder is as long
+FRAME = 0.02
+# level relative to the loudest frame below which the ends are quiet: -35 dB
+QUIET = 10 ** (-35 / 20)
 # samples between two frames and of one
 HOP = 160
 WINDOW = 400
@@ -40,6 +45,21 @@ NEAREST = 3
 STRETCH = 3.0
 # seconds of audio at most: memory grows with the square
 LONGEST = 30.0
+
+
+def loud_part(wav):
+    """wav (S,) at 16 kHz -> (first, last + 1) sample of the 20 ms frames above -35 dB.
+
+    The level is relative to the loudest frame; (0, S) for silence and for less than one frame.
+    """
+    hop = int(FRAME * RATE)
+    frames = wav[:len(wav) // hop * hop].reshape(-1, hop)
+    rms = np.sqrt(np.mean(np.square(frames), 1))
+    if not len(rms) or not rms.max():
+        return 0, len(wav)
+
+    loud = np.flatnonzero(rms >= QUIET * rms.max())
+    return int(loud[0]) * hop, int(loud[-1] + 1) * hop
 
 
 def mel_filters():
@@ -113,19 +133,18 @@ def where_words_begin(path, frames):
 class Warper:
     """flite as a function (wav, text) -> word times, in the place of align.Aligner.
 
-    loud_part: align.loud_part. Errors: BadInput where flite is not installed.
+    Errors: BadInput where flite is not installed.
     """
 
-    def __init__(self, loud_part):
+    def __init__(self):
         self.flite = engine()
-        self.loud_part = loud_part
 
     def __call__(self, wav, text):
         """wav (S,) numpy at 16 kHz, text -> [[word, start, end], ...] in seconds, or None for what
         cannot be aligned: over 30 s, under a window, nothing that flite says, or a text that does
         not fit the audio's length. A word that flite does not say has no length.
         """
-        first, last = self.loud_part(wav)
+        first, last = loud_part(wav)
         if not WINDOW <= last - first <= LONGEST * RATE:
             return None
         own = cepstra(wav[first:last].astype(np.float64))
@@ -143,7 +162,7 @@ class Warper:
         """
         samples, words = self.flite.speak_text(text, voice)
         samples = samples / 32768
-        first, last = self.loud_part(samples)
+        first, last = loud_part(samples)
         if all(word is None for word in words) or last - first < WINDOW:
             return None
         other = cepstra(samples[first:last])

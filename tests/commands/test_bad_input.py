@@ -117,7 +117,7 @@ CASES = [  # command line, what the line must say
     (SAMPLE + " --texts {0}/lines.txt", "lines.txt, text 2: 'xxx"),
     ("sample.py --run {0} --text hi", "is a folder of runs; give one, e.g. {0}/corrupt"),
     ("evaluate.py --run {0}/run --what lm --manifest {0}/good.jsonl",
-     "none of 1 held-out clips has a text to generate from"),
+     "no held-out clip has a text to generate from"),
     ("-m corpora.scan check {0}/behind.jsonl", "'b' begins at 2.1 s, and the clip has 0.5 s"),
     (SAMPLE + " --text hi --out {0}/folder.wav", "folder.wav: is a folder"),
     (SAMPLE + " --text hi\udcff", "--text: is not UTF-8 at character 3"),

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import checks
 import train
 from checkpoint import load_checkpoint
 from cli import BadInput
@@ -74,6 +75,14 @@ def test_a_run_without_a_vae_is_told_to_begin_with_one(source, tmp_path):
     """Fault: "train it first", where the VAE of --from lay ready."""
     with pytest.raises(BadInput, match="mine has no VAE yet; put vae before them"):
         train.start_from(config(tmp_path, "--stages", "lm,consistency"), source)
+
+
+def test_other_weights_to_begin_with_are_named_and_none_are_not(tmp_path):
+    """Fault: the same command without --from said that a finished stage had begun with them."""
+    begun = config(tmp_path, "--train.lm.init", "a.pt")
+    other = config(tmp_path, "--train.lm.init", "b.pt")
+    assert checks.training_changes(begun, other, "lm") == [("init = a.pt", "b.pt")]
+    assert checks.training_changes(begun, config(tmp_path), "lm") == []
 
 
 @pytest.mark.parametrize("wrong, message", [

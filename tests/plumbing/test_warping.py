@@ -9,7 +9,6 @@ from audio import save_audio
 from cli import BadInput
 from conftest import engine
 from corpora import align, warping
-from corpora.align import loud_part
 from corpora.warping import Warper, cepstra, warp, where_words_begin, words_from
 from data import load_manifest
 
@@ -83,7 +82,7 @@ def test_a_voice_that_is_not_among_the_references_is_aligned_as_it_was_spoken(mo
     monkeypatch.setattr(warping, "VOICES", ("slt", "rms", "kal16"))
     sentences = ["the old farmer quietly opened the green box",
                  "please inspect that ancient umbrella", "she walked slowly down the street"]
-    aligner = Warper(loud_part)
+    aligner = Warper()
     errors = []
     for sentence in sentences:
         samples, _, words = engine.speak(sentence, "awb")
@@ -97,7 +96,7 @@ def test_a_voice_that_is_not_among_the_references_is_aligned_as_it_was_spoken(mo
 
 @needs_flite
 def test_what_cannot_be_aligned_has_no_words():
-    aligner = Warper(loud_part)
+    aligner = Warper()
     noise = np.random.default_rng(0).normal(size=16000 * 31) * 0.1
     assert aligner(noise, "too long") is None
     assert aligner(noise[:300], "hi") is None
