@@ -24,6 +24,7 @@ import tempfile
 import threading
 from collections import deque
 from contextlib import closing, contextmanager
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from urllib.parse import urlsplit
@@ -190,6 +191,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({"/": self.page, "/about": self.about})
 
+    do_HEAD = do_GET
+
     def do_POST(self):
         self.answer({"/say": self.say, "/voice": self.voice})
 
@@ -224,6 +227,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send(status, "application/json", json.dumps({"error": line}).encode())
         except (ConnectionError, TimeoutError):
             return
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself refuses, an unknown method or a broken head, in a line as well
+        (it has a page of HTML).
+        """
+        self.close_connection = True
+        self.started = False
+        self.refuse(Refusal(code, message or HTTPStatus(code).phrase))
 
     def check_origin(self):
         """Refusal where a page of another origin asks, or this machine under a foreign name."""
@@ -262,7 +273,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data or b"")
+        if data and self.command != "HEAD":
+            self.wfile.write(data)
 
     def send_piece(self, data):
         """A piece of an answer; an empty one ends it."""

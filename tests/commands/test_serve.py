@@ -66,6 +66,20 @@ def test_the_page_comes_with_what_it_needs_to_know(server, model):
     assert about["defaults"] == {"steps": 2, "temperature": 0.8, "guidance": 1.0}
 
 
+def test_an_unknown_method_and_a_broken_head_are_a_line_too(server):
+    """Fault: they were pages of HTML, where every other error is JSON."""
+    assert error(ask(server, "PUT", "/say", "{}"), 501) == "Unsupported method ('PUT')"
+    assert "Too many" in error(ask(server, "GET", "/", **{f"a{i}": "b" for i in range(150)}), 431)
+
+
+def test_head_has_the_length_of_get_and_no_body(server):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+        client.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+    length = len(ask(server, "GET", "/")[1])
+    assert b" 200 " in head and f"Content-Length: {length}".encode() in head and body == b""
+
+
 def test_what_is_sent_are_the_samples_of_say_with_the_comment(server, model):
     status, data = say(server, **TEXT, kind="sound", temperature=0.5, steps=1)
     wav = model.say("two", seed=3, kind="sound", temperature=0.5, steps=1)
