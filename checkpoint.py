@@ -185,6 +185,9 @@ def check_state(state, path, size):
     kinds = state.get("seen", {}).get("kinds", [])
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise BadInput(f"{path}: damaged (seen.kinds is no list of names); {DAMAGED}")
+    letters = state.get("seen", {}).get("letters", {})
+    if not isinstance(letters, dict) or not all(isinstance(part, str) for part in letters.values()):
+        raise BadInput(f"{path}: damaged (seen.letters is no text for each kind); {DAMAGED}")
     for name, weight in [*state["model"].items(), *(state["ema"] or {}).items()]:
         if not isinstance(name, str) or not torch.is_tensor(weight):
             raise BadInput(f"{path}: damaged (weight {str(name)[:60]} is no tensor); {DAMAGED}")

@@ -27,6 +27,7 @@ from cli import BadInput, Failure
 from config import load_checkpoint, open_run
 from data import KINDS, encode_text, pad_id
 from discrete import DISCRETE
+from manifest import plain
 from prompts import PIECE_SECONDS, best_voice, encode_prompt, encode_voice, length, read
 from replay import Fast
 from sentences import texts_to_generate
@@ -163,6 +164,16 @@ class Model:
         if kind not in self.kinds:
             raise BadInput(f"--kind {kind}: {self.name} was trained on {', '.join(self.kinds)} "
                            f"alone; use --kind {self.kinds[0]}")
+
+    def unknown_letters(self, text, kind="speech"):
+        """The characters of a text that no text of training had, each once, in their order; their
+        sound is anything. "" where the run does not know (it says since 2026-11-28), or where a
+        tokenizer knows them from elsewhere.
+        """
+        known = self.seen["letters"].get(kind, "")
+        if not known or self.cfg.data.tokenizer:
+            return ""
+        return "".join(dict.fromkeys(c for c in plain(text) if c != " " and c not in known))
 
     def pieces(self, text, kind, prompt_text=None):
         """The texts that are generated one after the other; [""] where there is no text."""
@@ -350,14 +361,15 @@ def refuse_poisoned_latent(latents, stage, frame_rate):
 
 
 def what_was_seen(run, stage, cfg):
-    """What the training rows of a stage held -> {"kinds", "voice_prompts"}, from its checkpoint.
+    """What the training rows of a stage held -> {"kinds", "voice_prompts", "letters"}, from its
+    checkpoint.
 
-    A checkpoint from before 2026-11-27 does not say so: the config is asked for the kinds.
+    A checkpoint of 2026-11-27 or before may not say so: the config is asked for the kinds.
     """
     state = load_checkpoint(f"{run}/{stage}.pt")
     weighted = [kind for kind in KINDS if cfg.data.weights.get(kind, 0) > 0]
     kinds = weighted or (KINDS if cfg.data.manifest else cfg.toy.kinds)
-    return {"kinds": kinds, "voice_prompts": True} | state.get("seen", {})
+    return {"kinds": kinds, "voice_prompts": True, "letters": {}} | state.get("seen", {})
 
 
 def choose_device(name):

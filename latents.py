@@ -270,13 +270,18 @@ class LatentBatches:
 
     @cached_property
     def seen(self):
-        """What the rows hold, for the checkpoint: kinds, and whether some have a voice prompt."""
+        """What the rows hold, for the checkpoint: kinds, whether some have a voice prompt, and the
+        characters of the texts of each kind.
+        """
         cfg = self.cfg
         other = with_other_file(self.clips, self.gives_prompt)
         rest = self.cache.frames - cfg.frames >= self.prompt_min
         has_source = bool((self.is_speech & (other | rest)).any())
         prompts = cfg.prompt_frames > 0 and cfg.prompt_prob > 0 and has_source
-        return {"kinds": kinds_seen(self.clips, cfg.weights), "voice_prompts": prompts}
+        kinds = kinds_seen(self.clips, cfg.weights)
+        letters = self.clips.table.letters
+        return {"kinds": kinds, "voice_prompts": prompts,
+                "letters": {kind: "".join(sorted(letters[kind])) for kind in kinds}}
 
     def row(self, number):
         """One row of the run -> dict of tensors, as above without the batch axis."""

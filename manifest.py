@@ -104,6 +104,7 @@ class Table:
     rows       (n + 1,) ROW: the last one only holds the ends of the last line and path
     paths      bytearray: the paths of the audio files, end to end; below folder: relative to it
     speakers   {name: number}
+    letters    {kind: set of the characters of its texts}
     read       (k) -> Clip k
     """
 
@@ -114,6 +115,7 @@ class Table:
         # what the paths below the folder lack
         self.prefix = f"{folder}/".encode("utf-8", "surrogatepass") if folder else b""
         self.speakers = {"": 0}
+        self.letters = {kind: set() for kind in KINDS}
         self.n = 0
         self.waiting = []
 
@@ -124,6 +126,7 @@ class Table:
         words = row.get("words")
         kind = row.get("kind", "speech")
         speaker = row.get("speaker", "")
+        self.letters[kind].update(text if text.isascii() else plain(text))
         path = audio.encode("utf-8", "surrogatepass")
         size, changed = (status.st_size, status.st_mtime_ns) if status else (-1, 0)
         self.waiting.append((

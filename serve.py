@@ -4,7 +4,8 @@
     GET  /about    {"model", "kinds", "voices", "sample_rate", "defaults", ...} as JSON
     POST /voice    the bytes of an audio file          -> {"voice": its name, "speech": seconds}
     POST /say      {"text", "kind", "seed", "steps", "temperature", "guidance", "voice"}, all but
-                   the text optional                   -> a .wav, sent while it is generated
+                   the text optional                   -> a .wav, sent while it is generated; the
+                   header Unknown-Letters names the characters that no text of training had
 
     curl --data '{"text": "three seven"}' http://localhost:8000/say > hello.wav
 
@@ -27,7 +28,7 @@ from contextlib import closing, contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import torch
 
@@ -260,14 +261,18 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionError("the client has left")
         return data
 
-    def send(self, status, kind, data=None):
-        """A whole answer, or with data = None the head of one whose pieces follow."""
+    def send(self, status, kind, data=None, more=None):
+        """A whole answer, or with data = None the head of one whose pieces follow. more: {header:
+        value}.
+        """
         self.started = True
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Connection", "close")
+        for name, value in (more or {}).items():
+            self.send_header(name, value)
         if data is None:
             self.send_header("Transfer-Encoding", "chunked")
         else:
@@ -306,12 +311,13 @@ class Handler(BaseHTTPRequestHandler):
         """POST /say."""
         model = self.server.model
         text, options = read_request(self.body(MOST_REQUEST), model, self.server.voices)
+        unknown = quote(model.unknown_letters(text, options["kind"]))
         with self.server.queue.turn():
             if self.has_left():
                 return
             with closing(model.stream(text, **options)) as pieces:
                 first = next(pieces)                    # what fails does so before the status
-                self.send(200, "audio/wav")
+                self.send(200, "audio/wav", more={"Unknown-Letters": unknown})
                 self.send_piece(wav_header(model.cfg.vae.channels, model.sample_rate,
                                            comment=model.comment))
                 for wav in chain([first], pieces):

@@ -149,6 +149,14 @@ def odd_requests(count):
         yield request[:r.randrange(len(request))] if r.random() < 0.2 else request
 
 
+def test_characters_that_no_text_of_training_had_are_in_a_header(server, model, monkeypatch):
+    monkeypatch.setitem(model.seen, "letters", {"speech": "two"})
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.request("POST", "/say", json.dumps(TEXT | {"text": "two \u00e95"}))
+    assert connection.getresponse().headers["Unknown-Letters"] == "%C3%A95"
+    connection.close()
+
+
 def test_two_hundred_odd_requests_are_survived(server, model, monkeypatch, capsys):
     """Each gets an error or an answer, or its connection is closed; the 201st is served."""
     monkeypatch.setattr(serve.Handler, "timeout", 5.0)
@@ -317,7 +325,8 @@ def test_what_the_page_asks_for_is_refused_beside_serve(monkeypatch):
 # ---------------------------------------------------------------- in a browser
 
 @needs_browser
-def test_the_page_plays_what_is_generated_and_draws_it(server, model, tmp_path):
+def test_the_page_plays_what_is_generated_and_draws_it(server, model, tmp_path,
+                                                             monkeypatch):
     browser = Browser(tmp_path)
     try:
         browser.call(f"{browser.session}/url", url=f"http://localhost:{server.server_port}/")
@@ -338,7 +347,11 @@ def test_the_page_plays_what_is_generated_and_draws_it(server, model, tmp_path):
         picture = browser.call(f"{browser.session}/screenshot")
         assert base64.b64decode(picture).startswith(b"\x89PNG")
 
-        # an error is said on the page
+        # characters that training never had are said on the page, and errors
+        monkeypatch.setitem(model.seen, "letters", {"speech": "tw"})
+        browser.click("#say")
+        wait_for(lambda: "No text of training had o" in browser.run(
+            "return document.getElementById('status').innerText"), 20)
         browser.run("document.getElementById('steps').max = 1000")
         browser.run("document.getElementById('steps').value = 500")
         browser.click("#say")

@@ -213,6 +213,19 @@ def test_a_kind_that_training_never_had_is_refused_and_a_voice_prompt_is_comment
     assert says not in capsys.readouterr().out
 
 
+def test_characters_that_no_text_of_training_had_are_named(untrained, monkeypatch, capsys):
+    """Fault: "25" was spoken as anything, without a line."""
+    with_seen(untrained, kinds=["speech", "sound"], voice_prompts=True,
+              letters={"speech": " abcdefghinotwé", "sound": " 25abcdefghinotw"})
+    speak(untrained, monkeypatch, "--text", "the 25th e\u0301tat & the 2nd")
+    assert ('note: "the 25th e\u0301tat & the 2nd" has 2 5 &, which no text of training had; '
+            "write it as it is spoken") in capsys.readouterr().out
+    speak(untrained, monkeypatch, "--text", "the 25th", "--kind", "sound")
+    with_seen(untrained, kinds=["speech"], voice_prompts=True)               # an older run
+    speak(untrained, monkeypatch, "--text", "the 25th")
+    assert "no text of training" not in capsys.readouterr().out
+
+
 def test_evaluation_leaves_out_kinds_that_training_never_had(untrained, capsys):
     """Fault: a kind of weight 0 was generated from and counted as if it had been learned."""
     cfg, _, _, _ = open_run(f"{untrained}/run")
@@ -236,9 +249,11 @@ def test_a_checkpoint_says_which_kinds_and_voice_prompts_its_rows_had(tmp_path):
 
     anna = [Clip(f"{i}.wav", "a", "speech", "anna") for i in range(2)]
     nobody = [Clip(f"{i}.wav", "a", "speech") for i in range(2)]
-    music = [Clip("m.wav", "a", "music")]
-    assert seen(anna + music, [8, 8, 8]) == {"kinds": ["speech"], "voice_prompts": True}
-    assert seen(anna + music, [8, 8, 8], weights={})["kinds"] == ["speech", "music"]
+    music = [Clip("m.wav", "a 2-bar riff", "music")]
+    assert seen(anna + music, [8, 8, 8]) == {"kinds": ["speech"], "voice_prompts": True,
+                                             "letters": {"speech": "a"}}
+    both = seen(anna + music, [8, 8, 8], weights={})
+    assert both["kinds"] == ["speech", "music"] and both["letters"]["music"] == " -2abfir"
     assert not seen(nobody, [8, 9])["voice_prompts"]      # each clip fills its row
     assert seen(nobody, [8, 10])["voice_prompts"]         # two frames are left: half a prompt
     assert not seen(anna, [8, 8], prompt_prob=0.0)["voice_prompts"]

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     vae = VAE(cfg.vae).state_dict()
     state = {"step": 1, "done": True, "config": dataclasses.asdict(cfg), "optimizers": {},
-             "seen": {"kinds": ["speech"], "voice_prompts": True}}
+             "seen": {"kinds": ["speech"], "voice_prompts": True, "letters": {"speech": " ab"}}}
     save_checkpoint(f"{folder}/vae.pt", {**state, "stage": "vae", "ema": vae,
                                          "model": {f"vae.{k}": v for k, v in vae.items()}})
     save_checkpoint(f"{folder}/lm.pt", {**state, "stage": "lm", "ema": None,
