@@ -2,6 +2,8 @@
 
     corpus ─────► announce_data ───────► clips, kinds, word times, voice prompts
     config ─────► refuse_missing_init ─► train.STAGE.init is a checkpoint that is there
+                  bring_stages_before ─► the VAE of another run, where a language model alone is
+                                         trained
     run folder ─► check_checkpoints ───► another [vae], [gan], [lm] or [audiocalm], another
                                      │   optimizer or VAE: refused
                                      └─► other settings or other clips: said
@@ -18,8 +20,8 @@ from calm import CALM
 from checkpoint import exported_file, folder_of_checkpoints, load_checkpoint, stage_file
 from cli import BadInput
 from config import (LM_STAGES, STAGES, encoder_id, initial_weights, load_stage, make_model,
-                    refuse_other_encoder, refuse_other_table, saved_config, table_changes,
-                    vae_weights)
+                    refuse_other_encoder, refuse_other_table, save_checkpoint, saved_config,
+                    table_changes, vae_weights)
 from data import texts_left_out
 from latents import digest
 from manifest import columns, with_other_file
@@ -83,11 +85,41 @@ def announce_prompts(cfg, speech, say):
 
 # ---------------------------------------------------------------- checkpoints
 
+def stages_before(stages):
+    """The stages that these go on from and that are not among them: of an lm alone the VAE."""
+    before = ("vae", *(STAGES[name].after for name in stages))
+    return [name for name in STAGES if name in before and name not in stages]
+
+
+def bring_stages_before(cfg, say):
+    """Copy the finished stages that those of cfg go on from, from their train.STAGE.init (--from
+    sets it), where the run folder lacks them. Errors: BadInput where they do not fit.
+    """
+    for name in stages_before(cfg.stages):
+        source = getattr(cfg.train, name).init
+        path = stage_file(cfg.out, name)
+        if os.path.exists(path) or exported_file(path):
+            continue
+        if not source:
+            raise BadInput(f"--stages {','.join(cfg.stages)}: {cfg.out} has no {name} yet; put "
+                           f"{name} before them, or name the one to take, --train.{name}.init FILE "
+                           "or --from RUN")
+        state = load_stage(source, name)
+        if not state["done"]:
+            raise BadInput(f"{source}: its training is not finished; put \"{name}\" before "
+                           f"\"{cfg.stages[0]}\" in stages, it goes on from there")
+        refuse_other_table(source, saved_config(state, source), cfg, STAGES[name].table)
+        if name != "vae":
+            refuse_other_encoder(state, finished_encoder(cfg), source, f"{cfg.out}/vae.pt")
+        save_checkpoint(path, state)
+        say(f"{name}: copied from {exported_file(source) or source}")
+
+
 def refuse_missing_init(cfg, fresh):
     """BadInput where a stage that begins now is to start from a checkpoint that is not there."""
-    for name in cfg.stages:
+    for name in (*stages_before(cfg.stages), *cfg.stages):
         init = getattr(cfg.train, name).init
-        begins = fresh or not os.path.exists(stage_file(cfg.out, name))
+        begins = fresh and name in cfg.stages or not os.path.exists(stage_file(cfg.out, name))
         if init and begins and not (os.path.exists(init) or exported_file(init)):
             raise BadInput(f"train.{name}.init: {init}: no such checkpoint; train that run first")
         if init and begins and os.path.isdir(init):
@@ -138,7 +170,7 @@ def note_changed_training(cfg, path, name, state, saved, clips, say):
     """
     if state["done"]:
         sentence = (f"{name}: was trained with {{}}, not {{}}, and is finished; "
-                    f"to train on, use --out with --train.{name}.init {path}")
+                    f"to train on, {to_train_on(cfg, name)}")
         other_clips = f"{name}: was trained on other clips, and is finished"
     else:
         sentence = f"{name}: trained with {{}} to step {state['step']}, and resumes with {{}}"
@@ -153,13 +185,20 @@ def note_changed_training(cfg, path, name, state, saved, clips, say):
         say(other_clips)
 
 
+def to_train_on(cfg, name):
+    """The options that train a stage of this run on, and what goes on from it, in another folder."""
+    order = list(STAGES)
+    stages = [later for later in cfg.stages if order.index(later) >= order.index(name)]
+    return f"use --out DIR --from {cfg.out} --stages {','.join(stages)}"
+
+
 def refuse_other_optimizer(cfg, path, name, state, saved):
     """BadInput where a stage would resume with an optimizer that cannot read the saved state."""
     old, new = (getattr(c.train, name).optimizer for c in (saved, cfg))
     if old != new and not state["done"]:
         raise BadInput(f"{path}: trained with train.{name}.optimizer = {old} to step "
                        f"{state['step']}, whose state {new} cannot go on with; set it back, use "
-                       f"--fresh, or --out with --train.{name}.init {path}")
+                       f"--fresh, or {to_train_on(cfg, name)}")
 
 
 def note_changed_runtime(name, state, how, say):
@@ -196,7 +235,7 @@ def data_changes(saved, cfg):
     """[("data.frames = 64", 80), ...], without paths, which digest_of sees, and speed. ram_gb
     decides whether a crop is cut before or after it is resampled.
     """
-    ignored = ("manifest", "valid", "latents", "workers")
+    ignored = ("manifest", "valid", "latents", "workers", "processes")
     old, new = (dataclasses.asdict(c.data) for c in (saved, cfg))
     return [(f"data.{key} = {old[key]}", new[key]) for key in old
             if old[key] != new[key] and key not in ignored]

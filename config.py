@@ -321,8 +321,8 @@ def load(path, overrides=()):
         name = overrides.pop(0)
         if not name.startswith("--"):
             raise BadInput(f"'{name}': expected --section.key value (see -h)")
-        name, _, text = name[2:].partition("=")
-        if not text:
+        name, equals, text = name[2:].partition("=")
+        if not equals:
             if not overrides:
                 raise BadInput(f"--{name}: needs a value")
             text = overrides.pop(0)

@@ -120,8 +120,12 @@ def load_clips(cfg):
                        "kind with `python -m corpora.scan DIR --kind`")
     if cfg.valid:
         return clips, load_manifest(cfg.valid)
+    return split_off(clips, cfg.seed)
 
-    order = rng("split", cfg.seed).permutation(len(clips))
+
+def split_off(clips, seed):
+    """load_clips without cfg.valid: Clips -> (train, valid)."""
+    order = rng("split", seed).permutation(len(clips))
     held_out = min(max(math.ceil(len(clips) / 50), 8), max(1, len(clips) // 5), len(clips) - 1,
                    HELD_OUT)
     train = clips[order[:len(clips) - held_out]]

@@ -56,9 +56,10 @@ if __name__ == "__main__":
 
 import torch
 
+from checks import same_clips
 from cli import BadInput, Parser, check_writable, cli, number, threads
 from config import load_checkpoint, open_run, trained_stages
-from data import load_clips, load_manifest
+from data import fits, load_clips, load_manifest, split_off
 from figures import (joined, lm_rows, merge_intervals, model_name, print_table, published_json,
                      vae_rows, write_json)
 from generate import refuse_steps, sampling_options, what_was_seen
@@ -232,15 +233,34 @@ def open_stage(run, stage, device="cpu"):
 def held_out_clips(run, manifest, cfg):
     """The clips of a manifest, else the ones that the run did not train on."""
     if not manifest and not cfg.data.manifest:
-        manifest = f"{run}/toy/valid.jsonl"
+        return load_manifest(f"{run}/toy/valid.jsonl")
     if manifest:
-        return load_manifest(manifest)
+        return clips_to_judge(run, manifest, cfg)
     path = cfg.data.valid or cfg.data.manifest
     if not os.path.exists(path) and not is_remote(path):
         raise BadInput(f"{run}: its clips, {path}, are not here; give held-out clips, --manifest "
                        "FILE")
     _, held_out = load_clips(cfg.data)
     return held_out
+
+
+def clips_to_judge(run, manifest, cfg):
+    """The clips of a manifest. Of one whose held-out part the training split off (data.valid = ""),
+    wherever it lies now, that part; a line says so, and where training had them all.
+    """
+    clips = load_manifest(manifest)
+    train, held_out = split_off(clips, cfg.data.seed)
+    states = [load_checkpoint(f"{run}/{stage}.pt") for stage in ("vae", *trained_stages(run))]
+    digests = [state["clips"] for state in states if state.get("clips")]
+    if len(clips) > 1 and any(same_clips(digest, train) for digest in digests):
+        clips = held_out
+        if rank() == 0:
+            print(f"{manifest}: {run} was trained on all but {len(clips)} of its clips; these are "
+                  "judged")
+    elif any(same_clips(digest, clips) for digest in digests) and rank() == 0:
+        print(f"{manifest}: {run} was trained on these very clips; expect better figures than on "
+              "others")
+    return clips
 
 
 def of_trained_kinds(clips, run, stages, cfg):
@@ -292,7 +312,7 @@ def judge_run(a, place):
     # what judges it
     judges = open_judges(a, cfg, place.device, a.what != "lm", bool(stages))
     refuse_without_material(a.metrics, generated if a.what == "lm" else clips)
-    if stages and not has_texts(a, generated):
+    if stages and not has_texts(a, generated, cfg.data):
         stages = []
     figures = {"run": a.run, "clips": len(clips), "seed": a.seed}
     rows = []
@@ -341,11 +361,19 @@ def judge_run(a, place):
         raise BadInput(judges.refused[0] + more)
 
 
-def has_texts(a, clips):
+def has_texts(a, clips, cfg):
     """Whether there is a text to generate from; BadInput without one, where nothing else is asked.
+    A line says how many are too long for the run (cfg: DataConfig).
     """
-    found = any(clip.text for clip in clips)
+    texts = [clip for clip in clips if clip.text]
+    long = sum(not fits(clip.text, clip.kind, cfg) for clip in texts)
+    found = len(texts) > long
     without = "no held-out clip has a text to generate from"
+    if long:
+        why = f"longer than those of training (data.text_len = {cfg.text_len})"
+        without = f"all texts of held-out clips are {why}, none is generated"
+    if long and found and rank() == 0:
+        print(f"texts: {long} of {len(texts)} held-out ones are not generated, they are {why}")
     if not found and a.what == "lm":
         raise BadInput(f"{without}; give a --manifest with texts, or --what vae")
     if not found and a.what == "all":
@@ -357,8 +385,9 @@ def vae_figures(a, cfg, vae, clips, judges, place):
     """judge_vae's figures and the published ones; BadInput: too few clips, nothing else asked."""
     found = judge_vae(vae, clips, a.limit, a.wavs, judges, cfg.gan.loss_floor, place, a.seed)
     if not found and a.what == "vae":
+        more = "give --manifest with more" if a.limit > 1 else "give --limit 2 or more"
         raise BadInput(f"{len(clips)} held-out clips: the log-mel distance needs two clips of "
-                       "a kind, of 1024 samples; give --manifest with more")
+                       f"a kind, of 1024 samples; {more}")
     return found, judges.pop() if judges else {}
 
 

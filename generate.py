@@ -165,15 +165,20 @@ class Model:
             raise BadInput(f"--kind {kind}: {self.name} was trained on {', '.join(self.kinds)} "
                            f"alone; use --kind {self.kinds[0]}")
 
-    def unknown_letters(self, text, kind="speech"):
-        """The characters of a text that no text of training had, each once, in their order; their
-        sound is anything. "" where the run does not know (it says since 2026-11-28), or where a
-        tokenizer knows them from elsewhere.
+    def note(self, text, kind="speech"):
+        """A sentence where training had no text of the kind, or none with some of the characters of
+        this one, whose sound is then anything (but for those of a tokenizer); else "". Of a run of
+        2026-11-27 or before it is not known.
         """
-        known = self.seen["letters"].get(kind, "")
-        if not known or self.cfg.data.tokenizer:
+        known = self.seen["letters"].get(kind)
+        if known is None:
             return ""
-        return "".join(dict.fromkeys(c for c in plain(text) if c != " " and c not in known))
+        if not known:
+            return f"no {kind} had a text in training: a text changes little"
+        unknown = dict.fromkeys(c for c in plain(text) if c != " " and c not in known)
+        if not unknown or self.cfg.data.tokenizer:
+            return ""
+        return f"no text of training had {' '.join(unknown)}: write it as it is spoken"
 
     def pieces(self, text, kind, prompt_text=None):
         """The texts that are generated one after the other; [""] where there is no text."""

@@ -191,7 +191,8 @@ def draw_overview(path, vae, models, cfg, clips, place=Place()):
     """Spectrograms of one text per kind: the held-out clip, its reconstruction, and the generation
     of each model. models: {name: (model, its options)}.
     """
-    texts = {kind: [c for c in clips if c.kind == kind and c.text] for kind in KINDS}
+    texts = {kind: [c for c in clips if c.kind == kind and c.text and fits(c.text, kind, cfg.data)]
+             for kind in KINDS}
     examples = [min(texts[kind], key=lambda clip: clip.text) for kind in KINDS if texts[kind]]
     if not examples:
         return

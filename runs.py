@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 import checks
 import signals
-from checkpoint import (check_optimizer, load_checkpoint, load_weights, named_tensors,
-                        shards_folder, stage_file)
+from checkpoint import (check_optimizer, exported_file, load_checkpoint, load_weights,
+                        named_tensors, shards_folder, stage_file)
 from cli import BadInput, append_line, write_file
 from config import (dump, initial_weights, read_log, refuse_other_encoder, save_checkpoint,
                     saved_config, table_changes)
@@ -342,7 +342,8 @@ class Run:
         state = load_checkpoint(path, self.runtime.device)
         load_weights(self.trainer.averaged, initial_weights(state, self.name), path)
         self.trainer.check_loaded(path)
-        self.runtime.say(f"{self.name}: starts from {path} ({state['step']} steps)")
+        self.runtime.say(f"{self.name}: starts from {exported_file(path) or path} "
+                         f"({state['step']} steps)")
 
         # the same shapes may mean something else
         for old, new in table_changes(saved_config(state, path), self.cfg, "vae"):

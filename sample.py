@@ -337,10 +337,9 @@ def main():
 
     # every text is checked before the first is generated
     for text in a.texts:
-        unknown = model.unknown_letters(text or "", a.kind)
-        if unknown:
-            print(f'note: "{textwrap.shorten(text, 60)}" has {" ".join(unknown)}, which no text of '
-                  "training had; write it as it is spoken", flush=True)
+        note = model.note(text, a.kind) if text else ""
+        if note:
+            print(f'note: "{textwrap.shorten(text, 60)}": {note}', flush=True)
     every = [pieces_of(a, model, text) for text in a.texts]
     voice, history = load_prompt(a, model)
 

@@ -5,7 +5,7 @@
     POST /voice    the bytes of an audio file          -> {"voice": its name, "speech": seconds}
     POST /say      {"text", "kind", "seed", "steps", "temperature", "guidance", "voice"}, all but
                    the text optional                   -> a .wav, sent while it is generated; the
-                   header Unknown-Letters names the characters that no text of training had
+                   header Note says, percent-encoded, what training lacked for this text
 
     curl --data '{"text": "three seven"}' http://localhost:8000/say > hello.wav
 
@@ -311,13 +311,13 @@ class Handler(BaseHTTPRequestHandler):
         """POST /say."""
         model = self.server.model
         text, options = read_request(self.body(MOST_REQUEST), model, self.server.voices)
-        unknown = quote(model.unknown_letters(text, options["kind"]))
+        note = quote(model.note(text, options["kind"]))
         with self.server.queue.turn():
             if self.has_left():
                 return
             with closing(model.stream(text, **options)) as pieces:
                 first = next(pieces)                    # what fails does so before the status
-                self.send(200, "audio/wav", more={"Unknown-Letters": unknown})
+                self.send(200, "audio/wav", more={"Note": note})
                 self.send_piece(wav_header(model.cfg.vae.channels, model.sample_rate,
                                            comment=model.comment))
                 for wav in chain([first], pieces):

@@ -443,7 +443,8 @@ def parse():
 
 
 def start_from(cfg, run, fresh=False):
-    """The config with train.STAGE.init = the checkpoint of `run`, for every stage that has one.
+    """The config with train.STAGE.init = the checkpoint of `run`, for every stage that has one, and
+    for those that they go on from.
 
     Not for what goes on from a stage of this run, as consistency does from lm: what lm learned
     would be lost. A run without lm.pt gives consistency.pt in its place.
@@ -454,9 +455,6 @@ def start_from(cfg, run, fresh=False):
         raise BadInput(f"--from {run}: no such folder; give the run folder of a trained model")
     if os.path.realpath(run) == os.path.realpath(cfg.out):
         raise BadInput(f"--from {run}: is the run itself; name another folder, --out DIR")
-    if "vae" not in cfg.stages and not os.path.exists(f"{cfg.out}/vae.pt"):
-        raise BadInput(f"--stages {','.join(cfg.stages)}: {cfg.out} has no VAE yet; put vae before "
-                       f"them, it begins as that of {run}")
 
     stages_of_run = {}
     for name in cfg.stages:
@@ -472,6 +470,13 @@ def start_from(cfg, run, fresh=False):
     if not stages_of_run:
         raise BadInput(f"--from {run}: has no checkpoint of {', '.join(cfg.stages)}; give the run "
                        "folder of a trained model")
+
+    # what they go on from is taken as it is
+    for name in checks.stages_before(cfg.stages):
+        path = f"{run}/{name}.pt"
+        stage_cfg = getattr(cfg.train, name)
+        if os.path.exists(path) or exported_file(path):
+            stages_of_run[name] = replace(stage_cfg, init=stage_cfg.init or path)
     return replace(cfg, train=replace(cfg.train, **stages_of_run))
 
 
@@ -498,6 +503,8 @@ def run_stages(cfg, runtime, fresh):
     if fresh and runtime.rank == 0:
         with signals.held():
             start_over(cfg.out, cfg.stages)
+    if runtime.rank == 0:
+        checks.bring_stages_before(cfg, runtime.say)
     runtime.wait()                                     # nobody looks before the old ones are gone
 
     # what is there already must fit the config

@@ -8,14 +8,15 @@ import pytest
 import soundfile as sf
 import torch
 
+import checks
 import evaluate
 import figures
 import generations
 from cli import BadInput
 from clips import corpus
-from config import Config, build
+from config import Config, build, open_run
 from conftest import run
-from data import Clip, DataConfig
+from data import Clip, DataConfig, load_manifest, split_off, write_manifest
 from intervals import Figure
 from judges import Judges
 from reconstruction import information_rate, si_sdr
@@ -86,6 +87,54 @@ def test_texts_are_as_long_as_those_of_training_with_a_kind_token_or_without(kin
     cfg = build(DataConfig, {"text_len": 4, "kind_token": kind_token})
     clips = [Clip(f"{text}.wav", text) for text in ("four", "fives")]
     assert list(generations.choose_targets(clips, "speech", cfg, 9)) == ["four"]
+
+
+@pytest.mark.parametrize("trained_on, judged, says", [
+    ("a part", 3, "was trained on all but 3 of its clips; these are judged"),
+    ("all", 16, "was trained on these very clips; expect better figures"), ("others", 16, "")])
+def test_a_manifest_that_the_training_split_is_split_again(tmp_path, capsys, trained_on, judged,
+                                                           says):
+    """Fault: given by --manifest, as a moved run asks for, clips of training were judged without a
+    word.
+    """
+    folder = untrained_run(tmp_path)
+    write_manifest(tmp_path / "clips.jsonl", corpus(tmp_path, 16))
+    clips = load_manifest(tmp_path / "clips.jsonl")
+    part = {"a part": split_off(clips, 0)[0], "all": clips, "others": clips[:5]}[trained_on]
+    state = torch.load(f"{folder}/lm.pt")
+    torch.save(state | {"clips": checks.digest_of(part)}, f"{folder}/lm.pt")
+
+    cfg, *_ = open_run(folder)
+    found = evaluate.held_out_clips(folder, f"{tmp_path}/clips.jsonl", cfg)
+    assert len(found) == judged and not {clip.id for clip in found} & (
+        {clip.id for clip in part} if trained_on == "a part" else set())
+    assert says in (printed := capsys.readouterr().out) and bool(says) == bool(printed)
+
+
+def test_held_out_texts_that_are_too_long_are_counted(capsys):
+    """Fault: where all were, a command that succeeded printed nothing; where some were, nobody
+    knew of how many texts the figures spoke.
+    """
+    cfg = build(DataConfig, {"text_len": 4})
+    clips = [Clip(f"{text}.wav", text) for text in ("four", "fives", "sevens", "")]
+    asked = types.SimpleNamespace(what="lm")
+    assert evaluate.has_texts(asked, clips, cfg)
+    assert capsys.readouterr().out == ("texts: 2 of 3 held-out ones are not generated, they are "
+                                       "longer than those of training (data.text_len = 4)\n")
+    with pytest.raises(BadInput, match="all texts of held-out clips are longer .* = 4.*--what vae"):
+        evaluate.has_texts(asked, clips[1:], cfg)
+    asked.what = "all"
+    assert not evaluate.has_texts(asked, clips[1:], cfg)
+    assert "none is generated" in capsys.readouterr().out
+
+
+def test_one_clip_is_too_few_for_the_log_mel_distance_and_limit_is_named(monkeypatch):
+    """Fault: with --limit 1 the line advised another manifest."""
+    monkeypatch.setattr(evaluate, "judge_vae", lambda *_: {})
+    cfg = types.SimpleNamespace(gan=types.SimpleNamespace(loss_floor=0.0))
+    asked = types.SimpleNamespace(what="vae", limit=1, wavs="", seed=0)
+    with pytest.raises(BadInput, match="give --limit 2 or more"):
+        evaluate.vae_figures(asked, cfg, None, [None] * 9, None, None)
 
 
 def test_the_table_prints_intervals_beside_figures(capsys):

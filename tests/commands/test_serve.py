@@ -149,11 +149,12 @@ def odd_requests(count):
         yield request[:r.randrange(len(request))] if r.random() < 0.2 else request
 
 
-def test_characters_that_no_text_of_training_had_are_in_a_header(server, model, monkeypatch):
+def test_what_training_lacked_for_a_text_is_in_a_header(server, model, monkeypatch):
     monkeypatch.setitem(model.seen, "letters", {"speech": "two"})
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.request("POST", "/say", json.dumps(TEXT | {"text": "two \u00e95"}))
-    assert connection.getresponse().headers["Unknown-Letters"] == "%C3%A95"
+    assert connection.getresponse().headers["Note"].startswith(
+        "no%20text%20of%20training%20had%20%C3%A9%205%3A")
     connection.close()
 
 
@@ -350,7 +351,7 @@ def test_the_page_plays_what_is_generated_and_draws_it(server, model, tmp_path,
         # characters that training never had are said on the page, and errors
         monkeypatch.setitem(model.seen, "letters", {"speech": "tw"})
         browser.click("#say")
-        wait_for(lambda: "No text of training had o" in browser.run(
+        wait_for(lambda: "; no text of training had o:" in browser.run(
             "return document.getElementById('status').innerText"), 20)
         browser.run("document.getElementById('steps').max = 1000")
         browser.run("document.getElementById('steps').value = 500")

@@ -71,10 +71,52 @@ def test_other_sizes_are_one_line_before_anything_is_trained(source, tmp_path):
     assert line.endswith(f"give --config {source}/config.toml, or another run")
 
 
-def test_a_run_without_a_vae_is_told_to_begin_with_one(source, tmp_path):
-    """Fault: "train it first", where the VAE of --from lay ready."""
-    with pytest.raises(BadInput, match="mine has no VAE yet; put vae before them"):
-        train.start_from(config(tmp_path, "--stages", "lm,consistency"), source)
+def bring(cfg, folder):
+    """What bring_stages_before says of a run folder `mine` that is there."""
+    os.makedirs(f"{folder}/mine", exist_ok=True)
+    said = []
+    checks.bring_stages_before(cfg, said.append)
+    return said
+
+
+def test_a_language_model_alone_takes_the_vae_of_the_other_run_as_it_is(source, tmp_path):
+    """Fault: it was refused, and a VAE had to be trained again; our own line of how to train a
+    finished stage on led there.
+    """
+    cfg = train.start_from(config(tmp_path, "--stages", "lm,consistency"), source)
+    assert inits(cfg) == {"lm": "lm.pt"}
+    assert bring(cfg, tmp_path) == [f"vae: copied from {source}/vae.pt"]
+    old, new = (load_checkpoint(f"{run}/vae.pt") for run in (source, f"{tmp_path}/mine"))
+    assert new["done"] and all(old["ema"][key].equal(new["ema"][key]) for key in old["ema"])
+    assert bring(cfg, tmp_path) == []                              # from now on it is this run's
+
+
+def test_consistency_alone_takes_vae_and_lm(source, tmp_path):
+    cfg = config(tmp_path, "--stages", "consistency", "--train.vae.init", f"{source}/vae.pt",
+                 "--train.lm.init", f"{source}/lm.pt")
+    assert bring(cfg, tmp_path) == [f"{name}: copied from {source}/{name}.pt"
+                                    for name in ("vae", "lm")]
+
+
+def test_what_a_language_model_goes_on_from_must_be_there_finished_and_fit(source, tmp_path):
+    """Fault: "no such checkpoint; train it first", whatever --train.vae.init said."""
+    alone = ["--stages", "lm", "--train.vae.init"]
+    with pytest.raises(BadInput, match="mine has no vae yet; put vae before them, or name the one"):
+        bring(config(tmp_path, *alone[:2]), tmp_path)
+    with pytest.raises(BadInput, match=r"vae.pt: trained with \[vae\] latent_dim = 4, the config"):
+        bring(config(tmp_path, *alone, f"{source}/vae.pt", "--vae.latent_dim", "5"), tmp_path)
+    state = load_checkpoint(f"{source}/vae.pt")
+    torch.save(state | {"done": False}, tmp_path / "vae.pt")
+    with pytest.raises(BadInput, match="vae.pt: its training is not finished"):
+        bring(config(tmp_path, *alone, f"{tmp_path}/vae.pt"), tmp_path)
+    assert os.listdir(tmp_path / "mine") == []
+
+
+def test_a_finished_stage_is_trained_on_in_another_folder_with_what_follows_it(tmp_path):
+    cfg = config(tmp_path)
+    assert checks.to_train_on(cfg, "lm") == \
+        f"use --out DIR --from {cfg.out} --stages lm,consistency"
+    assert checks.to_train_on(cfg, "vae").endswith("--stages vae,lm,consistency")
 
 
 def test_other_weights_to_begin_with_are_named_and_none_are_not(tmp_path):

@@ -10,6 +10,7 @@ import train
 from cli import BadInput
 from config import load, load_checkpoint, open_run
 from conftest import run, write
+from tools.convert.export import use
 from weights import load_safetensors, save_safetensors
 
 TENSORS = {"a": torch.randn(3, 5), "b": torch.randn(2, 2).bfloat16(),
@@ -129,6 +130,20 @@ def test_the_card_tells_of_data_licence_use_and_synthetic_audio(finished, tmp_pa
     for line in ("license: cc0-1.0", "pipeline_tag: text-to-audio", "audio is synthetic",
                  "- Intended use: ", "- Data: the procedural corpus", "- Figures: none."):
         assert line in card
+
+
+@pytest.mark.parametrize("last, kinds, letters, what, command", [
+    ("vae", [], {}, "audio to latents and back", "evaluate.py --run 'my run' --what vae "
+                                                 "--manifest clips.jsonl"),
+    ("lm", ["speech", "music"], {"": "not known"}, "audio from text",
+     "sample.py --run 'my run' --text \"...\""),
+    ("lm", ["sound", "music"], {"sound": "ab", "music": ""}, "audio from text",
+     "sample.py --run 'my run' --kind sound --text \"...\""),
+    ("lm", ["music"], {"music": ""}, "goes on from audio",
+     "sample.py --run 'my run' --kind music --prompt some.wav")])
+def test_the_card_names_a_command_that_this_model_can_run(last, kinds, letters, what, command):
+    """Fault: a model of music alone was to speak, one without texts was "audio from text"."""
+    assert use("my run", last, kinds, letters) == (what, f"python {command}")
 
 
 def test_a_run_that_is_not_finished_does_not_travel(finished, tmp_path):

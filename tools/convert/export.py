@@ -12,6 +12,7 @@ Vectors (norms, biases, statistics of the latents) stay fp32: they are few.
 import copy
 import json
 import os
+import shlex
 
 import torch
 
@@ -39,7 +40,7 @@ A continuous audio language model (CALM, arXiv 2509.06926) trained with nanoCALM
 - Training: {steps}; every setting is in `config.toml`. Kinds of audio: {kinds}.
 - Data: {data}. Licence of these weights: {licence}.
 {notes}
-    python sample.py --run {out} --text "..."
+    {command}
 """
 
 
@@ -113,16 +114,30 @@ def card(args, cfg, states, sizes):
 
     last = list(states)[-1]                              # "vae" where nothing else was trained
     data = f"`{cfg.data.manifest}`" if cfg.data.manifest else "the procedural corpus of nanoCALM"
-    kinds = (states[last].get("seen") or {}).get("kinds", [])
+    seen = states[last].get("seen") or {}
+    kinds = seen.get("kinds", [])
+    what, command = use(args.out, last, kinds, seen.get("letters", {"": "not known"}))
     sizes = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in sizes.items())
     steps = ", ".join(f"{name} {state['step']} steps" for name, state in states.items())
     return CARD.format(
         title=os.path.basename(os.path.normpath(args.out)), dtype=args.dtype, sizes=sizes,
-        what="audio to latents and back" if last == "vae" else "audio from text",
+        what=what, command=command,
         sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels, dim=cfg.vae.latent_dim,
         frame_rate=cfg.vae.frame_rate, steps=steps,
-        kinds=", ".join(kinds) or "not recorded", notes=notes, out=args.out, data=data,
+        kinds=", ".join(kinds) or "not recorded", notes=notes, data=data,
         licence=args.licence, task="text-to-speech" if kinds == ["speech"] else "text-to-audio")
+
+
+def use(out, last, kinds, letters):
+    """What a model does, and the command that shows it. letters: {kind: those of its texts}."""
+    run = shlex.quote(out)
+    if last == "vae":
+        return ("audio to latents and back",
+                f"python evaluate.py --run {run} --what vae --manifest clips.jsonl")
+    kind = f" --kind {kinds[0]}" if kinds and "speech" not in kinds else ""
+    if not any(letters.values()):
+        return "goes on from audio", f"python sample.py --run {run}{kind} --prompt some.wav"
+    return "audio from text", f'python sample.py --run {run}{kind} --text "..."'
 
 
 def write(path, text):
