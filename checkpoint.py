@@ -42,7 +42,7 @@ def load_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint wrote, verified; tensors only, no code (weights_only)."""
     if os.path.isdir(path):
         raise BadInput(folder_of_checkpoints(path))
-    exported = exported_file(path)
+    exported = path if path.endswith(".safetensors") else exported_file(path)
     if exported:
         return moved(load_exported(exported), device)
     try:

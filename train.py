@@ -429,7 +429,8 @@ def parse():
                  "[--print] [--plan [--gpus N] [--fit GB] [--measure]]")
     p.add_argument("--config", required=True, help="an experiment: configs/*.toml")
     p.add_argument("--from", dest="source", metavar="RUN",
-                   help="begin every stage with the weights of this run's: sets train.STAGE.init")
+                   help="begin every stage with the weights of this run's: sets train.STAGE.init; a "
+                        "VAE that is not among the stages is taken as it is")
     p.add_argument("--fresh", action="store_true", help="start this run over")
     p.add_argument("--print", action="store_true", help="show the resolved config and stop")
     p.add_argument("--plan", action="store_true",

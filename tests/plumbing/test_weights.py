@@ -117,6 +117,7 @@ def test_an_export_in_bf16_rounds_matrices_and_keeps_vectors(finished, tmp_path)
     expected = load_checkpoint(f"{finished}/lm.pt")["ema"]
     found = load_checkpoint(f"{tmp_path}/model/lm.pt")
     assert found["done"] and found["stage"] == "lm"
+    assert load_checkpoint(f"{tmp_path}/model/lm.safetensors")["ema"].keys() == expected.keys()
     for name, w in expected.items():
         rounded = w.bfloat16().float() if w.dim() > 1 else w
         assert torch.equal(found["ema"][name], rounded), name
