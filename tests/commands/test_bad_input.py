@@ -275,8 +275,9 @@ def test_a_missing_package_is_named_in_one_line(script):
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
 def test_ctrl_c_during_the_imports_is_a_word_and_130(script):
     """Fault: in the first two seconds it printed fifteen lines of traceback."""
-    # the signal comes where torch is about to be imported
+    # the signal comes where torch is about to be imported; a shell's background job ignores it
     pressed = ("import builtins, os, runpy, signal, sys; load = builtins.__import__; "
+               "signal.signal(signal.SIGINT, signal.default_int_handler); "
                "builtins.__import__ = lambda name, *rest: (name == 'torch' and "
                "os.kill(os.getpid(), signal.SIGINT), load(name, *rest))[1]; "
                f"sys.argv[1:] = ['--run', 'none']; runpy.run_path('{script}', run_name='__main__')")
