@@ -186,9 +186,8 @@ def note_changed_training(cfg, path, name, state, saved, clips, say):
 
 
 def to_train_on(cfg, name):
-    """The options that train a stage of this run on, and what goes on from it, in another folder."""
-    order = list(STAGES)
-    stages = [later for later in cfg.stages if order.index(later) >= order.index(name)]
+    """The options that train a stage on, and what goes on from it, in another folder."""
+    stages = [other for other in cfg.stages if name in ("vae", other, STAGES[other].after)]
     return f"use --out DIR --from {cfg.out} --stages {','.join(stages)}"
 
 

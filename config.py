@@ -76,8 +76,9 @@ class StageConfig:
     """[train.vae], [train.lm], [train.audiocalm] ...: one stage of training."""
     # optimizer steps
     steps: Annotated[int, Range(1, 1_000_000_000)] = 1000
-    # checkpoint of the same sizes to start from (vae.pt of a run or of tools.convert, or an exported
-    # vae.safetensors); "" = none. Of a stage that is not trained but gone on from: taken as it is
+    # checkpoint of the same sizes to start from (vae.pt of a run or of tools.convert, or an
+    # exported vae.safetensors); "" = none. Of a stage that is not trained but gone on from: taken
+    # as it is
     init: str = ""
     # parts of the model that keep their weights, e.g. ["encoder"] of a VAE: latents, and with them
     # a language model trained on them, stay valid while the decoder learns (RVQ codebooks move)

@@ -250,8 +250,9 @@ def clips_to_judge(run, manifest, cfg):
     """
     clips = load_manifest(manifest)
     train, held_out = split_off(clips, cfg.data.seed)
-    states = [load_checkpoint(f"{run}/{stage}.pt") for stage in ("vae", *trained_stages(run))]
-    digests = [state["clips"] for state in states if state.get("clips")]
+    stages = ("vae", *trained_stages(run))
+    digests = [load_checkpoint(f"{run}/{stage}.pt").get("clips", "") for stage in stages]
+    digests = {digest for digest in digests if digest}
     if len(clips) > 1 and any(same_clips(digest, train) for digest in digests):
         clips = held_out
         if rank() == 0:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cli import BadInput, check_writable
 from config import load, make_model, open_run
-from data import KINDS
+from data import KINDS, load_manifest, split_off
 from embeddings import embed_clip, log_mel, open_embedding, resample
 from evaluate import held_out_clips
 from figures import write_json
@@ -124,8 +124,11 @@ def split_with_reference(clips, run, cfg, kind, a):
 def reference_clips(reference, run, cfg, kind, limit):
     """Clips of a kind of a manifest; "train": those that a run was trained on."""
     if reference == "train":
-        reference = cfg.data.manifest or f"{run}/toy/train.jsonl"
-    clips = held_out_clips(run, reference, cfg)
+        clips = load_manifest(cfg.data.manifest or f"{run}/toy/train.jsonl")
+    else:
+        clips = load_manifest(reference)
+    if reference == "train" and cfg.data.manifest and not cfg.data.valid:
+        clips, _ = split_off(clips, cfg.data.seed)
     return drawn_evenly([clip for clip in clips if clip.kind == kind], limit)
 
 

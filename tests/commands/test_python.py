@@ -265,5 +265,5 @@ def test_a_name_that_is_none_and_a_missing_package_are_one_line(monkeypatch):
         with pytest.raises(BadInput, match="is no name of a model; write hf://user/repo"):
             load(name, device="cpu")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(BadInput, match=r"needs the package huggingface_hub; pip install -e .\[hf\]"):
+    with pytest.raises(BadInput, match=r"the package huggingface_hub; pip install -e .\[hf\]"):
         load("hf://me/voice", device="cpu")

@@ -398,8 +398,8 @@ def test_sampling_is_timed_end_to_end(trained):
 @pytest.mark.parametrize("command", [
     "train.py", "sample.py", "evaluate.py", "report.py", "-m corpora.scan", "-m corpora.toy",
     "-m corpora.flite", "-m corpora.piper", "-m corpora.align", "-m tools.bench",
-    "-m tools.convert", "-m tools.ablate", "-m tools.compare", "-m tools.studies", "-m tools.studies sweep",
-    "-m tools.studies continue", "-m tools.studies draws"])
+    "-m tools.convert", "-m tools.ablate", "-m tools.compare", "-m tools.studies",
+    "-m tools.studies sweep", "-m tools.studies continue", "-m tools.studies draws"])
 def test_every_command_explains_itself(command):
     done = run(*command.split(), "-h")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8

@@ -109,7 +109,8 @@ def test_limits_of_size_hold_before_anything_is_read(server):
     for path, header, status in [("/say", "Content-Length: 20001", b" 413 "),
                                  ("/voice", "Content-Length: 20000001", b" 413 "),
                                  ("/say", "Content-Length: 1" + 30 * "0", b" 413 "),
-                                 ("/say", "Content-Length: -1", b" 411 "), ("/say", "X: 1", b" 411 "),
+                                 ("/say", "Content-Length: -1", b" 411 "),
+                                 ("/say", "X: 1", b" 411 "),
                                  ("/say", "Transfer-Encoding: chunked", b" 411 ")]:
         with socket.create_connection(("127.0.0.1", server.server_port)) as client:
             client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())

@@ -1,5 +1,6 @@
 """The papers' tables: every figure of ours has its closed form and stands beside the printed one.
 """
+import dataclasses
 import json
 import types
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from cli import BadInput
-from config import load
+from clips import corpus
+from config import load, open_run
 from conftest import ROOT
-from data import Clip
+from data import Clip, load_manifest, split_off, write_manifest
 from intervals import Figure
 from tools import ablation_tables, measure, paper_tables, systems, tables
 from tools.measure import Speed
+from untrained import untrained_run
 
 
 # ---------------------------------------------------------------- figures
@@ -234,3 +237,24 @@ def test_the_pictures_are_drawn(tmp_path):
     ablation_tables.draw_multipliers(str(tmp_path / "fig2.png"), curves, "music")
     for name in ("steps", "fig3", "fig2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 3000
+
+
+def test_reference_clips_are_those_of_training_or_a_whole_manifest(tmp_path):
+    """Fault: where the training had split its manifest, "train" held the held-out clips too, and
+    then those alone.
+    """
+    folder = untrained_run(tmp_path)
+    path = f"{tmp_path}/clips.jsonl"
+    write_manifest(path, corpus(tmp_path, 16))
+    train, valid = split_off(load_manifest(path), 0)
+    cfg, *_ = open_run(folder)
+
+    def found(reference, **data):
+        data = dataclasses.replace(cfg.data, manifest=path, **data)
+        clips = tables.reference_clips(reference, folder, dataclasses.replace(cfg, data=data),
+                                       "speech", 100)
+        return {clip.id for clip in clips}
+
+    everything = {clip.id for clip in [*train, *valid] if clip.kind == "speech"}
+    assert found("train") == everything - {clip.id for clip in valid} != everything
+    assert found("train", valid=path) == found(path) == everything

@@ -117,6 +117,9 @@ def test_a_finished_stage_is_trained_on_in_another_folder_with_what_follows_it(t
     assert checks.to_train_on(cfg, "lm") == \
         f"use --out DIR --from {cfg.out} --stages lm,consistency"
     assert checks.to_train_on(cfg, "vae").endswith("--stages vae,lm,consistency")
+    both = config(tmp_path, "--stages", "vae,lm,audiocalm,audiocalm_lsd")
+    assert checks.to_train_on(both, "lm").endswith("--stages lm")
+    assert checks.to_train_on(both, "audiocalm").endswith("--stages audiocalm,audiocalm_lsd")
 
 
 def test_other_weights_to_begin_with_are_named_and_none_are_not(tmp_path):

@@ -133,18 +133,19 @@ def test_the_card_tells_of_data_licence_use_and_synthetic_audio(finished, tmp_pa
         assert line in card
 
 
-@pytest.mark.parametrize("last, kinds, letters, what, command", [
-    ("vae", [], {}, "audio to latents and back", "evaluate.py --run 'my run' --what vae "
-                                                 "--manifest clips.jsonl"),
-    ("lm", ["speech", "music"], {"": "not known"}, "audio from text",
+@pytest.mark.parametrize("last, kinds, letters, what, task, command", [
+    ("vae", [], None, "audio to latents and back", "audio-to-audio",
+     "evaluate.py --run 'my run' --what vae --manifest clips.jsonl"),
+    ("lm", ["speech"], None, "audio from text", "text-to-speech",
      "sample.py --run 'my run' --text \"...\""),
-    ("lm", ["sound", "music"], {"sound": "ab", "music": ""}, "audio from text",
+    ("lm", ["sound", "music"], {"sound": "ab", "music": ""}, "audio from text", "text-to-audio",
      "sample.py --run 'my run' --kind sound --text \"...\""),
-    ("lm", ["music"], {"music": ""}, "goes on from audio",
+    ("lm", ["music"], {"music": ""}, "audio that goes on from audio", "audio-to-audio",
      "sample.py --run 'my run' --kind music --prompt some.wav")])
-def test_the_card_names_a_command_that_this_model_can_run(last, kinds, letters, what, command):
+def test_the_card_names_a_command_that_this_model_can_run(last, kinds, letters, what, task,
+                                                          command):
     """Fault: a model of music alone was to speak, one without texts was "audio from text"."""
-    assert use("my run", last, kinds, letters) == (what, f"python {command}")
+    assert use("my run", last, kinds, letters) == (what, task, f"python {command}")
 
 
 def test_a_run_that_is_not_finished_does_not_travel(finished, tmp_path):

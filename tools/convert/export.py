@@ -116,7 +116,7 @@ def card(args, cfg, states, sizes):
     data = f"`{cfg.data.manifest}`" if cfg.data.manifest else "the procedural corpus of nanoCALM"
     seen = states[last].get("seen") or {}
     kinds = seen.get("kinds", [])
-    what, command = use(args.out, last, kinds, seen.get("letters", {"": "not known"}))
+    what, task, command = use(args.out, last, kinds, seen.get("letters"))
     sizes = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in sizes.items())
     steps = ", ".join(f"{name} {state['step']} steps" for name, state in states.items())
     return CARD.format(
@@ -125,19 +125,25 @@ def card(args, cfg, states, sizes):
         sample_rate=cfg.vae.sample_rate, channels=cfg.vae.channels, dim=cfg.vae.latent_dim,
         frame_rate=cfg.vae.frame_rate, steps=steps,
         kinds=", ".join(kinds) or "not recorded", notes=notes, data=data,
-        licence=args.licence, task="text-to-speech" if kinds == ["speech"] else "text-to-audio")
+        licence=args.licence, task=task)
 
 
 def use(out, last, kinds, letters):
-    """What a model does, and the command that shows it. letters: {kind: those of its texts}."""
+    """What a model does, its task on the hub, and the command that shows it. letters: {kind: the
+    characters of its texts}, None = not known.
+    """
     run = shlex.quote(out)
     if last == "vae":
-        return ("audio to latents and back",
+        return ("audio to latents and back", "audio-to-audio",
                 f"python evaluate.py --run {run} --what vae --manifest clips.jsonl")
-    kind = f" --kind {kinds[0]}" if kinds and "speech" not in kinds else ""
-    if not any(letters.values()):
-        return "goes on from audio", f"python sample.py --run {run}{kind} --prompt some.wav"
-    return "audio from text", f'python sample.py --run {run}{kind} --text "..."'
+
+    sample = f"python sample.py --run {run}"
+    if kinds and "speech" not in kinds:
+        sample += f" --kind {kinds[0]}"
+    if letters is not None and not any(letters.values()):
+        return "audio that goes on from audio", "audio-to-audio", f"{sample} --prompt some.wav"
+    task = "text-to-speech" if kinds == ["speech"] else "text-to-audio"
+    return "audio from text", task, f'{sample} --text "..."'
 
 
 def write(path, text):
