@@ -20,6 +20,7 @@ build of numpy. Files are 16-bit PCM.
 """
 import argparse
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,9 @@ from schema import Kind, Range, build
 
 # longest clip of each kind in s: fixed part, part per word
 LONGEST = {"speech": (0.05, 0.6), "sound": (1.3, 0), "music": (1.6, 0)}
+
+# a latent of quickstart.toml in s
+FRAME = 0.04
 
 # ordered pairs of digits never spoken in training; every digit is a first and a second somewhere
 HELD_OUT = {(a, (a + 3) % 10) for a in range(10)} | {(a, (3 * a + 2) % 10) for a in range(0, 10, 2)}
@@ -237,7 +241,9 @@ def check(n, rate=16000, seed=0):
     """Print the oracle's accuracy on n clips of each kind -> {(kind, column): share right}.
 
     Columns: clean and degraded clips; then where it must fall to chance: white noise against the
-    text ("nothing"), and what it reads from a clip against the other clips' texts.
+    text ("nothing"), and what it reads from a clip against the other clips' texts. The last is not
+    of the oracle: "same end" is how often another rendering of the text ends when this one does,
+    within two latent frames, which is what a perfect sampler would reach in evaluate.py.
     """
     shares = {}
     for kind in KINDS:
@@ -277,7 +283,16 @@ def check_clip(i, corpus, rate):
                  if kind != "speech" or len(other) == len(read)]
     row["other text"] = np.mean(agreement or [np.nan])
     row["chance"] = oracle.chance(text, kind)
+
+    # the same text with another pitch, tempo and gaps
+    again, _ = synthesise(**clip | {"seed": clip["seed"] + 1}, rate=rate)
+    row["same end"] = same_end(len(clean) / rate, len(again) / rate)
     return row
+
+
+def same_end(first, second):
+    """Do two clips of so many seconds end within two latent frames of 40 ms of each other?"""
+    return abs(math.ceil(first / FRAME) - math.ceil(second / FRAME)) <= 2
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -27,6 +27,17 @@ def test_the_oracle_is_near_chance_on_another_text_and_on_noise(share, kind, how
     assert abs(share[kind, how] - share[kind, "chance"]) < 0.15
 
 
+@pytest.mark.parametrize("first,second,same", [
+    (1.0, 1.0, True), (1.0, 1.08, True), (1.08, 1.0, True), (1.0, 1.081, False), (0.99, 1.08, True)])
+def test_clips_end_together_when_two_latents_or_less_lie_between_them(first, second, same):
+    assert toy.same_end(first, second) is same
+
+
+def test_another_rendering_of_a_text_often_ends_at_another_time(share):
+    """The yardstick of evaluate.py's "length right": 1.0 is no figure to ask of a sampler."""
+    assert 0.5 < np.mean([share[kind, "same end"] for kind in KINDS]) < 1
+
+
 def test_the_oracle_reads_both_sample_rates_and_ignores_level_and_silence_around():
     for kind, text in (("speech", "four nine two"), ("sound", "three high beeps"),
                        ("music", "a slow falling scale, high, organ")):
