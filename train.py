@@ -41,11 +41,13 @@ mistake (one line says which), 130 interrupted.
 import argparse
 import contextlib
 import datetime
+import getpass
 import json
 import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 
@@ -76,6 +78,15 @@ from runs import EMA, Run, todo_file, write_log
 from trackers import open_tracker
 
 
+def use_own_compiler_cache(rank):
+    """A folder for this process's compiled kernels. In a common one a process may load a library
+    that another is still writing: "file too short" (torch 2.13, on CPUs).
+    """
+    user = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", user)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/rank{rank}"
+
+
 class Runtime:
     """Device, precision, compilation and processes, chosen once and printed."""
 
@@ -100,6 +111,8 @@ class Runtime:
         if device == "cuda":
             torch.set_float32_matmul_precision("high")       # TF32 in what stays fp32
         self.compile = cfg.compile == "yes" or cfg.compile == "auto" and device == "cuda"
+        if self.compile and self.world > 1 and device == "cpu":
+            use_own_compiler_cache(self.rank)
 
         self.device = device
         if self.world > 1:
@@ -468,16 +481,16 @@ def start_from(cfg, run, fresh=False):
         if begins and not stage_cfg.init:
             checks.refuse_other_sizes(cfg, name, path)
 
-    if not stages_of_run:
-        raise BadInput(f"--from {run}: has no checkpoint of {', '.join(cfg.stages)}; give the run "
-                       "folder of a trained model")
-
-    # what they go on from is taken as it is
+    # what they go on from is taken as it is; a VAE alone begins no language model
     for name in checks.stages_before(cfg.stages):
         path = f"{run}/{name}.pt"
         stage_cfg = getattr(cfg.train, name)
         if os.path.exists(path) or exported_file(path):
             stages_of_run[name] = replace(stage_cfg, init=stage_cfg.init or path)
+
+    if set(stages_of_run) <= set(checks.stages_before(cfg.stages)) & {"vae"}:
+        raise BadInput(f"--from {run}: has no checkpoint of {', '.join(cfg.stages)}; give the run "
+                       "folder of a trained model")
     return replace(cfg, train=replace(cfg.train, **stages_of_run))
 
 

@@ -98,6 +98,21 @@ def test_consistency_alone_takes_vae_and_lm(source, tmp_path):
                                     for name in ("vae", "lm")]
 
 
+def test_consistency_alone_begins_with_a_run_that_has_none_yet(source, tmp_path):
+    """Fault: "has no checkpoint of consistency", although it goes on from the run's lm."""
+    cfg = train.start_from(config(tmp_path, "--stages", "consistency"), source)
+    assert not inits(cfg)
+    assert bring(cfg, tmp_path) == [f"{name}: copied from {source}/{name}.pt"
+                                    for name in ("vae", "lm")]
+
+
+def test_a_vae_alone_begins_no_language_model(source, tmp_path):
+    os.makedirs(tmp_path / "vae_only")
+    os.link(f"{source}/vae.pt", tmp_path / "vae_only" / "vae.pt")
+    with pytest.raises(BadInput, match="vae_only: has no checkpoint of lm, consistency"):
+        train.start_from(config(tmp_path, "--stages", "lm,consistency"), f"{tmp_path}/vae_only")
+
+
 def test_what_a_language_model_goes_on_from_must_be_there_finished_and_fit(source, tmp_path):
     """Fault: "no such checkpoint; train it first", whatever --train.vae.init said."""
     alone = ["--stages", "lm", "--train.vae.init"]

@@ -239,3 +239,10 @@ def test_a_plain_run_can_be_gathered_from_shards(alone, tmp_path):
     state = load_checkpoint(f"{tmp_path}/plain/lm.pt")
     assert (state["stage"], state["step"], state["done"]) == ("lm", 6, False)
     assert state["model"].keys() == state["ema"].keys() and state["model"]
+
+
+def test_processes_on_a_cpu_compile_in_folders_of_their_own(monkeypatch):
+    """Fault: one loaded a library that the other was still writing, "file too short"."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/x")
+    train.use_own_compiler_cache(1)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/x/rank1"
