@@ -143,8 +143,10 @@ class CALM(nn.Module):
     (speech, sound, music); codes: (levels K, entries per level) of the RVQ, for discrete heads;
     word_tokens: the monologue's (monologue.WordTokens), None = bytes.
     static_shapes (attribute): compute padding on a CPU too, as on CUDA (plan.py).
+    head_guidance (attribute): the head learns at guided Z too, 1 = not (train.consistency.guidance).
     """
     static_shapes = False
+    head_guidance = 1.0
 
     def __init__(self, cfg: CALMConfig, latent_dim, vocab, kinds, codes=None, word_tokens=None):
         super().__init__()
@@ -340,8 +342,10 @@ class CALM(nn.Module):
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         z_audio = z_long[:, self.acoustic_delay:]                           # (B, 1+T, C)
 
-        # the short context
+        # what the head reads: guided z where it is to learn them, and the short context
         Z = z_audio
+        if self.training and self.head_guidance > 1:
+            Z = self.guided(z_audio, noised, batch, words, source)
         if cfg.short_layers:
             Z = Z + self.short_context(x, batch["kind"], source)            # CALM 4.2
 
@@ -367,6 +371,19 @@ class CALM(nn.Module):
         valid = torch.arange(x.shape[1], device=x.device) < batch["frames"][:, None]
         codes = x.masked_fill(~valid[..., None], MISSING)
         return delay_codes(codes) if self.code_delay else codes
+
+    def guided(self, z, noised, batch, words, source=None):
+        """z (B, 1 + T, C) -> z_null + a (z - z_null), as in sampling with guidance, for one
+        a ~ U(1, head_guidance) per row. A row without prefix has z = z_null and keeps it.
+        """
+        nothing = torch.zeros_like(batch["text_len"])
+        if words is not None:
+            words = torch.full_like(words, self.pad)
+        z_null = self.condition(noised, batch["text"], nothing, batch["prompt"], nothing, words)
+        z_null = z_null[:, self.acoustic_delay:]                            # (B, 1 + T, C)
+        share = uniform((len(z), 1, 1), source, z.device)
+        a = 1 + (self.head_guidance - 1) * share                            # (B, 1, 1)
+        return z_null + a * (z - z_null)
 
     def short_context(self, x, kind, source=None):
         """z_short (B, 1 + T, C), zero in rows without the short branch."""

@@ -134,6 +134,9 @@ class ConsistencyConfig(StageConfig):
     # TrigFlow: true = consistency distillation, dx/dt is the flow's, and the head alone learns;
     # false = consistency training (the paper), dx/dt is the pair's, and everything learns
     teacher: bool = True
+    # with a teacher: the head learns at Z_null + a (Z_cond - Z_null) with a ~ U(1, this) per row, as
+    # sample.cfg has it read Z; 1 = at Z_cond alone
+    guidance: Annotated[float, Range(1)] = 1.0
 
 
 @dataclass
@@ -268,6 +271,9 @@ class Config:
                 and self.lm.head.objective != "trigflow"):
             raise ValueError("train.consistency.teacher: is for lm.head.objective = \"trigflow\", "
                              f"not \"{self.lm.head.objective}\"; set it to false")
+        if self.train.consistency.guidance > 1 and not self.train.consistency.teacher:
+            raise ValueError("train.consistency.guidance: needs train.consistency.teacher = true; "
+                             "clips are examples of Z_cond, not of a guided Z")
 
 
 # ---------------------------------------------------------------- from a table and back

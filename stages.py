@@ -444,6 +444,7 @@ class ConsistencyStage(LMStage):
             self.model.to(runtime.device).requires_grad_(False)
             self.model.head.teach()
             self.model.head.requires_grad_(True)
+            self.model.head_guidance = cfg.train.consistency.guidance
             self.fixed = {k: v.clone() for k, v in self.model.state_dict().items()
                           if not k.startswith("head.")}
 

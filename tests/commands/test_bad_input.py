@@ -165,6 +165,8 @@ CASES = [  # command line, what the line must say
      "train.consistency.teacher: is for lm.head.objective"),
     (TRAIN + " --train.consistency.teacher true --lm.head.objective consistency "
      "--stages vae,lm,consistency", "not \"consistency\"; set it to false"),
+    (TRAIN + " --train.consistency.teacher false --train.consistency.guidance 2",
+     "train.consistency.guidance: needs train.consistency.teacher = true"),
     (TRAIN + " --sample.texts.speach hi", "sample.texts"),
     (TRAIN + " --vae.loss_windows [0]", "gan.loss_windows: must lie in 8 .. 1000000, got 0"),
     (TRAIN + " --vae.context -1", "vae.context: must lie in 0 .. 100000, got -1.0"),

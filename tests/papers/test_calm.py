@@ -526,6 +526,57 @@ def test_a_word_learns_to_begin_where_the_manifest_says():
     assert net.word(z)[0, :6].argmax(-1).tolist() == words[0].tolist()
 
 
+def test_the_head_learns_at_the_z_that_guidance_will_give_it(monkeypatch):
+    """Fault: the one-step head learned at Z_cond and Z_null and was sampled at neither."""
+    net = model(noise=0.0, prefix_dropout=0.0, short_dropout=0.0).train()
+    net.eos.bias.data.fill_(-1e9)
+    net.head_guidance = 3.0
+    b = {k: v[:1] for k, v in batch().items()}
+
+    # training: a is 1 + (3 - 1) share, and no row or short context is dropped
+    learned = []
+    monkeypatch.setattr("calm.uniform", lambda shape, source, device: torch.ones(shape))
+    loss = net.head.loss
+    monkeypatch.setattr(net.head, "loss", lambda Z, *more: learned.append(Z) or loss(Z, *more))
+    net.loss(b)
+    monkeypatch.undo()
+
+    # sampling with guidance 3, which is made to draw the clip's own latents
+    read = []
+    latents = iter(b["x"][0])
+
+    def own_latent(Z, **options):
+        read.append(Z)
+        return next(latents)[None]
+    monkeypatch.setattr(net.head, "sample", own_latent)
+    list(net.eval().generate(b["text"], kind=0, max_frames=6, guidance=3.0))
+    torch.testing.assert_close(learned[0], torch.cat(read), atol=1e-5, rtol=0)
+
+
+def test_guided_rows_lie_between_no_guidance_and_the_most():
+    net, b = model(noise=0.0), batch()
+    cond = conditions(net, b)
+    null = net.condition(b["x"], b["text"], 0 * b["text_len"], b["prompt"], 0 * b["prompt_len"])
+    net.head_guidance = 3.0
+    a = (net.guided(cond, b["x"], b, None) - null) / (cond - null)          # (B, 1 + T, C)
+    torch.testing.assert_close(a, a[:, :1, :1].expand_as(a), atol=1e-2, rtol=0)
+    assert a.min() > 0.99 and a.max() < 3.01 and a.std(0).mean() > 0.1
+
+
+def test_of_a_talker_the_unguided_stream_has_neither_prefix_nor_words():
+    net = talker(noise=0.0)
+    b = spoken_batch(torch.randint(0, 256, (4, 6)))
+    nothing = torch.zeros(4, dtype=torch.long)
+    cond = net.condition(b["x"], b["text"], b["text_len"], b["prompt"], b["prompt_len"], b["words"])
+    null = net.condition(b["x"], b["text"], nothing, b["prompt"], nothing,
+                         torch.full_like(b["words"], net.pad))[:, 2:]
+    net.head_guidance = 3.0
+    guided = net.guided(cond[:, 2:], b["x"], b, b["words"])
+    a = (guided - null).norm(dim=(1, 2)) / (cond[:, 2:] - null).norm(dim=(1, 2))
+    torch.testing.assert_close(guided, null + a[:, None, None] * (cond[:, 2:] - null))
+    assert (a > 1).all() and (a < 3).all()
+
+
 def deeper(**changes):
     """A teacher for model(): the same but for its backbone."""
     net = model(short_layers=0, **changes)
