@@ -143,7 +143,7 @@ class CALM(nn.Module):
     (speech, sound, music); codes: (levels K, entries per level) of the RVQ, for discrete heads;
     word_tokens: the monologue's (monologue.WordTokens), None = bytes.
     static_shapes (attribute): compute padding on a CPU too, as on CUDA (plan.py).
-    head_guidance (attribute): the head learns at guided Z too, 1 = not (train.consistency.guidance).
+    head_guidance (attribute): most guidance at which the head learns (train.consistency.guidance).
     """
     static_shapes = False
     head_guidance = 1.0
@@ -342,7 +342,7 @@ class CALM(nn.Module):
                                 batch["prompt"], batch["prompt_len"] * keep, words)
         z_audio = z_long[:, self.acoustic_delay:]                           # (B, 1+T, C)
 
-        # what the head reads: guided z where it is to learn them, and the short context
+        # what the head reads: z, guided for a head that learns so, and the short context
         Z = z_audio
         if self.training and self.head_guidance > 1:
             Z = self.guided(z_audio, noised, batch, words, source)
@@ -373,8 +373,10 @@ class CALM(nn.Module):
         return delay_codes(codes) if self.code_delay else codes
 
     def guided(self, z, noised, batch, words, source=None):
-        """z (B, 1 + T, C) -> z_null + a (z - z_null), as in sampling with guidance, for one
-        a ~ U(1, head_guidance) per row. A row without prefix has z = z_null and keeps it.
+        """z (B, 1 + T, C) -> z_null + a (z - z_null), one a ~ U(1, head_guidance) per row.
+
+        Sampling with guidance reads such z (CALM, third version); that a one-step head learns at
+        them is not in the papers. A row without prefix has z = z_null and keeps it.
         """
         nothing = torch.zeros_like(batch["text_len"])
         if words is not None:

@@ -127,15 +127,17 @@ class StageConfig:
 
 @dataclass
 class ConsistencyConfig(StageConfig):
-    """[train.consistency]: from lm.pt's weights. Small steps: at higher rates the loss spikes."""
+    """[train.consistency]: from lm.pt's weights. Small steps: at higher rates tangent_mean explodes,
+    and in a stage of more than 150 steps it may at 2e-3 too (voice.toml has 7e-4).
+    """
     lr: Annotated[float, Range(above=0)] = 2e-3
     grad_clip: Annotated[float, Range(above=0)] = 0.1
     ema: Annotated[float, Range(0, below=1)] = 0.99
     # TrigFlow: true = consistency distillation, dx/dt is the flow's, and the head alone learns;
     # false = consistency training (the paper), dx/dt is the pair's, and everything learns
     teacher: bool = True
-    # with a teacher: the head learns at Z_null + a (Z_cond - Z_null) with a ~ U(1, this) per row, as
-    # sample.cfg has it read Z; 1 = at Z_cond alone
+    # with a teacher: the head learns at Z_null + a (Z_cond - Z_null) with a ~ U(1, this) per row,
+    # which is what it reads when it is sampled with sample.cfg; 1 = at Z_cond alone
     guidance: Annotated[float, Range(1)] = 1.0
 
 

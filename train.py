@@ -41,7 +41,6 @@ mistake (one line says which), 130 interrupted.
 import argparse
 import contextlib
 import datetime
-import getpass
 import json
 import os
 import shutil
@@ -82,8 +81,8 @@ def use_own_compiler_cache(rank):
     """A folder for this process's compiled kernels. In a common one a process may load a library
     that another is still writing: "file too short" (torch 2.13, on CPUs).
     """
-    user = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", user)
+    common = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", common)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/rank{rank}"
 
 
@@ -481,14 +480,16 @@ def start_from(cfg, run, fresh=False):
         if begins and not stage_cfg.init:
             checks.refuse_other_sizes(cfg, name, path)
 
-    # what they go on from is taken as it is; a VAE alone begins no language model
+    # what they go on from is taken as it is
     for name in checks.stages_before(cfg.stages):
         path = f"{run}/{name}.pt"
         stage_cfg = getattr(cfg.train, name)
         if os.path.exists(path) or exported_file(path):
             stages_of_run[name] = replace(stage_cfg, init=stage_cfg.init or path)
 
-    if set(stages_of_run) <= set(checks.stages_before(cfg.stages)) & {"vae"}:
+    # a VAE that is only taken as it is begins no language model
+    begins_something = [name for name in stages_of_run if name != "vae" or name in cfg.stages]
+    if not begins_something:
         raise BadInput(f"--from {run}: has no checkpoint of {', '.join(cfg.stages)}; give the run "
                        "folder of a trained model")
     return replace(cfg, train=replace(cfg.train, **stages_of_run))

@@ -41,8 +41,9 @@ from schema import Kind, Range, build
 # longest clip of each kind in s: fixed part, part per word
 LONGEST = {"speech": (0.05, 0.6), "sound": (1.3, 0), "music": (1.6, 0)}
 
-# a latent of quickstart.toml in s
-FRAME = 0.04
+# latents of quickstart.toml per second, and how many of them evaluate.py lets an end be off
+FRAME_RATE = 25
+END_TOLERANCE = 2
 
 # ordered pairs of digits never spoken in training; every digit is a first and a second somewhere
 HELD_OUT = {(a, (a + 3) % 10) for a in range(10)} | {(a, (3 * a + 2) % 10) for a in range(0, 10, 2)}
@@ -286,13 +287,14 @@ def check_clip(i, corpus, rate):
 
     # the same text with another pitch, tempo and gaps
     again, _ = synthesise(**clip | {"seed": clip["seed"] + 1}, rate=rate)
-    row["same end"] = same_end(len(clean) / rate, len(again) / rate)
+    row["same end"] = same_end(len(clean), len(again), rate)
     return row
 
 
-def same_end(first, second):
-    """Do two clips of so many seconds end within two latent frames of 40 ms of each other?"""
-    return abs(math.ceil(first / FRAME) - math.ceil(second / FRAME)) <= 2
+def same_end(first, second, rate):
+    """Do clips of so many samples end within two latents of each other? As evaluate.py asks it."""
+    hop = rate // FRAME_RATE
+    return abs(math.ceil(first / hop) - math.ceil(second / hop)) <= END_TOLERANCE
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ A continuous audio language model (CALM, arXiv 2509.06926) trained with nanoCALM
 - Intended use: to try, study and go on from. Not to speak as somebody who has not agreed to it.
 - Weights: {sizes} parameters, {dtype}.
 - Audio: {sample_rate} Hz, {channels} channel(s), {frame_rate:g} latents of {dim} numbers a second.
-- Training: {steps}; every setting is in `config.toml`. Kinds of audio: {kinds}.
+- Training: {steps}; `config.toml` has the settings of the last one. Kinds of audio: {kinds}.
 - Data: {data}. Licence of these weights: {licence}.
 {notes}
     {command}
