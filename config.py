@@ -127,8 +127,9 @@ class StageConfig:
 
 @dataclass
 class ConsistencyConfig(StageConfig):
-    """[train.consistency]: from lm.pt's weights. Small steps: at higher rates tangent_mean explodes,
-    and in a stage of more than 150 steps it may at 2e-3 too (voice.toml has 7e-4).
+    """[train.consistency]: from lm.pt's weights. Small steps: at higher rates the tangent
+    explodes, and in a stage of more than 150 steps it may at 2e-3 too. voice.toml has 7e-4 with
+    guidance 2.5.
     """
     lr: Annotated[float, Range(above=0)] = 2e-3
     grad_clip: Annotated[float, Range(above=0)] = 0.1
